@@ -1,0 +1,6 @@
+"""Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move."""
+
+from ftp.optimizers import SGDP, AdamP, FTPOptimizer
+from ftp.rule import FLOOR, Anneal, ftp_rule, largest_norm
+
+__all__ = ["FLOOR", "SGDP", "AdamP", "Anneal", "FTPOptimizer", "ftp_rule", "largest_norm"]

@@ -1,0 +1,216 @@
+"""`AdamP` and `SGDP`: AdamW and SGD with Fast Trainable Projection, as drop-in optimizers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+import hyperopt_nested as hn
+from ftp.rule import ftp_rule
+
+Exclude = Iterable[str | nn.Module | Tensor] | str | nn.Module | Tensor
+Anchors = Mapping[str, Tensor] | Literal["zero"] | None
+
+
+@dataclass(frozen=True)
+class _Choose:
+    """The optimizer of a tensor: projected, unless its name matches a pattern."""
+
+    base: hn.Optimizer
+    projected: hn.Optimizer
+    names: frozenset[str]
+    patterns: tuple[str, ...]
+
+    def excludes(self, name: str) -> bool:
+        return name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def __call__(self, name: str, _: Tensor) -> hn.Optimizer:
+        return self.base if self.excludes(name) else self.projected
+
+
+class FTPOptimizer(hn.HyperOptimizer):
+    """FTP around any optimizer of the engine, with exclusions and anchors; `AdamP` and `SGDP` are instances.
+
+    Args:
+        params: `model.named_parameters()`, tensors, or groups of either.
+        base: the optimizer that is projected.
+        k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly, 0 lets the radii only grow.
+        exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
+        anchor: what the weights stay near: None, the values at construction (for tensors added later, at that time); a mapping
+            from names to tensors, such as a state dict; or "zero", which takes no memory, for LoRA factors.
+        saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
+
+    Raises:
+        ValueError: `k` is outside [0, 1], an entry of `exclude` matches nothing, or an anchor is missing or of another shape.
+            The message names the entry or the tensor.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base: hn.Optimizer,
+        *,
+        k: float = 1.0,
+        exclude: Exclude = (),
+        anchor: Anchors = None,
+        saturation: hn.Saturation = "straight-through",
+    ) -> None:
+        if isinstance(anchor, str) and anchor != "zero":
+            raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
+        projected = ftp_rule(base, k, anchor="zero" if isinstance(anchor, str) else "start", saturation=saturation)
+        groups = _groups(params)
+        named = list(_named(groups))
+        choose = _Choose(base, projected, *_resolve(exclude, named))
+        kept = {name: tensor for name, tensor in named if not choose.excludes(name)}
+        anchors = _checked(anchor, kept) if isinstance(anchor, Mapping) else {}
+        super().__init__(groups, choose)
+        for name, value in anchors.items():
+            tensor = kept[name]
+            if "rule.anchor" in self.state[tensor]:
+                self.state[tensor]["rule.anchor"] = value.detach().to(tensor.device, tensor.dtype, copy=True)
+
+
+class AdamP(FTPOptimizer):
+    """AdamW with Fast Trainable Projection (arXiv 2310.19182): a drop-in for `torch.optim.AdamW`.
+
+    Args:
+        params: as `FTPOptimizer`; with names, `exclude` and `anchor` can refer to them.
+        lr: learning rate, or `hn.learn(...)`; so for the next three.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; 0 by default, as published, since the projection already regularises (AdamW has 1e-2).
+        amsgrad: use the largest second moment so far.
+        maximize: ascend.
+        k: as `FTPOptimizer`.
+        exclude: as `FTPOptimizer`.
+        anchor: as `FTPOptimizer`.
+        saturation: as `FTPOptimizer`.
+
+    Raises:
+        ValueError: as `FTPOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from ftp import AdamP
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> opt = AdamP(model.named_parameters(), lr=1e-3, exclude=["1.*"])
+        >>> sorted(opt.hypers()["radius"])
+        ['0.bias', '0.weight']
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | hn.Learn = 1e-3,
+        betas: tuple[float | hn.Learn, float | hn.Learn] = (0.9, 0.999),
+        eps: float | hn.Learn = 1e-8,
+        weight_decay: float | hn.Learn = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        k: float = 1.0,
+        exclude: Exclude = (),
+        anchor: Anchors = None,
+        saturation: hn.Saturation = "straight-through",
+    ) -> None:
+        base = hn.adamw(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation)
+
+
+class SGDP(FTPOptimizer):
+    """SGD with Fast Trainable Projection (arXiv 2310.19182): a drop-in for `torch.optim.SGD`.
+
+    Args:
+        params: as `FTPOptimizer`; with names, `exclude` and `anchor` can refer to them.
+        lr: learning rate, or `hn.learn(...)`; so for the next three.
+        momentum: momentum factor.
+        dampening: dampening of the momentum.
+        weight_decay: coupled: added to the gradient.
+        nesterov: Nesterov's momentum.
+        maximize: ascend.
+        k: as `FTPOptimizer`.
+        exclude: as `FTPOptimizer`.
+        anchor: as `FTPOptimizer`.
+        saturation: as `FTPOptimizer`.
+
+    Raises:
+        ValueError: as `FTPOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from ftp import SGDP
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = SGDP(model.named_parameters(), lr=0.1, momentum=0.9, exclude="bias")
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | hn.Learn = 1e-3,
+        momentum: float | hn.Learn = 0.0,
+        dampening: float | hn.Learn = 0.0,
+        weight_decay: float | hn.Learn = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        k: float = 1.0,
+        exclude: Exclude = (),
+        anchor: Anchors = None,
+        saturation: hn.Saturation = "straight-through",
+    ) -> None:
+        base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation)
+
+
+def _groups(params: Any) -> list[dict[str, Any]]:
+    """Parameters as a list of groups, iterators read."""
+    entries = list(params)
+    if not entries or not isinstance(entries[0], dict):
+        return [{"params": entries}]
+    return [{**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])} for group in entries]
+
+
+def _named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors with the names that `HyperOptimizer` gives them."""
+    for index, group in enumerate(groups):
+        for i, entry in enumerate(group["params"]):
+            yield entry if isinstance(entry, tuple) else (f"{index}.{i}", entry)
+
+
+def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names of excluded tensors, and patterns; every entry must match a tensor."""
+    entries = [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else list(exclude)
+    names: set[str] = set()
+    for entry in entries:
+        if isinstance(entry, str):
+            matched = [name for name, _ in named if fnmatchcase(name, entry)]
+            shown = repr(entry)
+        elif isinstance(entry, (nn.Module, Tensor)):
+            tensors = {id(p) for p in entry.parameters()} if isinstance(entry, nn.Module) else {id(entry)}
+            matched = [name for name, tensor in named if id(tensor) in tensors]
+            shown = f"a {type(entry).__name__}"
+        else:
+            raise TypeError(f"exclude has {entry!r} ({type(entry).__name__}); give names, glob patterns, modules or tensors")
+        if not matched:
+            some = ", ".join(name for name, _ in named[:4])
+            raise ValueError(
+                f"exclude: {shown} matches none of the {len(named)} parameters ({some}, ...); "
+                "to exclude by name, pass model.named_parameters()"
+            )
+        names.update(matched)
+    return frozenset(names), tuple(entry for entry in entries if isinstance(entry, str))
+
+
+def _checked(anchor: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The anchor of every projected tensor."""
+    for name, tensor in kept.items():
+        if name not in anchor:
+            raise ValueError(f"anchor has no entry for parameter {name!r}: add one, or exclude the parameter")
+        if anchor[name].shape != tensor.shape:
+            raise ValueError(
+                f"anchor[{name!r}] has shape {tuple(anchor[name].shape)}, the parameter {tuple(tensor.shape)}: they must be equal; "
+                "exclude a parameter that is new, such as a head"
+            )
+    return {name: anchor[name] for name in kept}

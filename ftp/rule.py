@@ -1,0 +1,74 @@
+"""Fast Trainable Projection (arXiv 2310.19182) as an expression of the engine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hyperopt_nested as hn
+
+FLOOR = 9.99999993922529e-09
+"""The smallest radius, where each one starts: 1e-8 rounded to float32, as the published program has it."""
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """Multiply positive hypergradients, those that shrink the radius, by `k` (any shape).
+
+    Args:
+        k: in [0, 1]; 1 leaves them, 0 lets the radius only grow.
+
+    Raises:
+        ValueError: `k` is outside [0, 1].
+    """
+
+    k: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= 1:
+            raise ValueError(f"k={self.k!r} must be in [0, 1]: 1 projects most strongly, 0 lets the radii only grow")
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return torch.where(grad > 0, self.k * grad, grad)
+
+
+def largest_norm(state: dict[str, Any]) -> Tensor:
+    """The upper bound of a radius: the largest row norm of this step's displacement, shape ()."""
+    norm: Tensor = state["largest_norm"]
+    return norm
+
+
+def ftp_rule(
+    base: hn.Optimizer,
+    k: float = 1.0,
+    *,
+    anchor: hn.Anchor = "start",
+    saturation: hn.Saturation = "straight-through",
+    lr: float = 1e-2,
+) -> hn.Optimizer:
+    """FTP around any optimizer of the engine (arXiv 2310.19182, algorithm 1): registered as "ftp".
+
+    After each step of `base`, each tensor is projected into the MARS ball around its anchor. Its radius is learned by Adam, from the
+    gradient that the next step has anyway, and is kept between `FLOOR` and the largest row norm of the displacement.
+
+    Args:
+        base: the optimizer that is projected.
+        k: annealing of positive radius gradients, in [0, 1].
+        anchor: "start", the values when the optimizer is initialised, or "zero".
+        saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
+        lr: learning rate of the radii.
+
+    Raises:
+        TypeError: `base` is no optimizer of the engine.
+        ValueError: `k` or another argument is outside its domain.
+
+    Example:
+        >>> import hyperopt_nested as hn, ftp
+        >>> nested = hn.Nested(ftp.ftp_rule(hn.sgd(lr=0.1, momentum=0.9)))
+    """
+    radius = hn.learn(FLOOR, by=hn.adam(lr=lr), per="tensor", grad=Anneal(k), bounds=(FLOOR, largest_norm))
+    return hn.project(base, onto=hn.mars, radius=radius, anchor=anchor, saturation=saturation)
+
+
+hn.register("ftp", ftp_rule)

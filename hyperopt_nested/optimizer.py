@@ -1,0 +1,355 @@
+"""`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.learned import MODEL, Learner, number
+from hyperopt_nested.nested import Memory, Nested
+from hyperopt_nested.ops import State
+from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+
+Group = dict[str, Any]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+Choice = Optimizer | Callable[[str, Tensor], Optimizer]
+
+
+class _Ref(NamedTuple):
+    """Where a leaf of the engine's state is kept: in `optimizer.state[<that parameter>][key]`."""
+
+    name: str
+    key: str
+
+
+class HyperOptimizer(torch.optim.Optimizer):
+    """A drop-in `torch.optim.Optimizer` whose hyper-parameters may be learned.
+
+    `zero_grad`, `backward`, `step`, as ever. Learned values and all else that the engine remembers are plain tensors in `state`,
+    made at construction, so that `state_dict`, `load_state_dict`, `deepcopy` and `pickle` keep them. Each group holds every hyper as
+    a plain number (`beta1` and `beta2` as `betas`, as in torch.optim), which schedulers may change: that replaces the value of a
+    hyper that is not learned; the effective value of a learned one is the learned value times the group's number over the declared
+    value, so that a schedule and learning compose.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values
+            for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        optimizer: what to run, or a function from a tensor's name and the tensor to what to run on it. Unnamed tensors are called
+            "<group>.<index>".
+        memory: how the last update is remembered; see `Nested`.
+
+    Raises:
+        TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
+        ValueError: a value is outside its domain, a learned hyper is not used, or a group names a hyper wrongly.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     model(torch.ones(4, 3)).square().mean().backward()
+        ...     opt.step()
+        >>> opt.hypers()["lr"]["group 0"].shape
+        torch.Size([])
+    """
+
+    def __init__(self, params: Params, optimizer: Choice, *, memory: Memory = "auto") -> None:
+        if not isinstance(optimizer, Optimizer) and not callable(optimizer):
+            raise TypeError(
+                f"optimizer={optimizer!r} ({type(optimizer).__name__}) must be an optimizer of this library, such as hn.adamw()"
+            )
+        self._choice, self._memory = optimizer, memory
+        self._keys: list[list[str]] = []  # names of the tensors of each group
+        self._optimizers: dict[str, Optimizer] = {}
+        self._tracked: list[str] = []  # names of the tensors that have state
+        self._refs: State = {}
+        super().__init__(params, _pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
+        self.defaults = {key: value for key, value in self.param_groups[0].items() if key not in ("params", "param_names")}
+        self._create_state()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch.optim; values that tensors share are the ones learned so far."""
+        given = param_group["params"]
+        entries = [given] if isinstance(given, Tensor) else list(given)
+        index = len(self.param_groups)
+        named = [entry if isinstance(entry, tuple) else (f"{index}.{i}", entry) for i, entry in enumerate(entries)]
+        taken = [name for i, (name, _) in enumerate(named) if name in self._optimizers or name in [n for n, _ in named[:i]]]
+        if taken:
+            raise ValueError(f"params has two tensors named {taken[0]!r}; give each its own name")
+        overrides = _unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
+        chosen = self._choose(named, overrides)
+        declared: dict[str, float] = {}
+        for name, optimizer in chosen.items():
+            for hyper, value in optimizer.declared.items():
+                if hyper not in overrides and declared.setdefault(hyper, value) != value:
+                    raise ValueError(
+                        f"group {index} has tensors with {hyper}={declared[hyper]!r} and {hyper}={value!r} (of {name!r}); "
+                        "a group holds one number a hyper: put them into groups of their own"
+                    )
+        numbers = {key: value.value if isinstance(value, Learn) else value for key, value in overrides.items()}
+        super().add_param_group({"params": entries, **_pack({**declared, **numbers})})
+        self._keys.append([name for name, _ in named])
+        self._optimizers |= chosen
+        if self._refs:
+            self._create_state()
+
+    def _choose(self, named: list[tuple[str, Tensor]], overrides: Mapping[str, Any]) -> dict[str, Optimizer]:
+        """The optimizer of each tensor of a group, with the group's values."""
+        replaced: dict[int, Optimizer] = {}
+        chosen: dict[str, Optimizer] = {}
+        for name, param in named:
+            base = self._choice if isinstance(self._choice, Optimizer) else self._choice(name, param)
+            if not isinstance(base, Optimizer):
+                raise TypeError(f"optimizer({name!r}, tensor) returned {base!r}; it must return an optimizer of this library")
+            if id(base) not in replaced:
+                replaced[id(base)] = _with_overrides(base, overrides)
+            chosen[name] = replaced[id(base)]
+        hypers = {hyper for optimizer in chosen.values() for hyper in optimizer.settings}
+        options = {option for o in chosen.values() if isinstance(o.rule, FunctionRule) for option in o.rule.options}
+        for key in overrides:
+            if key in options:
+                raise ValueError(
+                    f"a group gives {key}={overrides[key]!r}, which is an option and not a hyper; to vary it, pass a function from "
+                    "(name, tensor) to the optimizer as `optimizer`"
+                )
+            if key not in hypers and get_close_matches(key, hypers, cutoff=0.8):
+                raise ValueError(f"a group gives {key!r}; did you mean {get_close_matches(key, hypers)[0]!r}?")
+        return chosen
+
+    def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
+        for names, group in zip(self._keys, self.param_groups, strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                yield name, param, group
+
+    def _create_state(self, also: Iterable[str] = ()) -> None:
+        """Create the state of all tensors that train, or are named in `also`; what is there already stays."""
+        tracked = {*self._tracked, *also}
+        params = {name: p.detach() for name, p, _ in self._named() if p.requires_grad or name in tracked}
+        nested = Nested(self._optimizers, memory=self._memory)
+        st = nested.init(params)
+        home = self._keys[0][0]
+        refs = _refs(nested, st, home)
+        owner = {name: p for name, p, _ in self._named()}
+        for ref, leaf in _pairs(refs, st):
+            self.state[owner[ref.name]].setdefault(ref.key, leaf)
+        self._nested, self._refs, self._tracked = nested, refs, list(params)
+
+    def _gather(self) -> State:
+        owner = {name: p for name, p, _ in self._named()}
+        return _map_refs(lambda ref: self.state[owner[ref.name]][ref.key].to(owner[ref.name].device), self._refs)
+
+    def _scatter(self, st: State) -> None:
+        owner = {name: p for name, p, _ in self._named()}
+        for ref, leaf in _pairs(self._refs, st):
+            self.state[owner[ref.name]][ref.key] = leaf
+
+    def _values(self) -> dict[str, dict[str, Any]]:
+        """By tensor: the numbers that its group holds now, as tensors where they are not learned."""
+        cache: dict[tuple[int, int, torch.device], dict[str, Any]] = {}
+        found = {}
+        for name, param, group in self._named():
+            optimizer = self._optimizers[name]
+            key = id(group), id(optimizer), param.device
+            if key not in cache:
+                numbers, learned = _unpack(group), optimizer.learned
+                cache[key] = {
+                    hyper: numbers[hyper] if hyper in learned else number(numbers[hyper], param.device) for hyper in optimizer.settings
+                }
+            found[name] = cache[key]
+        return found
+
+    def _switch_on(self) -> None:
+        """Where a schedule has made a zero hyper non-zero, create what state the rule then needs (a momentum buffer)."""
+        switched: dict[int, Optimizer] = {}
+        for name, _, group in self._named():
+            optimizer = self._optimizers[name]
+            if id(optimizer) not in switched:
+                numbers = _unpack(group)
+                on = {
+                    h: float(numbers[h])
+                    for h, s in optimizer.settings.items()
+                    if not isinstance(s, Learn) and s == 0 and _nonzero(numbers[h])
+                }
+                switched[id(optimizer)] = optimizer.replace(**on) if on else optimizer
+            self._optimizers[name] = switched[id(optimizer)]
+        if any(old != id(new) for old, new in switched.items()):
+            self._create_state()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step the learned hypers, then the parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = {name: p for name, p, _ in self._named() if p.grad is not None}
+        grads: dict[str, Tensor] = {}
+        for name, p in params.items():
+            assert p.grad is not None
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"the gradient of {name!r} is {p.grad.layout}; only dense gradients are supported: set sparse=False")
+            grads[name] = p.grad
+        self._switch_on()
+        new_to_us = [name for name in params if name not in self._tracked]
+        if new_to_us:
+            self._create_state(also=new_to_us)
+        new, st = self._nested.step({name: p.detach() for name, p in params.items()}, grads, self._gather(), self._values())
+        for name, p in params.items():
+            p.copy_(new[name])
+        self._scatter(st)
+        return loss
+
+    def hypers(self) -> dict[str, dict[str, Tensor]]:
+        """Effective value of every learned hyper, detached, on its device: nothing waits for the device until you read one.
+
+        Returns:
+            By hyper ("lr"; its learner's is "lr.lr", and so on): a value per model by group ("group 0"), others by tensor name.
+            Values of learners go by the key of what they learn ("model" where all tensors share it).
+        """
+        st = self._gather()
+        found = self._nested.hypers(st)
+        where = {name: index for index, names in enumerate(self._keys) for name in names}
+        for key, learned in self._nested.learned.items():
+            found[key] = {}
+            for name in self._tracked:
+                for hyper, used in self._nested.learned_of(name).items():
+                    if used is learned:
+                        raw = st["hypers"][key][learned.key_of(name)]
+                        label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
+                        found[key][label] = learned.value(raw, _unpack(self.param_groups[where[name]])[hyper]).detach()
+        return found
+
+    def rejected(self) -> dict[str, Tensor]:
+        """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped (shape ())."""
+        return dict(self._gather()["rejected"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, in the dtypes that it has; continuing is bitwise what not stopping would have been.
+
+        Raises:
+            ValueError: the state is not one of this optimizer with these parameters. Nothing has been changed then.
+        """
+        final: dict[str, Any] = {}
+
+        def capture(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._check_loadable(loaded)
+            final.update(loaded)
+
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for (_, p, _), index in zip(self._named(), _indices(final), strict=True):
+            if index in final["state"]:  # torch has rounded these to the parameter's dtype
+                self.state[p] = {key: leaf.detach().clone().to(p.device) for key, leaf in final["state"][index].items()}
+
+    def _check_loadable(self, loaded: dict[str, Any]) -> None:
+        if [len(g["params"]) for g in loaded["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
+            return  # torch says so itself
+        saved = [loaded["state"].get(index, {}) for index in _indices(loaded)]
+        frozen_here = [
+            name for (name, p, _), state in zip(self._named(), saved, strict=True) if state.keys() - self.state.get(p, {}).keys()
+        ]
+        self._create_state(also=frozen_here)
+        for (name, p, _), state in zip(self._named(), saved, strict=True):
+            own = self.state.get(p, {})
+            if state.keys() != own.keys():
+                odd = sorted(state.keys() ^ own.keys())
+                raise ValueError(
+                    f"state_dict does not fit {name!r}: {odd[0]!r} is only in {'it' if odd[0] in state else 'this optimizer'}; "
+                    "build the optimizer with the same arguments as the one that was saved"
+                )
+            for key, leaf in state.items():
+                if leaf.shape != own[key].shape:
+                    raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_choice", "_memory", "_keys", "_optimizers", "_tracked")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_optimizers" in state:  # a copy or an unpickled one; torch also calls this to load a state_dict
+            self._create_state()
+
+
+def _pack(hypers: Mapping[str, Any]) -> Group:
+    """Numbers as a group holds them: beta1, beta2, ... become the tuple `betas`, which torch's schedulers know."""
+    betas = sorted(name for name in hypers if name.startswith("beta") and name[4:].isdigit())
+    group = {name: value for name, value in hypers.items() if name not in betas}
+    return {**group, "betas": tuple(hypers[name] for name in betas)} if betas else group
+
+
+def _unpack(group: Mapping[str, Any]) -> dict[str, Any]:
+    betas = {f"beta{i}": value for i, value in enumerate(group.get("betas", ()), start=1)}
+    return {**{key: value for key, value in group.items() if key != "betas"}, **betas}
+
+
+def _with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimizer:
+    """Values of a group: a number replaces a number or a `learn`, but scales what is learned."""
+    found: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if name not in optimizer.settings:
+            continue
+        if isinstance(optimizer.settings[name], Learn) and not isinstance(value, Learn):
+            optimizer.rule.hypers[name].check(f"{optimizer.rule.name}: {name}", value)
+        else:
+            found[name] = value
+    return optimizer.replace(**found) if found else optimizer
+
+
+def _refs(nested: Learner, st: State, home: str) -> State:
+    """Tree of `st`'s structure that says where each leaf is kept: with its tensor, or, if several share it, with tensor `home`."""
+
+    def under(name: str, tree: State, key: str) -> State:
+        return {k: under(name, v, f"{key}.{k}") if isinstance(v, dict) else _Ref(name, f"{key}.{k}") for k, v in tree.items()}
+
+    def walk(nested: Learner, st: State, owner: Callable[[str], str], prefix: str) -> State:
+        def owners(key: str) -> Callable[[str], str]:
+            return (lambda _: home) if nested.learned[key].learn.per == "model" else owner
+
+        return {
+            **{part: {name: under(owner(name), tree, f"{prefix}{part}") for name, tree in st[part].items()} for part in ("rule", "memory")},
+            "hypers": {k: {name: _Ref(owners(k)(name), f"{prefix}hypers.{k}") for name in raws} for k, raws in st["hypers"].items()},
+            "learners": {
+                k: walk(nested.learned[k].learner, inner, owners(k), f"{prefix}learners.{k}.") for k, inner in st["learners"].items()
+            },
+            "rejected": {k: _Ref(home, f"{prefix}rejected.{k}") for k in st["rejected"]},
+        }
+
+    return walk(nested, st, lambda name: name, "")
+
+
+def _pairs(refs: State, tree: State) -> Iterator[tuple[_Ref, Tensor]]:
+    for key, ref in refs.items():
+        if isinstance(ref, dict):
+            yield from _pairs(ref, tree[key])
+        else:
+            yield ref, tree[key]
+
+
+def _map_refs(function: Callable[[_Ref], Tensor], tree: State) -> State:
+    return {key: _map_refs(function, leaf) if isinstance(leaf, dict) else function(leaf) for key, leaf in tree.items()}
+
+
+def _indices(state_dict: Mapping[str, Any]) -> list[Any]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]
+
+
+def _nonzero(value: Any) -> bool:
+    return not isinstance(value, Tensor) and value != 0

@@ -1,0 +1,269 @@
+"""Rules: what one update does to one tensor; optimizers: a rule with values for its hyper-parameters, some of them learned.
+
+A rule is pure mathematics: `init(param) -> state` and `update(param, grad, state, hypers) -> (param, state)`. Its hyper-parameters
+are declared with their domains, never guessed from the types of values. An `Optimizer` is data: it says which rule, with which
+values; `Nested` runs it.
+"""
+
+import functools
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from hyperopt_nested import registry
+from hyperopt_nested.hyper import Bijection, Hyper
+from hyperopt_nested.ops import State
+
+Coupling = Literal["element", "row", "tensor"]
+"""The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""
+
+Per = Literal["model", "tensor", "row", "element"]
+"""How many values a learned hyper has: one for all tensors, one a tensor, one a row (a tensor with fewer than two dimensions is
+one row), or one an element."""
+
+Bound = float | Callable[[State], Tensor]
+"""A bound of a learned value: a number, or a function from the rule's new state to a tensor that broadcasts against the value."""
+
+
+class Rule(ABC):
+    """One update of one tensor. Users make rules with `rule`; combinators derive from this class.
+
+    Attributes:
+        name: the rule's name.
+        hypers: its hyper-parameters, by name.
+        coupling: the finest part of a tensor that the update treats on its own.
+    """
+
+    name: str
+    hypers: Mapping[str, Hyper]
+    coupling: Coupling
+
+    @abstractmethod
+    def init(self, param: Tensor, settings: "Mapping[str, float | Learn]") -> State:
+        """State before the first update of `param`; `settings` are the declared values of the hypers."""
+
+    @abstractmethod
+    def update(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """New parameter and state. Pure: inputs stay untouched, and the state keeps its structure.
+
+        Args:
+            param: any shape, in `state_dtype(param)`.
+            grad: as `param`.
+            state: as `init` or the last update made it.
+            hypers: the value of each hyper, a tensor that broadcasts against `param`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Learn:
+    """A hyper-parameter that is learned; made by `learn`, which documents the fields."""
+
+    value: float
+    by: "Optimizer"
+    per: Per = "model"
+    grad: Callable[[Tensor], Tensor] | None = None
+    bounds: tuple[Bound, Bound] = (-math.inf, math.inf)
+    via: Bijection | Literal["projection"] | None = None
+
+    def __repr__(self) -> str:
+        per = "" if self.per == "model" else f", per={self.per!r}"
+        return f"learn({self.value!r}, by={self.by!r}{per})"
+
+
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """A rule with a value, or a `Learn`, for each of its hyper-parameters. Made by calling a rule.
+
+    Attributes:
+        rule: the rule.
+        settings: the value or `Learn` of each hyper, by name.
+        maximize: whether gradients are ascended.
+
+    Raises:
+        TypeError: a setting is no number and no `Learn`, or the rule has no hyper of that name.
+        ValueError: a value is outside its domain.
+    """
+
+    rule: Rule
+    settings: "Mapping[str, float | Learn]"
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        for name, setting in self.settings.items():
+            if name not in self.rule.hypers:
+                raise TypeError(f"{self.rule.name} has no hyper {name!r}; it has {', '.join(self.rule.hypers) or 'none'}")
+            value = setting.value if isinstance(setting, Learn) else setting
+            self.rule.hypers[name].check(f"{self.rule.name}: {name}", value, self.via(name))
+
+    def __repr__(self) -> str:
+        return f"{self.rule.name}({', '.join(f'{name}={setting!r}' for name, setting in self.settings.items())})"
+
+    @property
+    def learned(self) -> dict[str, Learn]:
+        """The learned hypers, by name."""
+        return {name: setting for name, setting in self.settings.items() if isinstance(setting, Learn)}
+
+    @property
+    def declared(self) -> dict[str, float]:
+        """The declared value of each hyper: of a learned one, its start."""
+        return {name: setting.value if isinstance(setting, Learn) else setting for name, setting in self.settings.items()}
+
+    def via(self, name: str) -> Bijection | None:
+        """The bijection in whose coordinates the hyper `name` is learned; None if it is kept in its domain by projection."""
+        setting = self.settings[name]
+        via = setting.via if isinstance(setting, Learn) and setting.via is not None else self.rule.hypers[name].via
+        if not isinstance(setting, Learn) or via == "projection":
+            return None
+        return via
+
+    def replace(self, **settings: "float | Learn") -> "Optimizer":
+        """The same optimizer with other settings."""
+        return Optimizer(self.rule, {**self.settings, **settings}, self.maximize)
+
+
+def learn(
+    value: float,
+    *,
+    by: Optimizer,
+    per: Per = "model",
+    grad: Callable[[Tensor], Tensor] | None = None,
+    bounds: tuple[Bound, Bound] = (-math.inf, math.inf),
+    via: Bijection | Literal["projection"] | None = None,
+) -> Learn:
+    """Mark a hyper-parameter as learned, in the place of its value.
+
+    Wherever one and the same `learn(...)` object is used (several tensors, several parameter groups), one hyper is learned.
+
+    Args:
+        value: the start value, in the hyper's domain.
+        by: the optimizer that learns it; its own hypers may be learned too (a tower).
+        per: one value per "model", "tensor", "row" (index of dim 0) or "element".
+        grad: a transform of the hypergradient before the learner sees it, tensor to tensor of the same shape.
+        bounds: further bounds of the value, `(low, high)`. Numbers apply whenever it was learned; a function from the rule's new
+            state to a bound applies after every update.
+        via: the bijection in whose coordinates it is learned, "projection" for none; by default what the rule declares.
+
+    Raises:
+        TypeError: `by` is not an optimizer of this library.
+        ValueError: `per` is unknown, or fixed `bounds` are out of order.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
+        sgd(lr=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)), momentum=0.0, dampening=0.0, weight_decay=0.0)
+    """
+    if not isinstance(by, Optimizer):
+        raise TypeError(f"by={by!r} ({type(by).__name__}) must be an optimizer of this library, such as hn.sgd(lr=1e-5)")
+    if per not in ("model", "tensor", "row", "element"):
+        raise ValueError(f"per={per!r} must be 'model', 'tensor', 'row' or 'element'")
+    low, high = bounds
+    if not callable(low) and not callable(high) and not low <= high:
+        raise ValueError(f"bounds={bounds!r} are out of order: give (low, high) with low <= high")
+    return Learn(value, by, per, grad, bounds, via)
+
+
+@dataclass(eq=False)
+class FunctionRule(Rule):
+    """A rule made from a function by `rule`. Call it with hypers and options to get an `Optimizer`."""
+
+    name: str
+    function: Callable[..., tuple[Tensor, State]]
+    initial: Callable[..., State] | None
+    hypers: Mapping[str, Hyper]
+    coupling: Coupling
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keywords = _keywords(self.function)
+        self._update_options = {name: value for name, value in self.options.items() if name in keywords}
+
+    def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
+        if self.initial is None:
+            return {}
+        known = {**settings, **self.options}
+        return self.initial(param, **{name: known[name] for name in _keywords(self.initial)})
+
+    def update(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        return self.function(param, grad, state, **hypers, **self._update_options)
+
+    def __call__(self, *, maximize: bool = False, **settings: Any) -> Optimizer:
+        """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults."""
+        options = {name: settings.pop(name, value) for name, value in self.options.items()}
+        unknown = [name for name in settings if name not in self.hypers]
+        if unknown:
+            raise TypeError(f"{self.name} has no argument {unknown[0]!r}; it has {', '.join([*self.hypers, *options, 'maximize'])}")
+        values = {name: settings.get(name, hyper.default) for name, hyper in self.hypers.items()}
+        rule = FunctionRule(self.name, self.function, self.initial, self.hypers, self.coupling, options)
+        return Optimizer(rule, values, maximize)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.name, dict(self.options))
+
+
+def _restore(name: str, options: dict[str, Any]) -> Rule:
+    return cast(FunctionRule, registry.get(name))(**options).rule
+
+
+def rule(
+    init: Callable[..., State] | None = None, /, *, coupling: Coupling = "tensor", **hypers: Hyper
+) -> Callable[[Callable[..., tuple[Tensor, State]]], FunctionRule]:
+    """Make a rule of a function, and register it under the function's name.
+
+    The function is `update(param, grad, state, *, <hypers>, <options>) -> (param, state)`: pure, in torch operations. Its
+    keyword-only parameters are the declared hypers, which arrive as tensors, and options, which have defaults, are fixed when the
+    optimizer is made, and are never learned.
+
+    Args:
+        init: `init(param, *, ...) -> state`. Its keyword-only parameters are hypers (it gets the declared value, or `Learn`) and
+            options, the function's or further ones. None: a rule without state. See also `zeros`.
+        coupling: the finest part of a tensor that the update treats on its own. "tensor" is always right; "element" or "row",
+            where true, lets hypers of that granularity be learned with less memory.
+        **hypers: the hyper-parameters, by name: `lr=Positive(1e-4)`.
+
+    Raises:
+        TypeError: declared hypers and the function's parameters do not match.
+        ValueError: another rule has that name.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> @hn.rule(hn.zeros("average"), coupling="element", lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9))
+        ... def averaged(param, grad, state, *, lr, beta):
+        ...     average = beta * state["average"] + (1 - beta) * grad
+        ...     return param - lr * average, {"average": average}
+        >>> averaged(lr=0.1)
+        averaged(lr=0.1, beta=0.9)
+    """
+
+    def decorate(function: Callable[..., tuple[Tensor, State]]) -> FunctionRule:
+        name, keywords = function.__name__, _keywords(function)
+        missing = [h for h in hypers if h not in keywords]
+        if missing:
+            raise TypeError(f"{name}: hyper {missing[0]!r} is declared but is no keyword-only parameter of the function; add it after `*`")
+        options = {key: default for key, default in {**_keywords(init), **keywords}.items() if key not in hypers}
+        undeclared = [key for key, default in options.items() if default is inspect.Parameter.empty]
+        if undeclared:
+            raise TypeError(
+                f"{name}: parameter {undeclared[0]!r} is neither declared as a hyper nor an option with a default; "
+                f"declare its domain, e.g. {undeclared[0]}=hn.Positive(1e-3)"
+            )
+        made = FunctionRule(name, function, init, dict(hypers), coupling, options)
+        functools.update_wrapper(made, function)
+        return registry.register(name, made)
+
+    return decorate
+
+
+def _keywords(function: Callable[..., Any] | None) -> dict[str, Any]:
+    """Keyword-only parameters of a function, with their defaults."""
+    parameters = inspect.signature(function).parameters.values() if function else ()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def is_on(setting: float | Learn) -> bool:
+    """Whether a hyper that switches a part of a rule on takes effect: it is learned, or not zero."""
+    return isinstance(setting, Learn) or setting != 0
