@@ -1,0 +1,121 @@
+"""The published programs' recorded trajectories, reproduced by the drop-in optimizers and by the pure engine."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import EXACT, relative_error
+
+import hyperopt_nested as hn
+from ftp import SGDP, AdamP, ftp_rule
+
+GOLDEN = Path(__file__).parent / "golden"
+FTP = sorted(path.stem for path in GOLDEN.glob("ftp_*.npz"))
+SHARED = ("amsgrad", "weight_decay", "momentum", "nesterov")
+
+
+def load(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return json.loads(str(file["config"])), {key: torch.tensor(file[key]) for key in file if key != "config"}
+
+
+def grads_at(data: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+    prefix = f"grad/{step}/"
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+
+def starts(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("init/"): value for key, value in data.items() if key.startswith("init/")}
+
+
+def drop_in(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """Parameters and radii after each step of AdamP or SGDP."""
+    params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
+    items = list(params.items())
+    groups = [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
+    settings = {key: config[key] for key in (*SHARED, "lr", "k") if key in config}
+    opt = {"adamp": AdamP, "sgdp": SGDP}[config["optimizer"]](groups, exclude=config["exclude"], **settings)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
+    for step in range(1, config["steps"] + 1):
+        grads = grads_at(data, step)
+        for name, param in params.items():
+            param.grad = grads.get(name)
+        opt.step()
+        scheduler.step()
+        yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
+
+
+def pure(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """Parameters and radii after each step of the engine's own expression of FTP."""
+    settings = {"weight_decay": 0.0, **{key: config[key] for key in (*SHARED, "lr") if key in config}}
+    base = {"adamp": hn.adamw, "sgdp": hn.sgd}[config["optimizer"]](**settings)
+    projected = ftp_rule(base, config.get("k", 1.0))
+    params = starts(data)
+    nested = hn.Nested({name: base if name in config["exclude"] else projected for name in params})
+    st, lr = nested.init(params), config["lr"]
+    for step in range(1, config["steps"] + 1):
+        params, st = nested.step(params, grads_at(data, step), st, {name: {"lr": lr} for name in params})
+        lr *= config["lr_schedule"] or 1.0
+        yield params, [nested.hypers(st)["radius"][name] for name in config["constrained"]]
+
+
+@pytest.mark.parametrize("run", [drop_in, pure])
+@pytest.mark.parametrize("case", FTP)
+def test_ftp(case: str, run: Any) -> None:
+    config, data = load(case)
+    tolerance = 1e-4 if config["dtype"] == "float32" else EXACT
+    for step, (params, radii) in enumerate(run(config, data), start=1):
+        for name, param in params.items():
+            assert relative_error(param, data[f"param/{step}/{name}"]) < tolerance, (step, name)
+        assert relative_error(torch.stack(radii), data[f"gamma/{step}"].double()) < tolerance, step
+    assert step == config["steps"]
+
+
+def test_all_cases_of_ftp_are_there() -> None:
+    assert len(FTP) == 8
+
+
+@hn.rule(hn.zeros("second"), coupling="element", lr=hn.NonNegative(1e-2, via="square"), decay=hn.UnitInterval(0.99), eps=hn.Positive(1e-8))
+def rmsprop_eps_inside(param: Any, grad: Any, state: Any, *, lr: Any, decay: Any, eps: Any) -> Any:
+    """RMSProp as in the published towers: eps inside the root, the root of lr is learned."""
+    second = decay * state["second"] + (1 - decay) * grad * grad
+    return param - lr * grad / torch.sqrt(second + eps), {"second": second}
+
+
+def learned(value: float, by: float | hn.Learn, **how: Any) -> hn.Learn:
+    return hn.learn(value, by=hn.sgd(lr=by), **how)
+
+
+def adam(**settings: Any) -> hn.Optimizer:
+    return hn.adam(initial_second_moment=1e-8, lr=learned(1e-2, 1e-4), **settings)
+
+
+TOWERS = {
+    "tower_sgd_sgd": hn.sgd(lr=learned(2e-2, 1e-4)),
+    "tower_sgd_sgd_sgd": hn.sgd(lr=learned(2e-2, learned(1e-4, 1e-7))),
+    "tower_sgd_momentum_sgd": hn.sgd(lr=learned(2e-2, 1e-4), momentum=learned(0.5, 1e-4)),
+    "tower_adam_alpha_sgd": adam(),
+    "tower_adam_sgd": adam(beta1=learned(0.9, 1e-4, via="tanh"), beta2=learned(0.999, 1e-4, via="tanh")),
+    "tower_rmsprop_alpha_sgd": rmsprop_eps_inside(lr=learned(1e-2, 1e-4)),
+}
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tower_*.npz")))
+def test_tower(case: str) -> None:
+    config, data = load(case)
+    nested = hn.Nested(TOWERS[case])
+    params = {name: data[f"x0/{name}"] for name in ("u", "v")}
+    st = nested.init(params)
+    compared = 0
+    for step in range(1, config["steps"] + 1):
+        params, st = nested.step(params, {name: data[f"A/{name}"] @ x - data[f"b/{name}"] for name, x in params.items()}, st)
+        for name, x in params.items():
+            assert relative_error(x, data[f"x/{step}/{name}"]) < EXACT
+        for path, values in nested.hypers(st).items():
+            assert relative_error(values["model"], data[f"hyper/{path}/{step}"]) < EXACT
+            compared += 1
+    assert compared >= config["steps"]
