@@ -203,8 +203,7 @@ class Nested:
         new, new_state, sensitivity = remember_forward(apply, raws, forward)
         memory: State = {"sensitivity": sensitivity}
         if reverse:
-            used = {hyper: number(values.get(hyper, value), param.device) for hyper, value in self.optimizer_of(name).declared.items()}
-            memory["inputs"] = {"param": param.clone(), "grad": grad.clone(), "state": state, "raws": raws, "values": used}
+            memory |= self._inputs(name, param, grad, state, raws, values)
             memory["taken"] = torch.ones((), device=param.device)
         return new.to(param.dtype), map_tree(lambda leaf, old: leaf.to(old.dtype), new_state, state), memory
 
@@ -213,11 +212,16 @@ class Nested:
         forward, reverse = self._split(name)
         memory: State = {"sensitivity": {hyper: torch.zeros_like(param, dtype=state_dtype(param)) for hyper in forward}}
         if reverse:
-            used = {hyper: number(value, param.device) for hyper, value in self.optimizer_of(name).declared.items()}
-            raws = self._raws(name, hypers)
-            memory["inputs"] = {"param": param.clone(), "grad": torch.zeros_like(param), "state": state, "raws": raws, "values": used}
+            memory |= self._inputs(name, param, torch.zeros_like(param), state, self._raws(name, hypers), {})
             memory["taken"] = torch.zeros((), device=param.device)
         return memory
+
+    def _inputs(
+        self, name: str, param: Tensor, grad: Tensor, state: State, raws: Raws, values: Mapping[str, float | Tensor]
+    ) -> dict[str, State]:
+        """Inputs of an update: copies, for the caller may overwrite tensors, and torch.compile tells shared ones from others."""
+        values = {hyper: number(values.get(hyper, value), param.device) for hyper, value in self.optimizer_of(name).declared.items()}
+        return {"inputs": map_tree(torch.clone, {"param": param, "grad": grad, "state": state, "raws": raws, "values": values})}
 
     def _split(self, name: str) -> tuple[list[str], list[str]]:
         """Names of the learned hypers that are remembered forward, and of those in reverse."""

@@ -50,7 +50,13 @@ def test_every_hyper_at_every_granularity(rule: str, hyper: str, per: Any, seed:
     assert max(found.values()) < DIFFERENCES, found
 
 
-VIA = [("sgd", "lr", "log"), ("sgd", "lr", "softplus"), ("adamw", "weight_decay", "square"), ("adam", "beta1", "logit"), ("adam", "beta2", "tanh")]
+VIA = [
+    ("sgd", "lr", "log"),
+    ("sgd", "lr", "softplus"),
+    ("adamw", "weight_decay", "square"),
+    ("adam", "beta1", "logit"),
+    ("adam", "beta2", "tanh"),
+]
 
 
 @pytest.mark.parametrize(("rule", "hyper", "via"), VIA)

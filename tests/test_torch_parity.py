@@ -21,7 +21,14 @@ def sgd_settings(draw: Any) -> dict[str, Any]:
     momentum = draw(st.one_of(st.just(0.0), st.floats(0.1, 1.0)))
     nesterov = draw(flags) and momentum > 0
     dampening = 0.0 if nesterov else draw(st.one_of(st.just(0.0), st.floats(-1.0, 1.0)))
-    return {"lr": draw(rates), "momentum": momentum, "dampening": dampening, "weight_decay": draw(decay), "nesterov": nesterov, "maximize": draw(flags)}
+    return {
+        "lr": draw(rates),
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": draw(decay),
+        "nesterov": nesterov,
+        "maximize": draw(flags),
+    }
 
 
 adam_settings = st.fixed_dictionaries(

@@ -1,0 +1,204 @@
+"""The pure engine: transforms, purity, missing and non-finite gradients, sharing, schedules."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import EXACT, gradients, problem, relative_error, run
+
+import hyperopt_nested as hn
+from ftp import ftp_rule
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: leaf for key, branch in tree.items() for path, leaf in leaves(branch, f"{prefix}/{key}").items()}
+
+
+def tower() -> hn.Optimizer:
+    """Two learned hypers, one of them by a tower."""
+    rate = hn.learn(1e-2, by=hn.sgd(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+    return hn.adamw(lr=rate, weight_decay=hn.learn(0.1, by=hn.adam(lr=1e-3), per="tensor"))
+
+
+OPTIMIZERS = {
+    "tower": tower,
+    "ftp": lambda: ftp_rule(hn.sgd(lr=0.1, momentum=0.9)),
+    "reverse": lambda: hn.project(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3), per="element")), onto=hn.mars, radius=0.2),
+}
+
+
+@pytest.mark.parametrize("name", ["tower", "reverse"])
+def test_vmap_over_64_learning_rates_is_the_loop(name: str) -> None:
+    nested = hn.Nested(OPTIMIZERS[name]())
+    params, loss = problem(1)
+
+    def trained(rate: torch.Tensor) -> tuple[Any, Any]:
+        return run(nested, params, loss, 4, nested.init(params, {"lr": rate}))
+
+    rates = torch.logspace(-4, -1, 64)
+    batched = leaves(torch.func.vmap(trained)(rates)[0]), leaves(torch.func.vmap(trained)(rates)[1])
+    for i, rate in enumerate(rates):
+        for found, expected in zip(batched, map(leaves, trained(rate)), strict=True):
+            assert found.keys() == expected.keys()
+            for path, leaf in expected.items():
+                value = found[path] if found[path].ndim == leaf.ndim else found[path][i]
+                assert relative_error(value, leaf) < EXACT, path
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_compiled_is_eager_and_compiles_once(name: str) -> None:
+    torch._dynamo.reset()
+    nested = hn.Nested(OPTIMIZERS[name]())
+    params, loss = problem(1, {"bias": (3,), "weight": (3, 2)})
+    eager = compiled = (params, nested.init(params))
+    step = torch.compile(nested.step, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(4):
+            values = {key: {"lr": torch.tensor(0.1 / (i + 1))} for key in params}
+            eager = nested.step(eager[0], gradients(loss, eager[0]), eager[1], values)
+            compiled = step(compiled[0], gradients(loss, compiled[0]), compiled[1], values)
+            for found, expected in zip(map(leaves, compiled), map(leaves, eager), strict=True):
+                assert found.keys() == expected.keys()
+                assert max(relative_error(found[path], leaf) for path, leaf in expected.items()) < 1e-11
+
+
+def test_the_whole_program_can_be_differentiated() -> None:
+    """The derivative of a final loss with respect to the start of a learned learning rate, through steps that learn it."""
+    nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-2)), momentum=0.5))
+    params, loss = problem(4)
+
+    def final(rate: torch.Tensor) -> torch.Tensor:
+        return loss(run(nested, params, loss, 3, nested.init(params, {"lr": rate}))[0])
+
+    h, rate = 1e-4, torch.tensor(0.1)
+    expected = (final(rate + h) - final(rate - h)) / (2 * h)
+    assert relative_error(torch.func.grad(final)(rate), expected) < 1e-6
+    _, forward = torch.func.jvp(final, (rate,), (torch.ones(()),))
+    assert relative_error(forward, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_is_pure_and_keeps_the_structure(name: str) -> None:
+    nested = hn.Nested(OPTIMIZERS[name]())
+    params, loss = problem(2)
+    _, state = run(nested, params, loss, 2)
+    grads = gradients(loss, params)
+    before = {path: leaf.clone() for path, leaf in leaves([params, grads, state][2]).items()}
+    kept = {key: value.clone() for key, value in params.items()}
+    new, after = nested.step(params, grads, state)
+    assert all(torch.equal(leaf, before[path]) for path, leaf in leaves(state).items())
+    assert all(torch.equal(params[key], kept[key]) for key in params)
+    assert {p: (x.shape, x.dtype) for p, x in leaves(after).items()} == {
+        p: (x.shape, x.dtype) for p, x in leaves(nested.init(params)).items()
+    }
+    assert all(new[key].data_ptr() != params[key].data_ptr() for key in params if params[key].numel())
+
+
+def test_a_tensor_without_gradient_is_left_alone_and_so_is_its_hyper() -> None:
+    nested = hn.Nested(ftp_rule(hn.adamw(lr=0.1)))
+    params, loss = problem(3, {"a": (3, 2), "b": (3, 2)})
+    params, state = run(nested, params, loss, 3)
+    new, after = nested.step(params, {"a": gradients(loss, params)["a"]}, state)
+    assert torch.equal(new["b"], params["b"])
+    for part in ("rule", "memory"):
+        assert all(torch.equal(leaf, leaves(state[part]["b"])[path]) for path, leaf in leaves(after[part]["b"]).items())
+    assert torch.equal(after["hypers"]["radius"]["b"], state["hypers"]["radius"]["b"])
+    assert not torch.equal(after["hypers"]["radius"]["a"], state["hypers"]["radius"]["a"])
+    alone, _ = hn.Nested(ftp_rule(hn.adamw(lr=0.1))), None
+    only_a = {"a": params["a"]}
+    assert torch.equal(alone.step(only_a, {"a": gradients(loss, params)["a"]}, pick(state, "a"))[0]["a"], new["a"])
+
+
+def pick(state: Any, name: str) -> Any:
+    """The part of an FTP state that belongs to one tensor."""
+    inner = state["learners"]["radius"]
+    learner = {**inner, "rule": {name: inner["rule"][name]}, "memory": {name: inner["memory"][name]}}
+    return {
+        **state,
+        "rule": {name: state["rule"][name]},
+        "memory": {name: state["memory"][name]},
+        "hypers": {"radius": {name: state["hypers"]["radius"][name]}},
+        "learners": {"radius": learner},
+    }
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("per", ["model", "element"])
+def test_a_hypergradient_that_is_not_finite_is_skipped_and_counted(per: Any, bad: float) -> None:
+    nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.adam(lr=1e-2), per=per)))
+    params = {"w": torch.ones(3)}
+    good = {"w": torch.ones(3)}
+    _, state = nested.step(params, good, nested.init(params))
+    _, state = nested.step(params, good, state)
+    _, after = nested.step(params, {"w": torch.tensor([1.0, bad, 1.0])}, state)
+    key = "model" if per == "model" else "w"
+    old, new = state["hypers"]["lr"][key], after["hypers"]["lr"][key]
+    assert float(after["rejected"]["lr"]) == 1
+    assert bool(torch.isfinite(new).all())
+    moments = after["learners"]["lr"]["rule"][key]
+    if per == "model":
+        assert torch.equal(new, old)
+        assert all(torch.equal(moments[part], state["learners"]["lr"]["rule"][key][part]) for part in moments)
+    else:
+        assert (new != old).tolist() == [True, False, True]
+        assert bool(torch.isfinite(moments["exp_avg"]).all())
+    _, later = nested.step(params, good, nested.step(params, good, after)[1])
+    assert bool((later["hypers"]["lr"][key] != new).all())
+
+
+def test_one_learn_is_one_hyper_and_two_are_two() -> None:
+    shared, own = hn.learn(0.1, by=hn.sgd(lr=0.01)), hn.learn(0.1, by=hn.sgd(lr=0.01))
+    nested = hn.Nested({"a": hn.sgd(lr=shared), "b": hn.sgd(lr=shared, momentum=0.9), "c": hn.adam(lr=own)})
+    params = {name: torch.ones(2) for name in "abc"}
+    state = nested.init(params)
+    assert {key: list(values) for key, values in nested.hypers(state).items()} == {"lr": ["model"], "lr#2": ["model"]}
+    grads = {name: torch.ones(2) for name in "abc"}
+    for _ in range(2):
+        params, state = nested.step(params, grads, state)
+    assert float(nested.hypers(state)["lr"]["model"]) == pytest.approx(0.1 + 0.01 * 4)
+
+
+def test_a_schedule_scales_what_is_learned_and_replaces_what_is_not() -> None:
+    nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.0)), weight_decay=0.5))
+    params = {"w": torch.tensor([2.0])}
+    new, _ = nested.step(params, {"w": torch.tensor([1.0])}, nested.init(params, {"lr": 0.3}), {"w": {"lr": 0.05, "weight_decay": 0.25}})
+    assert float(new["w"]) == pytest.approx(2.0 - 0.3 * 0.5 * (1 + 0.25 * 2))
+    zero = hn.Nested(hn.sgd(lr=hn.learn(0.0, by=hn.sgd(lr=0.1))))
+    with pytest.raises(ValueError, match=r"lr was declared as learn\(0.0, ...\), which can not be scaled"):
+        zero.step(params, params, zero.init(params), {"w": {"lr": 0.5}})
+
+
+def test_maximize_ascends_at_every_height() -> None:
+    params, loss = problem(5)
+    for up, sign in ((True, -1), (False, 1)):
+        nested = hn.Nested(hn.adam(lr=hn.learn(0.1, by=hn.sgd(lr=0.01)), maximize=up))
+        new, state = run(nested, params, lambda p, sign=sign: sign * loss(p), 3)  # type: ignore[misc]
+        if up:
+            kept = new, state
+    assert all(torch.equal(kept[0][name], new[name]) for name in new)
+    assert torch.equal(kept[1]["hypers"]["lr"]["model"], state["hypers"]["lr"]["model"])
+
+
+def test_granularities_have_the_shapes_they_promise() -> None:
+    params = {"scalar": torch.ones(()), "bias": torch.ones(3), "weight": torch.ones(3, 2), "kernel": torch.ones(4, 3, 2, 2)}
+    shapes = {
+        "tensor": {"scalar": (), "bias": (), "weight": (), "kernel": ()},
+        "row": {"scalar": (), "bias": (1,), "weight": (3, 1), "kernel": (4, 1, 1, 1)},
+        "element": {name: tuple(p.shape) for name, p in params.items()},
+    }
+    for per, expected in shapes.items():
+        nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(), per=per)))  # type: ignore[arg-type]
+        assert {key: tuple(v.shape) for key, v in nested.hypers(nested.init(params))["lr"].items()} == expected
+
+
+def test_bad_calls_are_named() -> None:
+    nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.sgd())))
+    with pytest.raises(ValueError, match="start names 'momentum', which is not learned; learned are: lr"):
+        nested.init({"w": torch.ones(1)}, {"momentum": 0.5})
+    with pytest.raises(TypeError, match=r"params\['w'\] has dtype torch.int64"):
+        nested.init({"w": torch.ones(1, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="memory='backward' must be one of"):
+        hn.Nested(hn.sgd(), memory="backward")  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Rules, the registry and combinators: what they accept, and what they say otherwise."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import hyperopt_nested as hn
+from ftp import ftp_rule
+
+
+def test_the_registry_lists_and_finds() -> None:
+    assert {"sgd", "adam", "adamw", "ftp"} <= set(hn.names())
+    assert hn.get("sgd") is hn.sgd
+    assert hn.get("ftp") is ftp_rule
+    with pytest.raises(KeyError, match="did you mean adam"):
+        hn.get("adamm")
+
+
+def test_a_duplicate_is_refused_but_the_same_definition_may_run_again() -> None:
+    def define() -> hn.FunctionRule:
+        @hn.rule(lr=hn.Positive(0.1))
+        def defined_twice(param: Any, grad: Any, state: Any, *, lr: Any) -> Any:
+            return param - lr * grad, state
+
+        return defined_twice
+
+    define()
+    again = define()
+    assert hn.get("defined_twice") is again
+    with pytest.raises(ValueError, match="name='defined_twice' is registered already"):
+        hn.register("defined_twice", hn.sgd)
+
+
+def test_hypers_are_declared_never_inferred() -> None:
+    def update(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+        return param - lr * beta * grad, state
+
+    with pytest.raises(TypeError, match="'beta' is neither declared as a hyper nor an option"):
+        hn.rule(lr=hn.Positive(0.1))(update)
+    with pytest.raises(TypeError, match="hyper 'eps' is declared but is no keyword-only parameter"):
+        hn.rule(lr=hn.Positive(0.1), beta=hn.Real(1.0), eps=hn.Real(0.0))(update)
+    with pytest.raises(TypeError, match=r"optimizer=.adam. .str. must be an optimizer of this library"):
+        hn.HyperOptimizer([torch.ones(2, requires_grad=True)], "adam")  # type: ignore[arg-type]
+
+
+def test_calls_are_checked() -> None:
+    with pytest.raises(TypeError, match="sgd has no argument 'learning_rate'; it has lr, momentum"):
+        hn.sgd(learning_rate=0.1)
+    with pytest.raises(TypeError, match="adam has no hyper 'radius'"):
+        hn.adam().replace(radius=1.0)
+    with pytest.raises(ValueError, match="nesterov=True needs momentum"):
+        hn.Nested(hn.sgd(nesterov=True)).init({"w": torch.ones(1)})
+    with pytest.raises(ValueError, match="initial_second_moment=-1"):
+        hn.Nested(hn.adam(initial_second_moment=-1)).init({"w": torch.ones(1)})
+
+
+def test_project_is_checked() -> None:
+    with pytest.raises(ValueError, match="has a hyper named 'radius' already"):
+        hn.project(hn.project(hn.sgd(), onto=hn.mars, radius=1.0), onto=hn.linf, radius=1.0)
+    with pytest.raises(ValueError, match="saturation='soft' must be one of"):
+        hn.project(hn.sgd(), onto=hn.mars, radius=1.0, saturation="soft")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be an optimizer of this library"):
+        hn.project(hn.sgd, onto=hn.mars, radius=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"radius=-1\.0 is outside"):
+        hn.project(hn.sgd(), onto=hn.mars, radius=-1.0)
+
+
+def test_a_learned_hyper_that_is_not_used_is_an_error_that_names_it() -> None:
+    learn = hn.learn(0.5, by=hn.sgd())
+    for optimizer, words in [
+        (hn.sgd(dampening=learn), "dampening is learned, but sgd does not use it in the update of 'w'"),
+        (hn.Optimizer(unused, {"lr": 0.1, "beta": learn}), "beta is learned, but unused does not use it"),
+        (detached(lr=learn), "lr is learned, but detached does not use it"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            hn.Nested(optimizer).init({"w": torch.ones(2)})
+
+
+@hn.rule(lr=hn.Positive(0.1), beta=hn.UnitInterval(0.5))
+def unused(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    return param - lr * grad, state
+
+
+@hn.rule(lr=hn.Positive(0.1))
+def detached(param: Any, grad: Any, state: Any, *, lr: Any) -> Any:
+    return param - lr.detach() * grad, state
+
+
+def test_optimizers_can_be_pickled_and_copied() -> None:
+    optimizer = ftp_rule(hn.adam(lr=hn.learn(0.1, by=hn.sgd()), amsgrad=True), 0.5)
+    for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert repr(other) == repr(optimizer)
+        assert "max_exp_avg_sq" in other.rule.init(torch.ones(2), other.settings)["base"]
+
+
+def test_rules_say_what_they_are() -> None:
+    assert repr(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.5), per="row"))).startswith("sgd(lr=learn(0.1, by=sgd(lr=0.5")
+    assert str(hn.sgd.hypers["lr"]) == "NonNegative [0, inf)"
+    assert hn.sgd.__doc__ is not None
+    assert "torch.optim.SGD" in hn.sgd.__doc__
