@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperopt_nested.learned import LearnedHyper, number
 from hyperopt_nested.ops import State, map_tree, state_dtype
 from hyperopt_nested.rule import Coupling, Learn, Optimizer
-from hyperopt_nested.sensitivity import Apply, Raws, pull_forward, pull_reverse, remember_forward, unused
+from hyperopt_nested.sensitivity import Apply, Raws, linearize, pull_forward, pull_reverse, unused
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]
@@ -144,11 +144,12 @@ class Nested:
         for key, hypergrads in self.hypergradients(grads, st).items():
             learned = self.learned[key]
             hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
-        new_params, rule, memory = dict(params), dict(st["rule"]), dict(st["memory"])
-        for name, grad in grads.items():
-            new_params[name], rule[name], memory[name] = self._update(name, params[name], grad, rule[name], hypers, values.get(name, {}))
+        new, rule, sensitivities = self._update(params, grads, st["rule"], hypers, values)
+        memory = {name: self._remember(name, params[name], grads[name], st["rule"][name], hypers, values, sensitivities) for name in grads}
+        rule = {**st["rule"], **rule}
         hypers = {key: self._bounded(key, raws, rule, grads) for key, raws in hypers.items()}
-        return new_params, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
+        memory = {**st["memory"], **memory}
+        return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
 
     def hypergradients(self, grads: Tensors, st: State) -> dict[str, Raws]:
         """Gradients pulled back through the last update onto the learned hypers, in raw coordinates; zero before the first update.
@@ -163,19 +164,17 @@ class Nested:
         found: dict[str, Raws] = {key: {} for key in self.learned}
         for name, grad in grads.items():
             memory = st["memory"][name]
-            pulled = {
-                hyper: pull_forward(grad, sensitivity, self._raws(name, st["hypers"])[hyper])
-                for hyper, sensitivity in memory["sensitivity"].items()
-            }
+            raws = self._raws(name, st["hypers"])
+            pulled = [(key, pull_forward(grad, sensitivity, raws[key])) for key, sensitivity in memory["sensitivity"].items()]
             if "inputs" in memory:
                 inputs = memory["inputs"]
                 apply = self._apply(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
                 through = pull_reverse(grad, apply, inputs["raws"])
-                pulled |= {hyper: torch.where(memory["taken"] > 0, through[hyper], 0) for hyper in through if hyper not in pulled}
-            for hyper, learned in self.learned_of(name).items():
-                key = learned.key_of(name)
-                before = found[learned.key].get(key)
-                found[learned.key][key] = pulled[hyper] if before is None else before + pulled[hyper].to(before.device)
+                pulled += [(key, torch.where(memory["taken"] > 0, through[key], 0)) for key in self._split(name)[1]]
+            for key, contribution in pulled:
+                value = self.learned[key].key_of(name)
+                before = found[key].get(value)
+                found[key][value] = contribution if before is None else before + contribution.to(before.device)
         return {key: raws for key, raws in found.items() if raws}
 
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
@@ -188,29 +187,56 @@ class Nested:
         return found
 
     def _raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
-        return {hyper: hypers[learned.key][learned.key_of(name)] for hyper, learned in self.learned_of(name).items()}
+        """Raw values that a tensor uses, by learned hyper."""
+        return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned_of(name).values()}
 
     def _apply(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> Apply:
-        """The update of one tensor as a function of the raw coordinates of its learned hypers."""
+        """The update of one tensor as a function of the raw values that it uses."""
         return _apply(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
 
     def _update(
-        self, name: str, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Raws], values: Mapping[str, float | Tensor]
-    ) -> tuple[Tensor, State, State]:
-        raws = {hyper: raw.to(param.device) for hyper, raw in self._raws(name, hypers).items()}
-        apply = self._apply(name, param, grad, state, values)
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: dict[str, Raws], values: Values
+    ) -> tuple[dict[str, Tensor], dict[str, State], dict[str, Raws]]:
+        """New tensors and rule states of all tensors with a gradient, and their forward sensitivities."""
+
+        def update(raws: dict[str, Raws]) -> tuple[Raws, dict[str, State]]:
+            updated = {}
+            for name, grad in grads.items():
+                apply = self._apply(name, params[name], grad, rule[name], values.get(name, {}))
+                updated[name] = apply(self._raws(name, raws))
+            return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
+
+        forward = {key for name in grads for key in self._split(name)[0]}
+        used: dict[str, Raws] = {key: {} for key in self.learned}
+        for name in grads:
+            for key, raw in self._raws(name, hypers).items():
+                used[key][self.learned[key].key_of(name)] = raw
+        new, states, sensitivities = linearize(update, used, [key for key in self.learned if key in forward])
+        kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
+        return {name: param.to(params[name].dtype) for name, param in new.items()}, kept, sensitivities
+
+    def _remember(
+        self,
+        name: str,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        hypers: Mapping[str, Raws],
+        values: Values,
+        sensitivities: Mapping[str, Raws],
+    ) -> State:
+        """Memory of one tensor's update."""
         forward, reverse = self._split(name)
-        new, new_state, sensitivity = remember_forward(apply, raws, forward)
-        memory: State = {"sensitivity": sensitivity}
+        memory: State = {"sensitivity": {key: sensitivities[key][name] for key in forward}}
         if reverse:
-            memory |= self._inputs(name, param, grad, state, raws, values)
+            memory |= self._inputs(name, param, grad, state, self._raws(name, hypers), values.get(name, {}))
             memory["taken"] = torch.ones((), device=param.device)
-        return new.to(param.dtype), map_tree(lambda leaf, old: leaf.to(old.dtype), new_state, state), memory
+        return memory
 
     def _no_memory(self, name: str, param: Tensor, state: State, hypers: Mapping[str, Raws]) -> State:
-        """Memory before the first update: of the structure that `_update` keeps, with no effect."""
+        """Memory before the first update: of the same structure, with no effect."""
         forward, reverse = self._split(name)
-        memory: State = {"sensitivity": {hyper: torch.zeros_like(param, dtype=state_dtype(param)) for hyper in forward}}
+        memory: State = {"sensitivity": {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in forward}}
         if reverse:
             memory |= self._inputs(name, param, torch.zeros_like(param), state, self._raws(name, hypers), {})
             memory["taken"] = torch.zeros((), device=param.device)
@@ -224,10 +250,10 @@ class Nested:
         return {"inputs": map_tree(torch.clone, {"param": param, "grad": grad, "state": state, "raws": raws, "values": values})}
 
     def _split(self, name: str) -> tuple[list[str], list[str]]:
-        """Names of the learned hypers that are remembered forward, and of those in reverse."""
-        optimizer = self.optimizer_of(name)
-        forward = [h for h, learn in optimizer.learned.items() if self.memory != "reverse" and _forward_is_exact(optimizer, learn)]
-        return forward, [hyper for hyper in optimizer.learned if hyper not in forward]
+        """Learned hypers of a tensor that are remembered forward, and those in reverse."""
+        optimizer, learned = self.optimizer_of(name), self.learned_of(name)
+        exact = [each.key for each in learned.values() if self.memory != "reverse" and _forward_is_exact(optimizer, each.learn)]
+        return list(dict.fromkeys(exact)), [key for key in dict.fromkeys(each.key for each in learned.values()) if key not in exact]
 
     def _bounded(self, key: str, raws: Raws, rule: State, grads: Tensors) -> Raws:
         learned = self.learned[key]
@@ -257,7 +283,10 @@ def _apply(
         hypers = {}
         for name, setting in optimizer.declared.items():
             given = values.get(name, setting)
-            hypers[name] = learned[name].value(raws[name], given) if name in learned else number(given, param.device)
+            if name in learned:
+                hypers[name] = learned[name].value(raws[learned[name].key].to(param.device), given)
+            else:
+                hypers[name] = number(given, param.device)
         new, new_state = optimizer.rule.update(widened(param), widened(grad), map_tree(widened, state), hypers)
         return new.to(dtype), new_state
 
@@ -269,9 +298,10 @@ def _refuse_unused(optimizer: Optimizer, learned: Mapping[str, LearnedHyper], na
     if not learned:
         return
     probe = torch.linspace(0.5, 1.0, 2**ndim, dtype=torch.float64).reshape((2,) * ndim)
-    raws = {hyper: each.start(probe, each.learn.value) for hyper, each in learned.items()}
+    raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
     apply = _apply(optimizer, learned, probe, 0.3 * probe, optimizer.rule.init(probe, optimizer.settings), {})
-    for hyper in unused(apply, raws):
+    for key in unused(apply, raws):
+        hyper = next(hyper for hyper, each in learned.items() if each.key == key)
         raise ValueError(
             f"{hyper} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} "
             f"(settings: {optimizer!r}), so its hypergradient would always be zero: give {hyper} a plain value, or switch on what uses it"

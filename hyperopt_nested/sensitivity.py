@@ -1,7 +1,4 @@
-"""Memory of one tensor's last update: enough to turn the next gradient into hypergradients, in plain tensors.
-
-An update is seen here as `apply(raws) -> (param, state)`, a function of the raw coordinates of the learned hypers alone.
-"""
+"""Derivatives of an update with respect to learned hypers, seen as a function of their raw coordinates alone."""
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
@@ -11,31 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.ops import State
+from hyperopt_nested.ops import State, map_tree
 
 Raws = dict[str, Tensor]
 Apply = Callable[[Raws], tuple[Tensor, State]]
+Update = Callable[[dict[str, Raws]], tuple[Raws, dict[str, State]]]
 
 
-def remember_forward(apply: Apply, raws: Raws, names: list[str]) -> tuple[Tensor, State, dict[str, Tensor]]:
-    """Do the update, and differentiate it with respect to each hyper in `names`, with a tangent of ones.
+def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[Raws, dict[str, State], dict[str, Raws]]:
+    """Do an update of many tensors, and differentiate them with respect to each learned hyper in `keys`, with a tangent of ones.
+
+    The forward derivative is had as the pull-back of the pull-back: pulling v back is linear in v, so pulling ones back through that
+    gives the Jacobian times ones. In eager mode that is several times faster than `torch.func.jvp`, and exactly the same.
+
+    Args:
+        update: from raw values, by learned hyper and key, to new tensors and states, by tensor.
+        raws: its argument.
+        keys: learned hypers to differentiate with respect to.
 
     Returns:
-        The new parameter and state, and d(param)/d(raw) for each name, of the parameter's shape: element i holds the derivative
-        with respect to the one entry of the hyper that belongs to element i.
+        The new tensors, the states, and for each of `keys`, by tensor, d(tensor)/d(raw), of the tensor's shape: element i holds the
+        derivative with respect to the one entry of the hyper that belongs to element i.
     """
-    sensitivities = {}
-    for name in names:
-
-        def of_one(raw: Tensor, name: str = name) -> tuple[Tensor, State]:
-            return apply({**raws, name: raw})
-
-        raw = raws[name]
-        linearized: Any = torch.func.jvp(of_one, (raw,), (torch.ones_like(raw),), has_aux=True)
-        param, sensitivities[name], state = linearized
-    if not names:
-        param, state = apply(raws)
-    return param, state, sensitivities
+    if not keys:
+        return *update(raws), {}
+    through: Any = torch.func.vjp(lambda chosen: update({**raws, **chosen}), {key: raws[key] for key in keys}, has_aux=True)
+    params, pull, states = through
+    linear: Any = torch.func.vjp(lambda cotangents: pull(cotangents)[0], map_tree(torch.zeros_like, params))
+    zeros = map_tree(torch.zeros_like, {key: raws[key] for key in keys})
+    sensitivities = {key: linear[1]({**zeros, key: map_tree(torch.ones_like, raws[key])})[0] for key in keys}
+    return params, states, sensitivities
 
 
 def pull_forward(grad: Tensor, sensitivity: Tensor, raw: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+torch.set_num_threads(1)  # one worker a core
+
 # Examples are seeds of random problems: shrinking a seed explains nothing, and takes minutes.
 PHASES = [Phase.explicit, Phase.generate]
 settings.register_profile(
