@@ -49,7 +49,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1)), 0)
 
 
-def map_tree(function: Callable[..., Tensor], tree: State, *others: State) -> State:
+def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:
     """Apply `function` leaf by leaf to trees of one structure."""
     return {
         key: map_tree(function, leaf, *(other[key] for other in others))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_nested.learned import MODEL, Learner, number
 from hyperopt_nested.nested import Memory, Nested
-from hyperopt_nested.ops import State
+from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
 
 Group = dict[str, Any]
@@ -98,15 +98,15 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _choose(self, named: list[tuple[str, Tensor]], overrides: Mapping[str, Any]) -> dict[str, Optimizer]:
         """The optimizer of each tensor of a group, with the group's values."""
-        replaced: dict[int, Optimizer] = {}
+        replaced: dict[int, tuple[Optimizer, Optimizer]] = {}  # keeps what was replaced, so that its id stays its own
         chosen: dict[str, Optimizer] = {}
         for name, param in named:
             base = self._choice if isinstance(self._choice, Optimizer) else self._choice(name, param)
             if not isinstance(base, Optimizer):
                 raise TypeError(f"optimizer({name!r}, tensor) returned {base!r}; it must return an optimizer of this library")
             if id(base) not in replaced:
-                replaced[id(base)] = _with_overrides(base, overrides)
-            chosen[name] = replaced[id(base)]
+                replaced[id(base)] = base, _with_overrides(base, overrides)
+            chosen[name] = replaced[id(base)][1]
         hypers = {hyper for optimizer in chosen.values() for hyper in optimizer.settings}
         options = {option for o in chosen.values() if isinstance(o.rule, FunctionRule) for option in o.rule.options}
         for key in overrides:
@@ -124,6 +124,9 @@ class HyperOptimizer(torch.optim.Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 yield name, param, group
 
+    def _owner(self) -> dict[str, Tensor]:
+        return {name: p for name, p, _ in self._named()}
+
     def _create_state(self, also: Iterable[str] = ()) -> None:
         """Create the state of all tensors that train, or are named in `also`; what is there already stays."""
         tracked = {*self._tracked, *also}
@@ -132,17 +135,17 @@ class HyperOptimizer(torch.optim.Optimizer):
         st = nested.init(params)
         home = self._keys[0][0]
         refs = _refs(nested, st, home)
-        owner = {name: p for name, p, _ in self._named()}
+        owner = self._owner()
         for ref, leaf in _pairs(refs, st):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
         self._nested, self._refs, self._tracked = nested, refs, list(params)
 
     def _gather(self) -> State:
-        owner = {name: p for name, p, _ in self._named()}
-        return _map_refs(lambda ref: self.state[owner[ref.name]][ref.key].to(owner[ref.name].device), self._refs)
+        owner = self._owner()
+        return map_tree(lambda ref: self.state[owner[ref.name]][ref.key].to(owner[ref.name].device), self._refs)
 
     def _scatter(self, st: State) -> None:
-        owner = {name: p for name, p, _ in self._named()}
+        owner = self._owner()
         for ref, leaf in _pairs(self._refs, st):
             self.state[owner[ref.name]][ref.key] = leaf
 
@@ -161,21 +164,20 @@ class HyperOptimizer(torch.optim.Optimizer):
             found[name] = cache[key]
         return found
 
-    def _switch_on(self) -> None:
+    def _switch_on(self, groups: list[Group]) -> None:
         """Where a schedule has made a zero hyper non-zero, create what state the rule then needs (a momentum buffer)."""
-        switched: dict[int, Optimizer] = {}
-        for name, _, group in self._named():
-            optimizer = self._optimizers[name]
-            if id(optimizer) not in switched:
-                numbers = _unpack(group)
-                on = {
-                    h: float(numbers[h])
-                    for h, s in optimizer.settings.items()
-                    if not isinstance(s, Learn) and s == 0 and _nonzero(numbers[h])
-                }
-                switched[id(optimizer)] = optimizer.replace(**on) if on else optimizer
-            self._optimizers[name] = switched[id(optimizer)]
-        if any(old != id(new) for old, new in switched.items()):
+        changed = False
+        for names, group in zip(self._keys, groups, strict=True):
+            numbers, switched = _unpack(group), {}
+            for name in names:
+                old = self._optimizers[name]
+                if id(old) not in switched:
+                    off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
+                    on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
+                    switched[id(old)] = old, old.replace(**on) if on else old
+                self._optimizers[name] = switched[id(old)][1]
+                changed = changed or self._optimizers[name] is not old
+        if changed:
             self._create_state()
 
     @overload
@@ -196,20 +198,17 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = {name: p for name, p, _ in self._named() if p.grad is not None}
-        grads: dict[str, Tensor] = {}
-        for name, p in params.items():
-            assert p.grad is not None
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"the gradient of {name!r} is {p.grad.layout}; only dense gradients are supported: set sparse=False")
-            grads[name] = p.grad
-        self._switch_on()
-        new_to_us = [name for name in params if name not in self._tracked]
-        if new_to_us:
-            self._create_state(also=new_to_us)
-        new, st = self._nested.step({name: p.detach() for name, p in params.items()}, grads, self._gather(), self._values())
-        for name, p in params.items():
-            p.copy_(new[name])
+        params, grads = self._owner(), {name: p.grad for name, p, _ in self._named() if p.grad is not None}
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
+        self._switch_on(self.param_groups)
+        unfrozen = [name for name in grads if name not in self._tracked]
+        if unfrozen:
+            self._create_state(also=unfrozen)
+        new, st = self._nested.step({name: params[name].detach() for name in grads}, grads, self._gather(), self._values())
+        for name, value in new.items():
+            params[name].copy_(value)
         self._scatter(st)
         return loss
 
@@ -261,6 +260,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _check_loadable(self, loaded: dict[str, Any]) -> None:
         if [len(g["params"]) for g in loaded["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
             return  # torch says so itself
+        self._switch_on(loaded["param_groups"])
         saved = [loaded["state"].get(index, {}) for index in _indices(loaded)]
         frozen_here = [
             name for (name, p, _), state in zip(self._named(), saved, strict=True) if state.keys() - self.state.get(p, {}).keys()
@@ -343,13 +343,5 @@ def _pairs(refs: State, tree: State) -> Iterator[tuple[_Ref, Tensor]]:
             yield ref, tree[key]
 
 
-def _map_refs(function: Callable[[_Ref], Tensor], tree: State) -> State:
-    return {key: _map_refs(function, leaf) if isinstance(leaf, dict) else function(leaf) for key, leaf in tree.items()}
-
-
 def _indices(state_dict: Mapping[str, Any]) -> list[Any]:
     return [index for group in state_dict["param_groups"] for index in group["params"]]
-
-
-def _nonzero(value: Any) -> bool:
-    return not isinstance(value, Tensor) and value != 0

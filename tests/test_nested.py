@@ -171,6 +171,35 @@ def test_a_schedule_scales_what_is_learned_and_replaces_what_is_not() -> None:
         zero.step(params, params, zero.init(params), {"w": {"lr": 0.5}})
 
 
+def test_bounds_that_read_the_state_are_the_widest_of_the_tensors() -> None:
+    bounds = (0.02, lambda state: state["largest_norm"])
+    radius = hn.learn(0.02, by=hn.sgd(lr=1.0), bounds=bounds)  # type: ignore[arg-type]
+    nested = hn.Nested(hn.project(hn.sgd(lr=0.1), onto=hn.mars, radius=radius))
+    params = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    state, grads = nested.init(params), {"a": torch.ones(2), "b": torch.ones(3)}
+    params, state = nested.step(params, grads, state)
+    params, state = nested.step(params, grads, state)  # the radius would become 0.02 + 2
+    largest = max(float(state["rule"][name]["largest_norm"]) for name in params)
+    assert float(state["hypers"]["radius"]["model"]) == pytest.approx(largest)
+    _, state = nested.step(params, {name: -10 * grad for name, grad in grads.items()}, state)
+    assert float(state["hypers"]["radius"]["model"]) == 0.02
+
+
+def test_one_learn_for_two_hypers_of_a_rule_is_counted_once() -> None:
+    both = hn.learn(0.8, by=hn.sgd(lr=0.0))
+    params, loss = problem(8)
+    found = {}
+    for memory in ("forward", "reverse"):
+        nested = hn.Nested(hn.adam(lr=0.1, beta1=both, beta2=both), memory=memory)  # type: ignore[arg-type]
+        new, state = run(nested, params, loss, 3)
+        found[memory] = nested.hypergradients(gradients(loss, new), state)["beta1"]["model"]
+    apart = hn.Nested(hn.adam(lr=0.1, beta1=hn.learn(0.8, by=hn.sgd(lr=0.0)), beta2=hn.learn(0.8, by=hn.sgd(lr=0.0))))
+    new, state = run(apart, params, loss, 3)
+    expected = sum(values["model"] for values in apart.hypergradients(gradients(loss, new), state).values())
+    assert relative_error(found["forward"], torch.as_tensor(expected)) < EXACT
+    assert relative_error(found["reverse"], torch.as_tensor(expected)) < EXACT
+
+
 def test_maximize_ascends_at_every_height() -> None:
     params, loss = problem(5)
     for up, sign in ((True, -1), (False, 1)):

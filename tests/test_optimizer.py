@@ -168,11 +168,18 @@ def test_schedulers_compose_with_what_is_learned(kind: str, rule: str) -> None:
 
 def test_a_schedule_that_switches_momentum_on_gets_its_buffer() -> None:
     model, reference = network(), network()
-    opts = hn.HyperOptimizer(model.parameters(), hn.sgd(lr=0.1)), torch.optim.SGD(reference.parameters(), lr=0.1)
+
+    def groups(net: nn.Sequential) -> Any:
+        return [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+
+    opts = hn.HyperOptimizer(groups(model), hn.sgd(lr=0.1)), torch.optim.SGD(groups(reference), lr=0.1)
     for step in range(6):
         for net, opt in zip((model, reference), opts, strict=True):
-            opt.param_groups[0]["momentum"] = 0.9 if step >= 3 else 0.0
+            opt.param_groups[1]["momentum"] = 0.9 if step >= 3 else 0.0
             train(net, opt, 1, step)
+    resumed = hn.HyperOptimizer(groups(model), hn.sgd(lr=0.1))
+    resumed.load_state_dict(opts[0].state_dict())
+    assert "rule.momentum_buffer" in resumed.state[model[2].weight]
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
