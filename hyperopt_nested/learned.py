@@ -3,6 +3,7 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -104,7 +105,8 @@ class LearnedHyper:
         """
         low, high = self.learn.bounds
         if states is None:
-            ends = [None if callable(end) else torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in (low, high)]
+            given = [None if callable(end) or math.isinf(end) else end for end in (low, high)]
+            ends = [None if end is None else torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in given]
         else:
             ends = [self._widest(low, torch.minimum, states, raw), self._widest(high, torch.maximum, states, raw)]
         return self.hyper.within(raw, self.via, *ends)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import EXACT, problem, relative_error, run
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import hyperopt_nested as hn
 from ftp import FLOOR, SGDP, AdamP, Anneal, FTPOptimizer, ftp_rule
@@ -146,6 +147,16 @@ def test_copies_and_pickles_go_on_alike() -> None:
         train(other_model, other, 3)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
         assert repr(other.hypers()) == repr(opt.hypers())
+
+
+def test_distributed_checkpoint_changes_neither_parameters_nor_radii() -> None:
+    model = network()
+    opt = AdamP(model.named_parameters(), lr=0.05, weight_decay=0.1)
+    before = copy.deepcopy(opt.state_dict())
+    state = get_optimizer_state_dict(model, opt)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
+    assert repr(opt.state_dict()) == repr(before)
+    assert float(state["state"]["0.weight"]["hypers.radius"]) == FLOOR  # type: ignore[index, call-overload]
 
 
 def test_bfloat16_radii_leave_their_floor() -> None:
