@@ -16,18 +16,30 @@ Anchors = Mapping[str, Tensor] | Literal["zero"] | None
 
 @dataclass(frozen=True)
 class _Choose:
-    """The optimizer of a tensor: projected, unless its name matches a pattern."""
+    """The optimizer of a tensor: projected around its anchor, unless it is excluded."""
 
     base: hn.Optimizer
     projected: hn.Optimizer
     names: frozenset[str]
     patterns: tuple[str, ...]
+    anchors: Mapping[str, Tensor] | None
+    saturation: hn.Saturation
 
-    def excludes(self, name: str) -> bool:
-        return name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns)
-
-    def __call__(self, name: str, _: Tensor) -> hn.Optimizer:
-        return self.base if self.excludes(name) else self.projected
+    def __call__(self, name: str, tensor: Tensor) -> hn.Optimizer:
+        if name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns):
+            return self.base
+        if self.anchors is None:
+            return self.projected
+        if name not in self.anchors:
+            raise ValueError(f"anchor has no entry for parameter {name!r}: add one, or exclude the parameter")
+        anchor = self.anchors[name]
+        if anchor.shape != tensor.shape:
+            raise ValueError(
+                f"anchor[{name!r}] has shape {tuple(anchor.shape)}, the parameter {tuple(tensor.shape)}: they must be equal; "
+                "exclude a parameter that is new, such as a head"
+            )
+        radius = self.projected.settings["radius"]
+        return hn.project(self.base, onto=hn.mars, radius=radius, anchor=anchor, saturation=self.saturation)
 
 
 class FTPOptimizer(hn.HyperOptimizer):
@@ -36,10 +48,11 @@ class FTPOptimizer(hn.HyperOptimizer):
     Args:
         params: `model.named_parameters()`, tensors, or groups of either.
         base: the optimizer that is projected.
-        k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly, 0 lets the radii only grow.
+        k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly; with 0 a radius shrinks only with the largest
+            row norm, its upper bound.
         exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
-        anchor: what the weights stay near: None, the values at construction (for tensors added later, at that time); a mapping
-            from names to tensors, such as a state dict; or "zero", which takes no memory, for LoRA factors.
+        anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time); a mapping from
+            names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
 
     Raises:
@@ -61,15 +74,8 @@ class FTPOptimizer(hn.HyperOptimizer):
             raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
         projected = ftp_rule(base, k, anchor="zero" if isinstance(anchor, str) else "start", saturation=saturation)
         groups = _groups(params)
-        named = list(_named(groups))
-        choose = _Choose(base, projected, *_resolve(exclude, named))
-        kept = {name: tensor for name, tensor in named if not choose.excludes(name)}
-        anchors = _checked(anchor, kept) if isinstance(anchor, Mapping) else {}
-        super().__init__(groups, choose)
-        for name, value in anchors.items():
-            tensor = kept[name]
-            if "rule.anchor" in self.state[tensor]:
-                self.state[tensor]["rule.anchor"] = value.detach().to(tensor.device, tensor.dtype, copy=True)
+        anchors = anchor if isinstance(anchor, Mapping) else None
+        super().__init__(groups, _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, saturation))
 
 
 class AdamP(FTPOptimizer):
@@ -201,16 +207,3 @@ def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozens
             )
         names.update(matched)
     return frozenset(names), tuple(entry for entry in entries if isinstance(entry, str))
-
-
-def _checked(anchor: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The anchor of every projected tensor."""
-    for name, tensor in kept.items():
-        if name not in anchor:
-            raise ValueError(f"anchor has no entry for parameter {name!r}: add one, or exclude the parameter")
-        if anchor[name].shape != tensor.shape:
-            raise ValueError(
-                f"anchor[{name!r}] has shape {tuple(anchor[name].shape)}, the parameter {tuple(tensor.shape)}: they must be equal; "
-                "exclude a parameter that is new, such as a head"
-            )
-    return {name: anchor[name] for name in kept}

@@ -17,7 +17,7 @@ class Anneal:
     """Multiply positive hypergradients, those that shrink the radius, by `k` (any shape).
 
     Args:
-        k: in [0, 1]; 1 leaves them, 0 lets the radius only grow.
+        k: in [0, 1]; 1 leaves them; with 0 only the bound, the largest row norm, shrinks the radius.
 
     Raises:
         ValueError: `k` is outside [0, 1].
@@ -27,7 +27,7 @@ class Anneal:
 
     def __post_init__(self) -> None:
         if not 0 <= self.k <= 1:
-            raise ValueError(f"k={self.k!r} must be in [0, 1]: 1 projects most strongly, 0 lets the radii only grow")
+            raise ValueError(f"k={self.k!r} must be in [0, 1]: 1 projects most strongly, 0 least")
 
     def __call__(self, grad: Tensor) -> Tensor:
         return torch.where(grad > 0, self.k * grad, grad)
@@ -55,7 +55,7 @@ def ftp_rule(
     Args:
         base: the optimizer that is projected.
         k: annealing of positive radius gradients, in [0, 1].
-        anchor: "start", the values when the optimizer is initialised, or "zero".
+        anchor: "start", the values when the optimizer is initialised, "zero", or a tensor.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         lr: learning rate of the radii.
 

@@ -10,8 +10,9 @@ from hyperopt_nested.ops import State, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation
 from hyperopt_nested.rule import Coupling, Learn, Optimizer, Rule
 
-Anchor = Literal["start", "zero"]
-"""Where a projection is centred: on the parameter's values when the optimizer is initialised (kept in the state), or on zero."""
+Anchor = Literal["start", "zero"] | Tensor
+"""Where a projection is centred: on the parameter's values when the optimizer is initialised, on zero (which takes no memory), or on
+a tensor of the parameter's shape, of which the state keeps a copy."""
 
 
 class Projected(Rule):
@@ -29,6 +30,10 @@ class Projected(Rule):
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         state: State = {"base": self.base.init(param, settings), "largest_norm": param.new_zeros((), dtype=state_dtype(param))}
+        if isinstance(self.anchor, Tensor):
+            if self.anchor.shape != param.shape:
+                raise ValueError(f"anchor has shape {tuple(self.anchor.shape)}, the parameter {tuple(param.shape)}: they must be equal")
+            return {**state, "anchor": self.anchor.detach().to(param.device, param.dtype, copy=True)}
         return state if self.anchor == "zero" else {**state, "anchor": param.detach().clone()}
 
     def update(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> tuple[Tensor, State]:
@@ -56,12 +61,13 @@ def project(
         optimizer: what makes the step that is then projected.
         onto: the ball: `mars`, `frobenius`, `row_l2` or `linf`.
         radius: the ball's radius, >= 0: a hyper like any other.
-        anchor: the centre: "start", the parameter's values at initialisation, or "zero", which needs no memory.
+        anchor: the centre: "start", the parameter's values at initialisation; "zero", which takes no memory; or a tensor.
         saturation: derivative with respect to the radius where the projection is inactive; see `Saturation`.
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library.
-        ValueError: it has a hyper named radius already, or an argument is none of its choices.
+        ValueError: it has a hyper named radius already, an argument is none of its choices, or, at initialisation, the anchor is not of
+            the parameter's shape.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -72,8 +78,9 @@ def project(
         raise TypeError(f"optimizer={optimizer!r} ({type(optimizer).__name__}) must be an optimizer of this library, such as hn.adamw()")
     if "radius" in optimizer.rule.hypers:
         raise ValueError(f"{optimizer.rule.name} has a hyper named 'radius' already; project it once")
-    for name, value, choices in (("anchor", anchor, Anchor), ("saturation", saturation, Saturation)):
-        if value not in get_args(choices):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(choices)))}")
+    if not isinstance(anchor, Tensor) and anchor not in ("start", "zero"):
+        raise ValueError(f"anchor={anchor!r} must be 'start', 'zero' or a tensor")
+    if saturation not in get_args(Saturation):
+        raise ValueError(f"saturation={saturation!r} must be one of {', '.join(map(repr, get_args(Saturation)))}")
     rule = Projected(optimizer.rule, onto, anchor, saturation)
     return Optimizer(rule, {**optimizer.settings, "radius": radius}, optimizer.maximize)

@@ -33,6 +33,9 @@ class Learner(Protocol):
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
         """Learned values of the learner itself."""
 
+    def rejected(self, st: State) -> dict[str, Tensor]:
+        """Counts of what the learner rejected for its own hypers."""
+
 
 class LearnedHyper:
     """One learned hyper: its declaration, and the learner that steps it.

@@ -95,12 +95,14 @@ class Nested:
 
         Raises:
             TypeError: a tensor is not of a real floating-point dtype.
-            ValueError: a learned hyper is not used by the update, or `start` names no learned hyper.
+            ValueError: a learned hyper is not used by the update, `start` names no learned hyper, or a number in it is outside its domain.
         """
         start = start or {}
-        for key in start:
+        for key, value in start.items():
             if key not in self.learned:
                 raise ValueError(f"start names {key!r}, which is not learned; learned are: {', '.join(self.learned) or 'none'}")
+            if not isinstance(value, Tensor):
+                self.learned[key].hyper.check(f"start: {key}", value, self.learned[key].via)
         hypers: dict[str, Raws] = {key: {} for key in self.learned}
         rule: State = {}
         checked: set[tuple[int, int]] = set()
@@ -110,7 +112,7 @@ class Nested:
             optimizer = self.optimizer_of(name)
             if (id(optimizer), param.ndim) not in checked:
                 checked.add((id(optimizer), param.ndim))
-                _refuse_unused(optimizer, self.learned_of(name), name, param.ndim)
+                _refuse_unused(optimizer, self.learned_of(name), name, param)
             rule[name] = optimizer.rule.init(param, optimizer.settings)
             for learned in self.learned_of(name).values():
                 raws = hypers[learned.key]
@@ -184,6 +186,13 @@ class Nested:
             found[key] = {name: learned.value(raw) for name, raw in st["hypers"][key].items()}
             inner = learned.learner.hypers(st["learners"][key])
             found |= {f"{key}.{below}": values for below, values in inner.items()}
+        return found
+
+    def rejected(self, st: State) -> dict[str, Tensor]:
+        """How many hypergradient entries were NaN or infinite, and so not used, at every height of the tower: shape () each."""
+        found = dict(st["rejected"])
+        for key, learned in self.learned.items():
+            found |= {f"{key}.{below}": count for below, count in learned.learner.rejected(st["learners"][key]).items()}
         return found
 
     def _raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
@@ -293,13 +302,13 @@ def _apply(
     return apply
 
 
-def _refuse_unused(optimizer: Optimizer, learned: Mapping[str, LearnedHyper], name: str, ndim: int) -> None:
-    """Raise if a learned hyper has no path to the updated parameter, tried on a small tensor of `ndim` dimensions."""
+def _refuse_unused(optimizer: Optimizer, learned: Mapping[str, LearnedHyper], name: str, param: Tensor) -> None:
+    """Raise if a learned hyper has no path to the updated parameter, tried on a tensor of its shape that has no values."""
     if not learned:
         return
-    probe = torch.linspace(0.5, 1.0, 2**ndim, dtype=torch.float64).reshape((2,) * ndim)
+    probe = torch.empty(param.shape, dtype=param.dtype, device="meta")
     raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
-    apply = _apply(optimizer, learned, probe, 0.3 * probe, optimizer.rule.init(probe, optimizer.settings), {})
+    apply = _apply(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
     for key in unused(apply, raws):
         hyper = next(hyper for hyper, each in learned.items() if each.key == key)
         raise ValueError(

@@ -37,7 +37,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values
             for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
         optimizer: what to run, or a function from a tensor's name and the tensor to what to run on it. Unnamed tensors are called
-            "<group>.<index>".
+            `<group>.<index>`.
         memory: how the last update is remembered; see `Nested`.
 
     Raises:
@@ -233,8 +233,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         return found
 
     def rejected(self) -> dict[str, Tensor]:
-        """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped (shape ())."""
-        return dict(self._gather()["rejected"])
+        """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
+        return self._nested.rejected(self._gather())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in the dtypes that it has; continuing is bitwise what not stopping would have been.

@@ -82,6 +82,20 @@ def test_the_anchor_is_a_copy() -> None:
     torch.testing.assert_close(model[0].weight, network()[0].weight, rtol=0, atol=1e-7)
 
 
+def test_anchors_of_tensors_that_train_or_come_later() -> None:
+    model = network()
+    anchors = {name: torch.zeros_like(p) for name, p in model.state_dict().items()}
+    model[0].weight.requires_grad_(False)
+    opt = AdamP(model[0].named_parameters(prefix="0"), lr=1e-3, anchor=anchors)
+    opt.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
+    model[0].weight.requires_grad_(True)
+    train(model, opt, 1)
+    assert all(p.abs().max().item() <= FLOOR for p in model.parameters())
+    with pytest.raises(ValueError, match="anchor has no entry for parameter 'new'"):
+        opt.add_param_group({"params": [("new", nn.Parameter(torch.ones(1)))]})
+    assert len(opt.param_groups) == 2
+
+
 def test_anchor_zero_allocates_nothing() -> None:
     """LoRA factors are anchored at zero: no copy is kept, and the first step projects them to (almost) nothing."""
     model = network()

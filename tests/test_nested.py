@@ -227,6 +227,10 @@ def test_bad_calls_are_named() -> None:
     nested = hn.Nested(hn.sgd(lr=hn.learn(0.1, by=hn.sgd())))
     with pytest.raises(ValueError, match="start names 'momentum', which is not learned; learned are: lr"):
         nested.init({"w": torch.ones(1)}, {"momentum": 0.5})
+    with pytest.raises(ValueError, match=r"start: lr=-0\.5 is outside its domain"):
+        nested.init({"w": torch.ones(1)}, {"lr": -0.5})
+    with pytest.raises(ValueError, match=r"anchor has shape \(2,\), the parameter \(3,\)"):
+        hn.Nested(hn.project(hn.sgd(), onto=hn.mars, radius=1.0, anchor=torch.ones(2))).init({"w": torch.ones(3)})
     with pytest.raises(TypeError, match=r"params\['w'\] has dtype torch.int64"):
         nested.init({"w": torch.ones(1, dtype=torch.int64)})
     with pytest.raises(ValueError, match="memory='backward' must be one of"):

@@ -1,0 +1,79 @@
+"""The documentation: its code runs, prints what it says, and covers every public name."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import griffe
+import mktestdocs
+import pytest
+import torch
+
+import ftp
+import hyperopt_nested
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+PACKAGES = [hyperopt_nested, ftp]
+NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
+
+
+def label(value: object) -> str | None:
+    return value.__name__ if isinstance(value, ModuleType) else str(value.relative_to(ROOT)) if isinstance(value, Path) else None
+
+
+@pytest.fixture(autouse=True)
+def _as_a_reader_has_it(_float64_and_seed: None) -> Iterator[None]:
+    """float32; and one thread, since the models are small."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_code_runs_and_prints_what_the_page_says(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(?:(?!```).)*```\n\n```text\n(.*?)```", text, re.DOTALL)
+    mktestdocs.check_md_file(page, memory=True)
+    printed, expected = NUMBER.split(capsys.readouterr().out), NUMBER.split("".join(shown))
+    assert printed[::2] == expected[::2]
+    assert [float(number) for number in printed[1::2]] == pytest.approx([float(number) for number in expected[1::2]], rel=0.05)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_no_code_escapes_the_test(page: Path) -> None:
+    opened = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(opened[::2]) <= {"python", "text", "sh"}
+    assert set(opened[1::2]) <= {""}
+
+
+def documented(package: ModuleType) -> list[str]:
+    """Names that the package's API page shows."""
+    page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
+    return [path.split(".")[-1] for path in re.findall(rf"^::: {package.__name__}\.(\S+)$", page, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=label)
+def test_the_api_page_shows_the_public_names(package: ModuleType) -> None:
+    assert sorted(documented(package)) == sorted(package.__all__)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=label)
+def test_every_public_name_has_a_docstring(package: ModuleType) -> None:
+    page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
+    source = griffe.load(package.__name__, search_paths=[ROOT])
+    for path in re.findall(rf"^::: {package.__name__}\.(\S+)$", page, re.MULTILINE):
+        shown = source[path]
+        assert shown.has_docstring, f"{package.__name__}.{path} has no docstring"
+        assert not shown.is_module, f"{package.__name__}.{path} is a module: give the path of the object"
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page in ("README.md", "CONTRIBUTING.md"):
+        named = re.findall(r"(?:^|`)make (\w+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert named
+        assert set(named) <= set(targets)
