@@ -1,0 +1,117 @@
+"""The network, and the ways of fine-tuning it that the demo compares, with their settings.
+
+The settings were chosen by `python -m ftp.demo.tune`, by one rule for all methods: the best mean accuracy on in-distribution
+validation images over the tuning seeds, which the demo does not use, and of equals the first, which moves the weights least. Test images
+played no part. Two methods are exempt on purpose: SGD and SGDP run at a learning rate that is too high, to show what the
+projection does about it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import hyperopt_nested as hn
+from ftp.demo.data import CLASSES
+from ftp.optimizers import SGDP, AdamP
+
+
+class Network(nn.Module):
+    """A convolutional network of 23 thousand weights: a backbone, which is pre-trained, and a linear head, which is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (before, after) in enumerate(pairwise((1, 16, 24, 32, 40)), start=1):
+            layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            layers[f"norm{i}"] = nn.GroupNorm(4, after)
+            layers[f"relu{i}"] = nn.ReLU()
+            if i % 2 == 0:
+                layers[f"pool{i}"] = nn.MaxPool2d(2)
+        layers["flatten"] = nn.Flatten()
+        self.backbone = nn.Sequential(layers)
+        self.head = nn.Linear(160, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (n, 5), of images, shape (n, 1, 8, 8), in [0, 1]."""
+        logits: Tensor = self.head(self.backbone(2 * images - 1))
+        return logits
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        name: as the table shows it.
+        lr: learning rate, at the start where it is learned.
+        optimizer: makes the optimizer of a network.
+        alpha: weight of the L2-SP penalty, alpha / 2 times the squared distance of the backbone from its start.
+    """
+
+    name: str
+    lr: float
+    optimizer: Callable[[Network], torch.optim.Optimizer]
+    alpha: float = 0.0
+
+
+def linear_probe(lr: float) -> Method:
+    """AdamW on the head; the backbone stays as it is."""
+
+    def optimizer(network: Network) -> torch.optim.Optimizer:
+        network.backbone.requires_grad_(False)
+        return torch.optim.AdamW(network.head.parameters(), lr)
+
+    return Method("linear probe", lr, optimizer)
+
+
+def adamw(lr: float) -> Method:
+    """AdamW on all weights."""
+    return Method("AdamW", lr, lambda network: torch.optim.AdamW(network.parameters(), lr))
+
+
+def adamw_learned(lr: float, learner_lr: float) -> Method:
+    """AdamW whose learning rate starts at `lr` and is learned, in its logarithm, by Adam."""
+
+    def optimizer(network: Network) -> torch.optim.Optimizer:
+        learned = hn.learn(lr, by=hn.adam(lr=learner_lr), via="log")
+        return hn.HyperOptimizer(network.named_parameters(), hn.adamw(lr=learned))
+
+    return Method("AdamW, learned lr", lr, optimizer)
+
+
+def l2_sp(lr: float, alpha: float) -> Method:
+    """AdamW on all weights, with a penalty on the distance from the pre-trained ones in the place of weight decay."""
+    return Method("L2-SP", lr, lambda network: torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0), alpha)
+
+
+def adamp(lr: float) -> Method:
+    """AdamW with Fast Trainable Projection of the backbone."""
+    return Method("AdamP", lr, lambda network: AdamP(network.named_parameters(), lr, exclude=network.head))
+
+
+def sgd(lr: float) -> Method:
+    """SGD with momentum on all weights."""
+    return Method("SGD", lr, lambda network: torch.optim.SGD(network.parameters(), lr, momentum=0.9))
+
+
+def sgdp(lr: float) -> Method:
+    """SGD with momentum and Fast Trainable Projection of the backbone."""
+    return Method("SGDP", lr, lambda network: SGDP(network.named_parameters(), lr, momentum=0.9, exclude=network.head))
+
+
+HIGH_LR = 3e-2
+"""The learning rate of SGD and SGDP."""
+
+METHODS = (
+    linear_probe(1e-2),
+    adamw(1e-3),
+    adamw_learned(1e-3, learner_lr=0.03),
+    l2_sp(1e-3, alpha=1e-2),
+    adamp(1e-3),
+    sgd(HIGH_LR),
+    sgdp(HIGH_LR),
+)

@@ -1,0 +1,115 @@
+"""What the demo shows: a table of accuracies, and a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ftp.demo.data import SHIFTS
+from ftp.demo.methods import HIGH_LR, METHODS, Method
+from ftp.demo.train import IN_DISTRIBUTION, Outcome
+
+Outcomes = Mapping[str, Sequence[Outcome]]
+
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+
+
+def table(outcomes: Outcomes) -> Table:
+    """Accuracy in percent, mean and standard error over the seeds: a row a method, a column a condition."""
+    seeds = len(next(iter(outcomes.values())))
+    found = Table(
+        title="Fine-tuned on clean digits 5 to 9: test accuracy in percent",
+        caption=f"Mean ± standard error over {seeds} seed{'s' if seeds > 1 else ''}. ID: in distribution; OOD: mean of the shifts, "
+        f"which are the other columns. SGD and SGDP run at a deliberately high learning rate, {HIGH_LR:g}; the other settings are "
+        "those with the best ID accuracy on validation images.",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_lines=True,
+    )
+    found.add_column("method")
+    for heading in ("ID", "OOD", *SHIFTS):
+        found.add_column(heading, justify="right")
+    for method in METHODS:
+        runs = outcomes[method.name]
+        columns = [
+            [run.accuracy[IN_DISTRIBUTION] for run in runs],
+            [run.shifts for run in runs],
+            *([run.accuracy[shift] for run in runs] for shift in SHIFTS),
+        ]
+        found.add_row(f"{method.name}\n  lr {_lr(method, runs)}", *map(_cell, columns))
+    return found
+
+
+def figure(outcomes: Outcomes) -> Figure:
+    """Three panels: accuracy in and out of distribution, the learned radii, and the learned learning rate."""
+    made = Figure(figsize=(15, 4.8), layout="constrained")
+    accuracy, radius, lr = made.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    _accuracy(accuracy, outcomes)
+    _radius(radius, outcomes)
+    _lr_over_time(lr, outcomes)
+    for axes in (accuracy, radius, lr):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    return made
+
+
+def save(outcomes: Outcomes, path: Path) -> None:
+    """Write the figure as a PNG."""
+    figure(outcomes).savefig(path, format="png", dpi=120)
+
+
+def _accuracy(axes: Axes, outcomes: Outcomes) -> None:
+    rows = range(len(METHODS))
+    labels = [method.name + (f"\n(lr {method.lr:g})" if method.lr == HIGH_LR else "") for method in METHODS]
+    inside = [[run.accuracy[IN_DISTRIBUTION] for run in outcomes[method.name]] for method in METHODS]
+    outside = [[run.shifts for run in outcomes[method.name]] for method in METHODS]
+    for values, color, name in ((outside, _COLORS[1], "mean of shifts"), (inside, _COLORS[0], IN_DISTRIBUTION)):
+        axes.errorbar([mean(v) for v in values], rows, xerr=[_error(v) for v in values], fmt="o", color=color, capsize=3, label=name)
+    axes.hlines(rows, [mean(v) for v in outside], [mean(v) for v in inside], color="0.85", zorder=0)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.set(title="Accuracy in and out of distribution", xlabel="test accuracy (%), mean ± standard error")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
+def _radius(axes: Axes, outcomes: Outcomes) -> None:
+    for name, style in (("AdamP", "-"), ("SGDP", "--")):
+        radii = outcomes[name][0].trace["radius"]
+        convolutions = {label: values for label, values in radii.items() if "conv" in label}
+        for color, (label, values) in zip(_COLORS, convolutions.items(), strict=True):
+            axes.plot(range(1, len(values) + 1), values, style, color=color, label=f"{name}, {label.split('.')[1]}")
+    axes.set(title="Learned radius per layer, first seed", xlabel="step", ylabel="radius (MARS norm)")
+    axes.legend(fontsize="small", frameon=False, ncols=2)
+
+
+def _lr_over_time(axes: Axes, outcomes: Outcomes) -> None:
+    runs = [run.trace["lr"]["group 0"] for run in outcomes["AdamW, learned lr"]]
+    steps = range(1, len(runs[0]) + 1)
+    for i, values in enumerate(runs):
+        axes.plot(steps, values, color=_COLORS[0], alpha=0.35, label=None if i else "a seed")
+    axes.plot(steps, [mean(values) for values in zip(*runs, strict=True)], color=_COLORS[0], linewidth=2, label="mean")
+    tuned = next(method.lr for method in METHODS if method.name == "AdamW")
+    axes.axhline(tuned, color=_COLORS[1], linestyle=":", label=f"tuned by hand: {tuned:g}")
+    axes.set_yscale("log")
+    axes.set(title="Learned learning rate of AdamW", xlabel="step", ylabel="learning rate")
+    axes.legend(frameon=False)
+
+
+def _lr(method: Method, runs: Sequence[Outcome]) -> str:
+    """Learning rate of a method; where it is learned, from its start to its mean at the end."""
+    if "lr" not in runs[0].trace:
+        return f"{method.lr:g}"
+    return f"{method.lr:g} → {mean(run.trace['lr']['group 0'][-1] for run in runs):.1g}"
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{mean(values):.1f}\n±{_error(values):.1f}" if len(values) > 1 else f"{mean(values):.1f}"
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of a single value."""
+    return float(stdev(values) / len(values) ** 0.5) if len(values) > 1 else 0.0
