@@ -36,7 +36,7 @@ def errors(optimizer: hn.Optimizer, hyper: str, seed: int, steps: int, memory: A
     expected = {key: by_differences(nested, params, grads, state, ("hypers", hyper, key), loss) for key in found}
     scale = max(float(value.abs().max()) for value in expected.values())
     if currently_in_test_context():
-        assume(scale > 1e-4)  # else the loss's own rounding is all that differences see
+        assume(scale > 3e-3)  # else the loss's own rounding is all that differences see
     return {key: relative_error(found[key], expected[key], scale * 1e-3) for key in found}
 
 
