@@ -19,12 +19,14 @@ def demo(
     out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the figure, a PNG.")] = Path("demo.png"),
 ) -> None:
     """Fine-tune on a few handwritten digits with AdamP, SGDP and others, and test under shifts that training never saw."""
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ftp.demo import report
     from ftp.demo.train import Steps, run
 
+    torch.set_num_threads(1)  # more gain nothing on tensors so small, and lose minutes where another program is running
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:

@@ -1,9 +1,12 @@
 """The network, and the ways of fine-tuning it that the demo compares, with their settings.
 
-The settings were chosen by `python -m ftp.demo.tune`, by one rule for all methods: the best mean accuracy on in-distribution
-validation images over the tuning seeds, which the demo does not use, and of equals the first, which moves the weights least. Test images
-played no part. Two methods are exempt on purpose: SGD and SGDP run at a learning rate that is too high, to show what the
-projection does about it.
+The settings were chosen by `python -m ftp.demo.tune`, by one rule for all methods: of a grid, the best mean accuracy on
+in-distribution validation images, over seeds that the demo does not use; of equals, the first. Test images, and shifted ones, play no
+part. SGD and SGDP are exempt: they run at a learning rate that is too high on purpose, to show what the projection does about it.
+
+The network and the length of pre-training were chosen before, on validation images too, so that a linear probe is robust: what
+pre-training has not given, fine-tuning can not keep. It matters: on a first, shallower network, whose probe failed under inversion, SGDP
+was 3 points above SGD on shifted validation images; on this one it was 10.
 """
 
 from collections import OrderedDict
@@ -107,10 +110,10 @@ HIGH_LR = 3e-2
 """The learning rate of SGD and SGDP."""
 
 METHODS = (
-    linear_probe(1e-2),
-    adamw(1e-3),
-    adamw_learned(1e-3, learner_lr=0.03),
-    l2_sp(1e-3, alpha=1e-2),
+    linear_probe(3e-2),
+    adamw(1e-2),
+    adamw_learned(1e-3, learner_lr=0.3),
+    l2_sp(1e-2, alpha=1e-3),
     adamp(1e-3),
     sgd(HIGH_LR),
     sgdp(HIGH_LR),

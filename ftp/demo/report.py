@@ -64,7 +64,7 @@ def save(outcomes: Outcomes, path: Path) -> None:
 
 def _accuracy(axes: Axes, outcomes: Outcomes) -> None:
     rows = range(len(METHODS))
-    labels = [method.name + (f"\n(lr {method.lr:g})" if method.lr == HIGH_LR else "") for method in METHODS]
+    labels = [f"{method.name}\nlr {_lr(method, outcomes[method.name])}" for method in METHODS]
     inside = [[run.accuracy[IN_DISTRIBUTION] for run in outcomes[method.name]] for method in METHODS]
     outside = [[run.shifts for run in outcomes[method.name]] for method in METHODS]
     for values, color, name in ((outside, _COLORS[1], "mean of shifts"), (inside, _COLORS[0], IN_DISTRIBUTION)):
@@ -73,17 +73,18 @@ def _accuracy(axes: Axes, outcomes: Outcomes) -> None:
     axes.set_yticks(rows, labels)
     axes.invert_yaxis()
     axes.set(title="Accuracy in and out of distribution", xlabel="test accuracy (%), mean ± standard error")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    _legend(axes, 2)
 
 
 def _radius(axes: Axes, outcomes: Outcomes) -> None:
-    for name, style in (("AdamP", "-"), ("SGDP", "--")):
-        radii = outcomes[name][0].trace["radius"]
-        convolutions = {label: values for label, values in radii.items() if "conv" in label}
-        for color, (label, values) in zip(_COLORS, convolutions.items(), strict=True):
-            axes.plot(range(1, len(values) + 1), values, style, color=color, label=f"{name}, {label.split('.')[1]}")
+    styles = {"AdamP": "-", "SGDP": "--"}
+    layers = [label for label in outcomes["AdamP"][0].trace["radius"] if "conv" in label]
+    for color, layer in zip(_COLORS, layers, strict=True):
+        for name, style in styles.items():
+            values = outcomes[name][0].trace["radius"][layer]
+            axes.plot(range(1, len(values) + 1), values, style, color=color, label=f"{name}, {layer.split('.')[1]}")
     axes.set(title="Learned radius per layer, first seed", xlabel="step", ylabel="radius (MARS norm)")
-    axes.legend(fontsize="small", frameon=False, ncols=2)
+    _legend(axes, 4)
 
 
 def _lr_over_time(axes: Axes, outcomes: Outcomes) -> None:
@@ -93,10 +94,14 @@ def _lr_over_time(axes: Axes, outcomes: Outcomes) -> None:
         axes.plot(steps, values, color=_COLORS[0], alpha=0.35, label=None if i else "a seed")
     axes.plot(steps, [mean(values) for values in zip(*runs, strict=True)], color=_COLORS[0], linewidth=2, label="mean")
     tuned = next(method.lr for method in METHODS if method.name == "AdamW")
-    axes.axhline(tuned, color=_COLORS[1], linestyle=":", label=f"tuned by hand: {tuned:g}")
+    axes.axhline(tuned, color=_COLORS[1], linestyle=":", label=f"tuned: {tuned:g}")
     axes.set_yscale("log")
     axes.set(title="Learned learning rate of AdamW", xlabel="step", ylabel="learning rate")
-    axes.legend(frameon=False)
+    _legend(axes, 3)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, fontsize="small", columnspacing=1)
 
 
 def _lr(method: Method, runs: Sequence[Outcome]) -> str:
