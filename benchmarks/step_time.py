@@ -1,6 +1,6 @@
 """Time of one optimizer step, as a ratio to torch.optim's, measured side by side in one process.
 
-The tensors are those of a small transformer (1.6 million numbers in 52 tensors). Every round times each optimizer once, in turn;
+The tensors are those of a small transformer (1.2 million numbers in 52 tensors). Every round times each optimizer once, in turn;
 the table shows the median over rounds, and the interquartile range, of the ratio to `torch.optim.AdamW` (foreach) in the same round.
 """
 
