@@ -22,7 +22,7 @@ format: $(VENV)/.done
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.done
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.done
 	$(BIN)/python benchmarks/step_time.py
