@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test test-thorough lint format docs rules bench clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
 
 test: lint docs
 	$(BIN)/python -m pytest
+
+test-thorough: $(VENV)/.done
+	$(BIN)/python -m pytest --hypothesis-profile thorough
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -23,6 +26,11 @@ format: $(VENV)/.done
 
 docs: $(VENV)/.done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+rules: $(VENV)/.done
+	sed -i '/<!-- table -->/q' docs/reference/rules.md
+	echo >> docs/reference/rules.md
+	$(BIN)/hyperopt-nested rules --markdown >> docs/reference/rules.md
 
 bench: $(VENV)/.done
 	$(BIN)/python benchmarks/step_time.py

@@ -1,19 +1,31 @@
-"""Build hook: every public name must have an entry on its package's API page; what is missing fails a strict build."""
+"""Build hook: an API page shows the public names of its package, each once; where it does not, a strict build fails."""
 
 import importlib
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 
+PACKAGES = ("hyperopt_nested", "hyperopt_nested.testing", "ftp")
+
 log = logging.getLogger("mkdocs.hooks.public_names")
 
 
+def problems(docs: Path) -> list[str]:
+    """What is wrong with the API pages, in sentences: the page of `a.b` is `api/b.md`."""
+    found = []
+    for package in PACKAGES:
+        page = docs / "api" / f"{package.rpartition('.')[2]}.md"
+        paths = re.findall(rf"^::: {package}\.(\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        shown, public = Counter(path.split(".")[-1] for path in paths), Counter(importlib.import_module(package).__all__)
+        found += [f"{package}.{name} is public but has no entry in {page.name}" for name in sorted(public - shown)]
+        found += [f"{package}.{name} is in {page.name} more often than it is public" for name in sorted(shown - public)]
+    return found
+
+
 def on_config(config: MkDocsConfig) -> None:
-    """Warn of each name in a package's `__all__` that its API page does not show."""
-    for package in ("hyperopt_nested", "ftp"):
-        page = (Path(config.docs_dir) / "api" / f"{package}.md").read_text(encoding="utf-8")
-        shown = {path.split(".")[-1] for path in re.findall(rf"^::: {package}\.(\S+)$", page, re.MULTILINE)}
-        for name in sorted(set(importlib.import_module(package).__all__) - shown):
-            log.warning("%s.%s is public but has no entry in docs/api/%s.md", package, name, package)
+    """Warn of each of them."""
+    for problem in problems(Path(config.docs_dir)):
+        log.warning(problem)

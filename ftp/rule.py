@@ -71,4 +71,4 @@ def ftp_rule(
     return hn.project(base, onto=hn.mars, radius=radius, anchor=anchor, saturation=saturation)
 
 
-hn.register("ftp", ftp_rule)
+hn.register("ftp", ftp_rule, check_with={"saturation": "exact"})

@@ -1,20 +1,63 @@
 """Learn any hyper-parameter of any optimizer while the model trains, by differentiating the optimizer itself."""
 
-from hyperopt_nested.combinators import Anchor, project
+from typing import TYPE_CHECKING, Any
+
+from hyperopt_nested.combinator import Combinator, Step, combinator
+from hyperopt_nested.combinators import (
+    Anchor,
+    centralize,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    coupled_decay,
+    decoupled_decay,
+    ema,
+    l2_sp,
+    lookahead,
+    project,
+    spd,
+)
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
 from hyperopt_nested.nested import Memory, Nested
-from hyperopt_nested.ops import State, counter, safe_sqrt, state_dtype, zeros, zeros_like
+from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.optimizer import HyperOptimizer
 from hyperopt_nested.projections import Ball, Saturation, frobenius, linf, mars, row_l2
 from hyperopt_nested.registry import get, names, register
-from hyperopt_nested.rule import Bound, Coupling, FunctionRule, Learn, Optimizer, Per, Rule, is_on, learn, rule
-from hyperopt_nested.rules import adam, adamw, sgd
+from hyperopt_nested.rule import Bound, Coupling, FunctionRule, Learn, Optimizer, Per, Rule, accumulator, is_on, learn, rule
+from hyperopt_nested.rules import (
+    adabelief,
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adam_hd,
+    adamax,
+    adamw,
+    adan,
+    asgd,
+    lamb,
+    lars,
+    lion,
+    muon,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    schedule_free_adamw,
+    schedule_free_sgd,
+    sgd,
+    sgd_hd,
+)
+
+if TYPE_CHECKING:
+    from hyperopt_nested import testing as testing
 
 __all__ = [
     "Anchor",
     "Ball",
     "Bijection",
     "Bound",
+    "Combinator",
     "Coupling",
     "FunctionRule",
     "Hyper",
@@ -31,24 +74,67 @@ __all__ = [
     "Rule",
     "Saturation",
     "State",
+    "Step",
     "UnitInterval",
+    "accumulator",
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
     "adam",
+    "adam_hd",
+    "adamax",
     "adamw",
+    "adan",
+    "asgd",
+    "centralize",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "combinator",
     "counter",
+    "coupled_decay",
+    "decoupled_decay",
+    "ema",
     "frobenius",
     "get",
     "is_on",
+    "kink",
+    "l2_sp",
+    "lamb",
+    "lars",
     "learn",
     "linf",
+    "lion",
+    "lookahead",
     "mars",
+    "muon",
+    "nadam",
     "names",
     "project",
+    "radam",
     "register",
+    "rmsprop",
     "row_l2",
+    "rprop",
     "rule",
     "safe_sqrt",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
     "sgd",
+    "sgd_hd",
+    "spd",
     "state_dtype",
+    "watch_kinks",
     "zeros",
     "zeros_like",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`hn.testing`, imported when it is first used, since it needs hypothesis."""
+    if name == "testing":
+        import hyperopt_nested.testing
+
+        return hyperopt_nested.testing
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,16 +7,18 @@ dicts of tensors, so it works under `torch.func.vmap`, `grad` and `jvp`, and und
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.learned import LearnedHyper, number
-from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.ops import State, evaluated, map_tree, state_dtype
 from hyperopt_nested.rule import Coupling, Learn, Optimizer
-from hyperopt_nested.sensitivity import Apply, Raws, linearize, pull_forward, pull_reverse, unused
+from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse, unused
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]
@@ -40,7 +42,7 @@ class Nested:
         memory: how the last update is remembered.
 
     Raises:
-        ValueError: `memory="forward"` would not be exact for a learned hyper.
+        ValueError: `memory="forward"` would not be exact for a learned hyper, or its derivative is zero wherever it exists.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -59,13 +61,21 @@ class Nested:
         self.memory = memory
         self._optimizer = optimizer
         self._by_learn: dict[int, LearnedHyper] = {}
+        self._learned_of: dict[int, _Learned] = {}
         for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values():
             for name, learn in each.learned.items():
                 if id(learn) not in self._by_learn:
                     self._declare(each, name, learn)
+            if id(each) not in self._learned_of:
+                self._learned_of[id(each)] = self._split(each)
         self.learned = {learned.key: learned for learned in self._by_learn.values()}
 
     def _declare(self, optimizer: Optimizer, name: str, learn: Learn) -> None:
+        if name in optimizer.rule.flat:
+            raise ValueError(
+                f"{name} is learned, but the derivative of {optimizer.rule.name} with respect to it is zero wherever it exists, "
+                f"so it would never move: give {name} a plain value"
+            )
         same = sum(learned.key.split("#")[0] == name for learned in self._by_learn.values())
         key = f"{name}#{same + 1}" if same else name
         self._by_learn[id(learn)] = LearnedHyper(
@@ -83,7 +93,7 @@ class Nested:
 
     def learned_of(self, name: str) -> dict[str, LearnedHyper]:
         """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
-        return {hyper: self._by_learn[id(learn)] for hyper, learn in self.optimizer_of(name).learned.items()}
+        return self._learned_of[id(self.optimizer_of(name))].hypers
 
     def init(self, params: Tensors, start: Mapping[str, float | Tensor] | None = None) -> State:
         """State before the first step.
@@ -95,7 +105,8 @@ class Nested:
 
         Raises:
             TypeError: a tensor is not of a real floating-point dtype.
-            ValueError: a learned hyper is not used by the update, `start` names no learned hyper, or a number in it is outside its domain.
+            ValueError: a learned hyper is not used by the update, or enters a total over all tensors in a way that can not be
+                differentiated; `start` names no learned hyper, or a number in it is outside its domain.
         """
         start = start or {}
         for key, value in start.items():
@@ -112,7 +123,7 @@ class Nested:
             optimizer = self.optimizer_of(name)
             if (id(optimizer), param.ndim) not in checked:
                 checked.add((id(optimizer), param.ndim))
-                _refuse_unused(optimizer, self.learned_of(name), name, param)
+                self._refuse(optimizer, name, param)
             rule[name] = optimizer.rule.init(param, optimizer.settings)
             for learned in self.learned_of(name).values():
                 raws = hypers[learned.key]
@@ -146,8 +157,11 @@ class Nested:
         for key, hypergrads in self.hypergradients(grads, st).items():
             learned = self.learned[key]
             hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
-        new, rule, sensitivities = self._update(params, grads, st["rule"], hypers, values)
-        memory = {name: self._remember(name, params[name], grads[name], st["rule"][name], hypers, values, sensitivities) for name in grads}
+        new, rule, sensitivities, totals = self._update(params, grads, st["rule"], hypers, values)
+        memory: State = {}
+        for name in grads:
+            inputs = params[name], grads[name], st["rule"][name], self._raws(name, hypers), values.get(name, {}), totals
+            memory[name] = self._memory(name, 1.0, {key: sensitivities[key][name] for key in self._learned(name).forward}, *inputs)
         rule = {**st["rule"], **rule}
         hypers = {key: self._bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         memory = {**st["memory"], **memory}
@@ -170,9 +184,9 @@ class Nested:
             pulled = [(key, pull_forward(grad, sensitivity, raws[key])) for key, sensitivity in memory["sensitivity"].items()]
             if "inputs" in memory:
                 inputs = memory["inputs"]
-                apply = self._apply(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
-                through = pull_reverse(grad, apply, inputs["raws"])
-                pulled += [(key, torch.where(memory["taken"] > 0, through[key], 0)) for key in self._split(name)[1]]
+                update = self._tensor_update(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
+                through = pull_reverse(grad, functools.partial(update.param, total=inputs.get("total")), inputs["raws"])
+                pulled += [(key, torch.where(memory["taken"] > 0, through[key], 0)) for key in self._learned(name).reverse]
             for key, contribution in pulled:
                 value = self.learned[key].key_of(name)
                 before = found[key].get(value)
@@ -195,74 +209,106 @@ class Nested:
             found |= {f"{key}.{below}": count for below, count in learned.learner.rejected(st["learners"][key]).items()}
         return found
 
+    def evaluated(self, params: Tensors, st: State) -> dict[str, Tensor]:
+        """The weights to evaluate the model with: those that the rules keep for it (averages of some kind), else the tensors."""
+        return {name: evaluated(param, st["rule"][name]) for name, param in params.items()}
+
+    def _learned(self, name: str) -> _Learned:
+        return self._learned_of[id(self.optimizer_of(name))]
+
     def _raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
         """Raw values that a tensor uses, by learned hyper."""
         return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned_of(name).values()}
 
-    def _apply(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> Apply:
-        """The update of one tensor as a function of the raw values that it uses."""
-        return _apply(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
+    def _tensor_update(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> _TensorUpdate:
+        return _TensorUpdate(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
 
     def _update(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: dict[str, Raws], values: Values
-    ) -> tuple[dict[str, Tensor], dict[str, State], dict[str, Raws]]:
-        """New tensors and rule states of all tensors with a gradient, and their forward sensitivities."""
+    ) -> tuple[dict[str, Tensor], dict[str, State], dict[str, Raws], Raws]:
+        """New tensors and rule states of all tensors with a gradient, their forward sensitivities, and the totals of what is measured."""
 
-        def update(raws: dict[str, Raws]) -> tuple[Raws, dict[str, State]]:
-            updated = {}
-            for name, grad in grads.items():
-                apply = self._apply(name, params[name], grad, rule[name], values.get(name, {}))
-                updated[name] = apply(self._raws(name, raws))
-            return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
+        def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+            updates = {name: self._tensor_update(name, params[name], grads[name], rule[name], values.get(name, {})) for name in grads}
+            used = {name: self._raws(name, raws) for name in grads}
+            totals: Raws = {}
+            for name, each in updates.items():
+                if each.measures:
+                    measured, before = each.measure(used[name]), totals.get(each.measures)
+                    totals[each.measures] = measured if before is None else before + measured.to(before.device)
+            updated = {name: each(used[name], totals.get(each.measures)) for name, each in updates.items()}
+            return {name: pair[0] for name, pair in updated.items()}, ({name: pair[1] for name, pair in updated.items()}, totals)
 
-        forward = {key for name in grads for key in self._split(name)[0]}
+        forward = {key for name in grads for key in self._learned(name).forward}
         used: dict[str, Raws] = {key: {} for key in self.learned}
         for name in grads:
             for key, raw in self._raws(name, hypers).items():
                 used[key][self.learned[key].key_of(name)] = raw
-        new, states, sensitivities = linearize(update, used, [key for key in self.learned if key in forward])
+        new, (states, totals), sensitivities = linearize(update, used, [key for key in self.learned if key in forward])
         kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
-        return {name: param.to(params[name].dtype) for name, param in new.items()}, kept, sensitivities
+        return {name: param.to(params[name].dtype) for name, param in new.items()}, kept, sensitivities, totals
 
-    def _remember(
+    def _no_memory(self, name: str, param: Tensor, state: State, hypers: Mapping[str, Raws]) -> State:
+        """Memory before the first update: of the structure that later ones have, with no effect."""
+        none = {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in self._learned(name).forward}
+        totals = {self.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
+        return self._memory(name, 0.0, none, param, torch.zeros_like(param), state, self._raws(name, hypers), {}, totals)
+
+    def _memory(
         self,
         name: str,
+        taken: float,
+        sensitivity: Raws,
         param: Tensor,
         grad: Tensor,
         state: State,
-        hypers: Mapping[str, Raws],
-        values: Values,
-        sensitivities: Mapping[str, Raws],
+        raws: Raws,
+        values: Mapping[str, float | Tensor],
+        totals: Raws,
     ) -> State:
-        """Memory of one tensor's update."""
-        forward, reverse = self._split(name)
-        memory: State = {"sensitivity": {key: sensitivities[key][name] for key in forward}}
-        if reverse:
-            memory |= self._inputs(name, param, grad, state, self._raws(name, hypers), values.get(name, {}))
-            memory["taken"] = torch.ones((), device=param.device)
-        return memory
+        """Memory of one tensor's update: sensitivities, and, if a hyper needs them, its inputs.
 
-    def _no_memory(self, name: str, param: Tensor, state: State, hypers: Mapping[str, Raws]) -> State:
-        """Memory before the first update: of the same structure, with no effect."""
-        forward, reverse = self._split(name)
-        memory: State = {"sensitivity": {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in forward}}
-        if reverse:
-            memory |= self._inputs(name, param, torch.zeros_like(param), state, self._raws(name, hypers), {})
-            memory["taken"] = torch.zeros((), device=param.device)
-        return memory
+        They are copies: the caller may overwrite tensors, and torch.compile tells shared ones from others.
+        """
+        if not self._learned(name).reverse:
+            return {"sensitivity": sensitivity}
+        optimizer = self.optimizer_of(name)
+        numbers = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
+        inputs: State = {"param": param, "grad": grad, "state": state, "raws": raws, "values": numbers}
+        if optimizer.rule.measures:
+            inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
+        return {"sensitivity": sensitivity, "inputs": map_tree(torch.clone, inputs), "taken": torch.tensor(taken, device=param.device)}
 
-    def _inputs(
-        self, name: str, param: Tensor, grad: Tensor, state: State, raws: Raws, values: Mapping[str, float | Tensor]
-    ) -> dict[str, State]:
-        """Inputs of an update: copies, for the caller may overwrite tensors, and torch.compile tells shared ones from others."""
-        values = {hyper: number(values.get(hyper, value), param.device) for hyper, value in self.optimizer_of(name).declared.items()}
-        return {"inputs": map_tree(torch.clone, {"param": param, "grad": grad, "state": state, "raws": raws, "values": values})}
+    def _split(self, optimizer: Optimizer) -> _Learned:
+        hypers = {name: self._by_learn[id(learn)] for name, learn in optimizer.learned.items()}
+        keys = list(dict.fromkeys(each.key for each in hypers.values()))
+        exact = {each.key for each in hypers.values() if self.memory != "reverse" and _forward_is_exact(optimizer, each.learn)}
+        return _Learned(hypers, [key for key in keys if key in exact], [key for key in keys if key not in exact])
 
-    def _split(self, name: str) -> tuple[list[str], list[str]]:
-        """Learned hypers of a tensor that are remembered forward, and those in reverse."""
-        optimizer, learned = self.optimizer_of(name), self.learned_of(name)
-        exact = [each.key for each in learned.values() if self.memory != "reverse" and _forward_is_exact(optimizer, each.learn)]
-        return list(dict.fromkeys(exact)), [key for key in dict.fromkeys(each.key for each in learned.values()) if key not in exact]
+    def _refuse(self, optimizer: Optimizer, name: str, param: Tensor) -> None:
+        """Raise if a learned hyper can not be learned, tried on a tensor of the parameter's shape (a large one has no values)."""
+        learned = self._learned_of[id(optimizer)]
+        if not learned.hypers:
+            return
+        device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
+        probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
+        raws = {each.key: each.start(probe, each.learn.value) for each in learned.hypers.values()}
+        update = _TensorUpdate(optimizer, learned.hypers, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
+        total = torch.zeros((), device=device) if update.measures else None
+        told = {each.key: hyper for hyper, each in learned.hypers.items()}
+        measured = set(raws) - set(unused(update.measure, raws)) if update.measures else set()
+        for key in unused(functools.partial(update.param, total=total), raws):
+            if key not in measured:
+                raise ValueError(
+                    f"{told[key]} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} (settings: "
+                    f"{optimizer!r}), so its hypergradient would always be zero: give {told[key]} a plain value, or switch on what uses it"
+                )
+        for key in sorted(measured):
+            if self.learned[key].learn.per != "model" or key in learned.reverse:
+                raise ValueError(
+                    f"{told[key]} enters the total over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
+                    "'auto' or 'forward', or put what needs the total outermost, where it sees the raw gradients"
+                )
 
     def _bounded(self, key: str, raws: Raws, rule: State, grads: Tensors) -> Raws:
         learned = self.learned[key]
@@ -275,46 +321,56 @@ class Nested:
         return {name: learned.bounded(raw, users[name]) if name in users else raw for name, raw in raws.items()}
 
 
-def _apply(
-    optimizer: Optimizer,
-    learned: Mapping[str, LearnedHyper],
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    values: Mapping[str, float | Tensor],
-) -> Apply:
-    dtype = state_dtype(param)
+@dataclass(frozen=True)
+class _Learned:
+    """The learned hypers of an optimizer, by the rule's names; the keys of those remembered forward, and in reverse."""
 
-    def widened(tensor: Tensor) -> Tensor:
-        return tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
+    hypers: dict[str, LearnedHyper]
+    forward: list[str]
+    reverse: list[str]
 
-    def apply(raws: Raws) -> tuple[Tensor, State]:
+
+class _TensorUpdate:
+    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        learned: Mapping[str, LearnedHyper],
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        values: Mapping[str, float | Tensor],
+    ) -> None:
+        self._dtype = state_dtype(param)
+        self._rule, self._declared, self._learned, self._values = optimizer.rule, optimizer.declared, learned, values
+        self._device = param.device
+        self._inputs = self._widened(param), self._widened(grad), map_tree(self._widened, state)
+        self.measures = optimizer.rule.measures
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.promote_types(tensor.dtype, self._dtype)) if tensor.is_floating_point() else tensor
+
+    def _hypers(self, raws: Raws) -> dict[str, Tensor]:
         hypers = {}
-        for name, setting in optimizer.declared.items():
-            given = values.get(name, setting)
-            if name in learned:
-                hypers[name] = learned[name].value(raws[learned[name].key].to(param.device), given)
+        for name, setting in self._declared.items():
+            given = self._values.get(name, setting)
+            if name in self._learned:
+                hypers[name] = self._learned[name].value(raws[self._learned[name].key].to(self._device), given)
             else:
-                hypers[name] = number(given, param.device)
-        new, new_state = optimizer.rule.update(widened(param), widened(grad), map_tree(widened, state), hypers)
-        return new.to(dtype), new_state
+                hypers[name] = number(given, self._device)
+        return hypers
 
-    return apply
+    def measure(self, raws: Raws) -> Tensor:
+        return self._rule.measure(*self._inputs, self._hypers(raws))
 
+    def __call__(self, raws: Raws, total: Tensor | None = None) -> tuple[Tensor, State]:
+        total = None if total is None else total.to(self._device)
+        new, state = self._rule.update(*self._inputs, self._hypers(raws), total)
+        return new.to(self._dtype), state
 
-def _refuse_unused(optimizer: Optimizer, learned: Mapping[str, LearnedHyper], name: str, param: Tensor) -> None:
-    """Raise if a learned hyper has no path to the updated parameter, tried on a tensor of its shape that has no values."""
-    if not learned:
-        return
-    probe = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
-    apply = _apply(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
-    for key in unused(apply, raws):
-        hyper = next(hyper for hyper, each in learned.items() if each.key == key)
-        raise ValueError(
-            f"{hyper} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} "
-            f"(settings: {optimizer!r}), so its hypergradient would always be zero: give {hyper} a plain value, or switch on what uses it"
-        )
+    def param(self, raws: Raws, total: Tensor | None) -> Tensor:
+        return self(raws, total)[0]
 
 
 def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:

@@ -1,6 +1,7 @@
 """Building blocks for authors of rules: initial states, and functions that stay differentiable where the textbook ones do not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +46,44 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     An infinite derivative times a zero one is how a coordinate without gradient turns a hypergradient into NaN.
     """
-    positive = x > 0
+    positive = kink(x) > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1)), 0)
+
+
+_watchers: list[list[Tensor]] = []
+
+
+def kink(x: Tensor, other: Tensor | float | None = None) -> Tensor:
+    """Declare that an update is not differentiable where `x` is zero, or where `x` equals `other`; returns `x` itself.
+
+    Write it where an update branches: `torch.where(kink(norm, radius) > radius, ...)`, `kink(x).sign()`. It costs nothing but in
+    `watch_kinks`, by which the test kit stays clear of these points.
+
+    Args:
+        x: any shape.
+        other: broadcastable against `x`.
+    """
+    if _watchers:
+        _watchers[-1].append(x if other is None else x - other)
+    return x
+
+
+@contextmanager
+def watch_kinks() -> Iterator[list[Tensor]]:
+    """Collect what `kink` declares inside the context: an update is smooth on a path on which no entry changes its sign."""
+    _watchers.append([])
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
+
+
+def evaluated(param: Tensor, state: State) -> Tensor:
+    """The weights to evaluate a model with, given a rule's state: what the outermost average in it holds, else the parameter."""
+    if "evaluated" in state:
+        found: Tensor = state["evaluated"]
+        return found.to(param.dtype)
+    return evaluated(param, state["base"]) if "base" in state else param
 
 
 def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:

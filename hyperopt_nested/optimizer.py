@@ -236,6 +236,18 @@ class HyperOptimizer(torch.optim.Optimizer):
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
         return self._nested.rejected(self._gather())
 
+    def evaluated(self) -> dict[str, Tensor]:
+        """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
+            >>> prediction = torch.func.functional_call(model, opt.evaluated(), torch.ones(3, 2))
+        """
+        st = self._gather()
+        return self._nested.evaluated({name: p.detach() for name, p, _ in self._named() if name in st["rule"]}, st)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in the dtypes that it has; continuing is bitwise what not stopping would have been.
 

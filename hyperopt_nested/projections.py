@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hyperopt_nested.ops import safe_sqrt
+from hyperopt_nested.ops import kink, safe_sqrt
 from hyperopt_nested.rule import Coupling
 
 EPS = 1e-8
@@ -32,8 +32,13 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
+def largest(norms: Tensor) -> Tensor:
+    """The largest of some norms, shape (); 0 of none."""
+    return norms.amax() if norms.numel() else norms.sum()
+
+
 def _mars(d: Tensor) -> Tensor:
-    return _sum(d.abs(), _rows(d))
+    return _sum(kink(d).abs(), _rows(d))
 
 
 def _row_l2(d: Tensor) -> Tensor:
@@ -42,6 +47,10 @@ def _row_l2(d: Tensor) -> Tensor:
 
 def _frobenius(d: Tensor) -> Tensor:
     return safe_sqrt(_sum(d * d, tuple(range(d.ndim))))
+
+
+def _linf(d: Tensor) -> Tensor:
+    return kink(d).abs()
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,7 @@ class Ball:
 
     def norm(self, displacement: Tensor) -> Tensor:
         """Norm of a displacement: the largest of its blocks', a tensor of shape (); 0 for an empty one."""
-        norms = self.norms(displacement)
-        return norms.amax() if norms.numel() else norms.sum()
+        return largest(self.norms(displacement))
 
     def project(self, point: Tensor, radius: Tensor, *, center: Tensor | None = None, saturation: Saturation = "exact") -> Tensor:
         """Point scaled, block by block, into the ball around `center`.
@@ -95,7 +103,7 @@ class Ball:
         inside = point
         if saturation == "straight-through":
             inside = point + displacement / safe.detach() * (radius - radius.detach())
-        return torch.where(norms > radius, scaled if center is None else center + scaled, inside)
+        return torch.where(kink(norms, radius) > radius, scaled if center is None else center + scaled, inside)
 
 
 mars = Ball("mars", _mars, "row")
@@ -107,5 +115,5 @@ frobenius = Ball("frobenius", _frobenius, "tensor")
 row_l2 = Ball("row_l2", _row_l2, "row")
 """Euclidean norm of each row."""
 
-linf = Ball("linf", torch.abs, "element")
+linf = Ball("linf", _linf, "element")
 """Largest absolute value: each element on its own."""

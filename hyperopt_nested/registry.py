@@ -1,21 +1,24 @@
 """The registry: optimizers by name.
 
-An entry is anything that makes an `Optimizer` when called: a rule made by `@rule`, or a function that builds one from others.
+An entry is anything that makes an `Optimizer` when called: a rule made by `@rule`, or a function that builds one, from another
+`Optimizer` if its first parameter has no default.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from hyperopt_nested.rule import Optimizer
 
 _FACTORIES: dict[str, "Callable[..., Optimizer]"] = {}
+_CHECK_WITH: dict[str, Mapping[str, Any]] = {}
 
 F = TypeVar("F", bound="Callable[..., Optimizer]")
 
 
-def register(name: str, factory: F) -> F:
+def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None) -> F:
     """Enter `factory` under `name`, and return it.
 
     Running the same definition again (a notebook cell, a reloaded module) replaces the entry.
@@ -23,6 +26,7 @@ def register(name: str, factory: F) -> F:
     Args:
         name: the entry's name.
         factory: called with hyper-parameters, returns an `Optimizer`.
+        check_with: arguments with which `hyperopt_nested.testing` calls it, where its defaults can not be checked.
 
     Raises:
         ValueError: another definition has that name.
@@ -30,7 +34,7 @@ def register(name: str, factory: F) -> F:
     taken = _FACTORIES.get(name)
     if taken is not None and _origin(taken) != _origin(factory):
         raise ValueError(f"name={name!r} is registered already, by {'.'.join(_origin(taken))}; choose another name")
-    _FACTORIES[name] = factory
+    _FACTORIES[name], _CHECK_WITH[name] = factory, dict(check_with or {})
     return factory
 
 
@@ -44,6 +48,24 @@ def get(name: str) -> "Callable[..., Optimizer]":
         close = get_close_matches(name, _FACTORIES) or names()
         raise KeyError(f"no rule is registered as {name!r}; did you mean {', '.join(close)}? Import the module that defines it first")
     return _FACTORIES[name]
+
+
+def check_with(name: str) -> Mapping[str, Any]:
+    """The arguments with which the entry called `name` is checked."""
+    return _CHECK_WITH[name]
+
+
+def example(name: str, around: "Callable[[], Optimizer]") -> "Optimizer":
+    """An optimizer of the entry called `name`, as it is checked; made around another one if it needs one."""
+    factory, settings = get(name), _CHECK_WITH[name]
+    first = next(iter(inspect.signature(factory, follow_wrapped=False).parameters.values()), None)
+    inside = first is not None and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD) and first.default is first.empty
+    return factory(around(), **settings) if inside else factory(**settings)
+
+
+def origin(name: str) -> str:
+    """The module that defines the entry called `name`."""
+    return _origin(get(name))[0]
 
 
 def names() -> list[str]:

@@ -10,14 +10,14 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from hyperopt_nested import registry
 from hyperopt_nested.hyper import Bijection, Hyper
-from hyperopt_nested.ops import State
+from hyperopt_nested.ops import State, state_dtype, zeros_like
 
 Coupling = Literal["element", "row", "tensor"]
 """The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""
@@ -37,18 +37,28 @@ class Rule(ABC):
         name: the rule's name.
         hypers: its hyper-parameters, by name.
         coupling: the finest part of a tensor that the update treats on its own.
+        flat: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
+        measures: name of the total over all tensors of what `measure` returns for each, if `update` needs one.
     """
 
     name: str
     hypers: Mapping[str, Hyper]
     coupling: Coupling
+    flat: frozenset[str] = frozenset()
+    measures: str = ""
 
     @abstractmethod
     def init(self, param: Tensor, settings: "Mapping[str, float | Learn]") -> State:
         """State before the first update of `param`; `settings` are the declared values of the hypers."""
 
+    def measure(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        """What this tensor adds to the total that `update` needs, shape (): only where `measures` names it. Arguments as of `update`."""
+        raise NotImplementedError(f"{self.name} measures nothing")
+
     @abstractmethod
-    def update(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+    def update(
+        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], total: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """New parameter and state. Pure: inputs stay untouched, and the state keeps its structure.
 
         Args:
@@ -56,6 +66,7 @@ class Rule(ABC):
             grad: as `param`.
             state: as `init` or the last update made it.
             hypers: the value of each hyper, a tensor that broadcasts against `param`.
+            total: the sum of `measure` over all tensors that are stepped together and whose rules have the same `measures`, shape ().
         """
 
 
@@ -167,7 +178,7 @@ def learn(
     return Learn(value, by, per, grad, bounds, via)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FunctionRule(Rule):
     """A rule made from a function by `rule`. Call it with hypers and options to get an `Optimizer`."""
 
@@ -177,29 +188,31 @@ class FunctionRule(Rule):
     hypers: Mapping[str, Hyper]
     coupling: Coupling
     options: Mapping[str, Any] = field(default_factory=dict)
+    flat: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        keywords = _keywords(self.function)
-        self._update_options = {name: value for name, value in self.options.items() if name in keywords}
+        self._update_options = chosen(self.options, self.function)
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
-        if self.initial is None:
-            return {}
-        known = {**settings, **self.options}
-        return self.initial(param, **{name: known[name] for name in _keywords(self.initial)})
+        return self.initial(param, **chosen({**settings, **self.options}, self.initial)) if self.initial else {}
 
-    def update(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        hypers: Mapping[str, Tensor],
+        total: Tensor | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, State]:
         return self.function(param, grad, state, **hypers, **self._update_options)
 
     def __call__(self, *, maximize: bool = False, **settings: Any) -> Optimizer:
         """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults."""
-        options = {name: settings.pop(name, value) for name, value in self.options.items()}
-        unknown = [name for name in settings if name not in self.hypers]
-        if unknown:
-            raise TypeError(f"{self.name} has no argument {unknown[0]!r}; it has {', '.join([*self.hypers, *options, 'maximize'])}")
-        values = {name: settings.get(name, hyper.default) for name, hyper in self.hypers.items()}
-        rule = FunctionRule(self.name, self.function, self.initial, self.hypers, self.coupling, options)
-        return Optimizer(rule, values, maximize)
+        values, options = assigned(self.name, self.hypers, self.options, settings, also=("maximize",))
+        return Optimizer(replace(self, options=options), values, maximize)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.name, dict(self.options))
@@ -210,7 +223,7 @@ def _restore(name: str, options: dict[str, Any]) -> Rule:
 
 
 def rule(
-    init: Callable[..., State] | None = None, /, *, coupling: Coupling = "tensor", **hypers: Hyper
+    init: Callable[..., State] | None = None, /, *, coupling: Coupling = "tensor", flat: tuple[str, ...] = (), **hypers: Hyper
 ) -> Callable[[Callable[..., tuple[Tensor, State]]], FunctionRule]:
     """Make a rule of a function, and register it under the function's name.
 
@@ -223,6 +236,7 @@ def rule(
             options, the function's or further ones. None: a rule without state. See also `zeros`.
         coupling: the finest part of a tensor that the update treats on its own. "tensor" is always right; "element" or "row",
             where true, lets hypers of that granularity be learned with less memory.
+        flat: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them is refused.
         **hypers: the hyper-parameters, by name: `lr=Positive(1e-4)`.
 
     Raises:
@@ -240,22 +254,59 @@ def rule(
     """
 
     def decorate(function: Callable[..., tuple[Tensor, State]]) -> FunctionRule:
-        name, keywords = function.__name__, _keywords(function)
-        missing = [h for h in hypers if h not in keywords]
-        if missing:
-            raise TypeError(f"{name}: hyper {missing[0]!r} is declared but is no keyword-only parameter of the function; add it after `*`")
-        options = {key: default for key, default in {**_keywords(init), **keywords}.items() if key not in hypers}
-        undeclared = [key for key, default in options.items() if default is inspect.Parameter.empty]
+        name = function.__name__
+        options, undeclared = declared_options(function, init, hypers)
         if undeclared:
             raise TypeError(
                 f"{name}: parameter {undeclared[0]!r} is neither declared as a hyper nor an option with a default; "
                 f"declare its domain, e.g. {undeclared[0]}=hn.Positive(1e-3)"
             )
-        made = FunctionRule(name, function, init, dict(hypers), coupling, options)
+        made = FunctionRule(name, function, init, dict(hypers), coupling, options, frozenset(flat))
         functools.update_wrapper(made, function)
         return registry.register(name, made)
 
     return decorate
+
+
+def declared_options(
+    function: Callable[..., Any], init: Callable[..., State] | None, hypers: Mapping[str, Hyper]
+) -> tuple[dict[str, Any], list[str]]:
+    """Options of a definition (keyword-only parameters that are no hypers) with their defaults, and the names of those without one.
+
+    Raises:
+        TypeError: a declared hyper is no parameter of the function.
+    """
+    keywords = _keywords(function)
+    missing = [h for h in hypers if h not in keywords]
+    if missing:
+        raise TypeError(
+            f"{function.__name__}: hyper {missing[0]!r} is declared but is no keyword-only parameter of the function; add it after `*`"
+        )
+    options = {**keywords, **_keywords(init), **keywords}  # the function's first, and its defaults count
+    options = {key: default for key, default in options.items() if key not in hypers}
+    undeclared = [key for key, default in options.items() if default is inspect.Parameter.empty]
+    return {key: default for key, default in options.items() if key not in undeclared}, undeclared
+
+
+def assigned(
+    name: str, hypers: Mapping[str, Hyper], options: Mapping[str, Any], given: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> tuple[dict[str, "float | Learn"], dict[str, Any]]:
+    """What a call gives to each hyper and each option; the others have their defaults. `also` names further arguments, for messages.
+
+    Raises:
+        TypeError: the call gives what is neither.
+    """
+    unknown = [key for key in given if key not in hypers and key not in options]
+    if unknown:
+        raise TypeError(f"{name} has no argument {unknown[0]!r}; it has {', '.join([*hypers, *options, *also]) or 'none'}")
+    values = {key: given.get(key, hyper.default) for key, hyper in hypers.items()}
+    return values, {key: given.get(key, default) for key, default in options.items()}
+
+
+def chosen(values: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those of the values that the function has a keyword-only parameter for."""
+    keywords = _keywords(function)
+    return {name: value for name, value in values.items() if name in keywords}
 
 
 def _keywords(function: Callable[..., Any] | None) -> dict[str, Any]:
@@ -267,3 +318,17 @@ def _keywords(function: Callable[..., Any] | None) -> dict[str, Any]:
 def is_on(setting: float | Learn) -> bool:
     """Whether a hyper that switches a part of a rule on takes effect: it is learned, or not zero."""
     return isinstance(setting, Learn) or setting != 0
+
+
+def accumulator(param: Tensor, *settings: float | Learn) -> Tensor:
+    """Zeros for a part of the state that depends on these hypers alone: one number, unless one of them is learned per row or element.
+
+    Args:
+        param: the parameter.
+        settings: what `init` is given for the hypers.
+
+    Returns:
+        A tensor of shape (), or of the parameter's shape, in `state_dtype(param)`.
+    """
+    many = any(isinstance(setting, Learn) and setting.per in ("row", "element") for setting in settings)
+    return zeros_like(param) if many else param.new_zeros((), dtype=state_dtype(param))

@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.ops import map_tree
 
 Raws = dict[str, Tensor]
-Apply = Callable[[Raws], tuple[Tensor, State]]
-Update = Callable[[dict[str, Raws]], tuple[Raws, dict[str, State]]]
+Update = Callable[[dict[str, Raws]], tuple[Raws, Any]]
 
 
-def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[Raws, dict[str, State], dict[str, Raws]]:
+def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[Raws, Any, dict[str, Raws]]:
     """Do an update of many tensors, and differentiate them with respect to each learned hyper in `keys`, with a tangent of ones.
 
     The forward derivative is had as the pull-back of the pull-back: pulling v back is linear in v, so pulling ones back through that
     gives the Jacobian times ones. In eager mode that is several times faster than `torch.func.jvp`, and exactly the same.
 
     Args:
-        update: from raw values, by learned hyper and key, to new tensors and states, by tensor.
+        update: from raw values, by learned hyper and key, to new tensors, by tensor, and anything else (states).
         raws: its argument.
         keys: learned hypers to differentiate with respect to.
 
     Returns:
-        The new tensors, the states, and for each of `keys`, by tensor, d(tensor)/d(raw), of the tensor's shape: element i holds the
+        The new tensors, the rest, and for each of `keys`, by tensor, d(tensor)/d(raw), of the tensor's shape: element i holds the
         derivative with respect to the one entry of the hyper that belongs to element i.
     """
     if not keys:
@@ -48,22 +47,18 @@ def pull_forward(grad: Tensor, sensitivity: Tensor, raw: Tensor) -> Tensor:
     return total.to(raw)
 
 
-def pull_reverse(grad: Tensor, apply: Apply, raws: Raws) -> dict[str, Tensor]:
+def pull_reverse(grad: Tensor, param_of: Callable[[Raws], Tensor], raws: Raws) -> dict[str, Tensor]:
     """Hypergradient of every hyper in `raws`, by the vector-Jacobian product of the remembered update."""
-
-    def param_of(raws: Raws) -> Tensor:
-        return apply(raws)[0]
-
     linearized: Any = torch.func.vjp(param_of, raws)
     param, pull = linearized
     return dict(pull(grad.to(param))[0])
 
 
-def unused(apply: Apply, raws: Mapping[str, Tensor]) -> list[str]:
-    """Names of the hypers that the update's new parameter does not depend on at all."""
+def unused(function: Callable[[Raws], Tensor], raws: Mapping[str, Tensor]) -> list[str]:
+    """Names of the hypers that the function's value does not depend on at all."""
     leaves: Raws = {name: torch.nn.Parameter(raw.detach().clone()) for name, raw in raws.items()}  # a leaf under functorch transforms too
     with torch.enable_grad():
-        total = apply(leaves)[0].sum()
+        total = function(leaves).sum()
     if not total.requires_grad:
         return list(leaves)
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import hyperopt_nested as hn
@@ -13,6 +14,13 @@ EXACT = 1e-12  # two float64 programs that compute the same thing, relative to t
 DIFFERENCES = 1e-6  # a derivative against finite differences in float64
 
 Tensors = dict[str, Tensor]
+
+
+def examples(count: int) -> settings:
+    """So many examples with the quick profile, and as many times more with another as that has."""
+    return settings(max_examples=count * settings.default.max_examples // settings.get_profile("quick").max_examples)
+
+
 SHAPES: dict[str, tuple[int, ...]] = {"scalar": (), "bias": (3,), "weight": (3, 2), "kernel": (2, 2, 1, 2)}
 
 
@@ -96,38 +104,6 @@ def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float
         return 0.0
     size = max(float(expected.abs().max()), scale)
     return float((found - expected).abs().max()) / size if size else float((found - expected).abs().max())
-
-
-# Each float hyper of each rule, with settings in which it matters and what it is drawn between.
-HYPERS: dict[tuple[str, str], tuple[dict[str, Any], float, float]] = {
-    ("sgd", "lr"): ({"momentum": 0.9}, 0.01, 0.5),
-    ("sgd", "momentum"): ({"lr": 0.1, "nesterov": True}, 0.1, 0.95),
-    ("sgd", "dampening"): ({"lr": 0.1, "momentum": 0.8}, -0.5, 0.9),
-    ("sgd", "weight_decay"): ({"lr": 0.1, "momentum": 0.8, "nesterov": True}, 0.01, 0.5),
-    **{
-        (rule, hyper): ({"lr": 0.1, "eps": 0.1, "weight_decay": 0.1}, low, high)
-        for rule in ("adam", "adamw")
-        for hyper, low, high in (
-            ("lr", 0.01, 0.3),
-            ("beta1", 0.1, 0.95),
-            ("beta2", 0.3, 0.999),
-            ("eps", 1e-2, 0.5),
-            ("weight_decay", 0.01, 0.5),
-        )
-    },
-}
-
-
-def make(rule: str, hyper: str, value: Any, **more: Any) -> hn.Optimizer:
-    """The optimizer of a row of the table, with its hyper at `value`."""
-    settings, _, _ = HYPERS[rule, hyper]
-    return hn.get(rule)(**{**settings, **more, hyper: value})
-
-
-def drawn(rule: str, hyper: str, fraction: float) -> float:
-    """A value of the hyper between its ends in the table."""
-    _, low, high = HYPERS[rule, hyper]
-    return low + fraction * (high - low)
 
 
 assert math.isclose(float(differences(torch.exp, torch.ones(1))), 1.0, rel_tol=1e-12)

@@ -8,10 +8,11 @@ torch.set_num_threads(1)  # one worker a core
 
 # Examples are seeds of random problems: shrinking a seed explains nothing, and takes minutes.
 PHASES = [Phase.explicit, Phase.generate]
-settings.register_profile(
-    "quick", max_examples=15, deadline=None, derandomize=True, phases=PHASES, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("quick")
+for name, examples in (("quick", 15), ("thorough", 150)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, derandomize=True, phases=PHASES, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile("quick")  # the option --hypothesis-profile comes after
 
 
 @pytest.fixture(autouse=True)

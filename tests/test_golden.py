@@ -119,3 +119,15 @@ def test_tower(case: str) -> None:
             assert relative_error(values["model"], data[f"hyper/{path}/{step}"]) < EXACT
             compared += 1
     assert compared >= config["steps"]
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("spd_*.npz")))
+def test_spd(case: str) -> None:
+    config, data = load(case)
+    nested = hn.Nested(hn.spd(hn.adam(lr=config["lr"], amsgrad=config.get("amsgrad", False)), decay=config["weight_decay"]))
+    params = starts(data)
+    st = nested.init(params)
+    for step in range(1, config["steps"] + 1):
+        params, st = nested.step(params, grads_at(data, step), st)
+        for name, param in params.items():
+            assert relative_error(param, data[f"param/{step}/{name}"]) < EXACT, (step, name)

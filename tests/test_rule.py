@@ -61,9 +61,9 @@ def test_project_is_checked() -> None:
     with pytest.raises(ValueError, match="has a hyper named 'radius' already"):
         hn.project(hn.project(hn.sgd(), onto=hn.mars, radius=1.0), onto=hn.linf, radius=1.0)
     with pytest.raises(ValueError, match="saturation='soft' must be one of"):
-        hn.project(hn.sgd(), onto=hn.mars, radius=1.0, saturation="soft")  # type: ignore[arg-type]
+        hn.Nested(hn.project(hn.sgd(), saturation="soft")).init({"w": torch.ones(1)})
     with pytest.raises(TypeError, match="must be an optimizer of this library"):
-        hn.project(hn.sgd, onto=hn.mars, radius=1.0)  # type: ignore[arg-type]
+        hn.project(hn.sgd)
     with pytest.raises(ValueError, match=r"radius=-1\.0 is outside"):
         hn.project(hn.sgd(), onto=hn.mars, radius=-1.0)
 

@@ -1,90 +1,204 @@
 """With nothing learned, the rules are torch.optim's; with a learner that does not move, they are themselves, bit for bit."""
 
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from cases import EXACT, HYPERS, SHAPES, drawn, make, problem, randn, relative_error
+from cases import EXACT, SHAPES, examples, problem, randn, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.common_optimizers import optim_db
 
 import hyperopt_nested as hn
 
-rates = st.floats(1e-4, 0.3)
+FLOAT32 = 1e-5  # the same in float32
+Settings = dict[str, Any]
+
+rates = st.floats(1e-3, 0.3)
 betas = st.floats(0.0, 0.999)
+seconds = st.floats(0.5, 0.999)  # below, steps divide by one gradient, however small, and rounding grows
 decay = st.one_of(st.just(0.0), st.floats(0.0, 0.5))
+momenta = st.one_of(st.just(0.0), st.floats(0.1, 1.0))
+epsilons = st.floats(1e-8, 1e-1)
 flags = st.booleans()
 
 
 @st.composite
-def sgd_settings(draw: Any) -> dict[str, Any]:
-    momentum = draw(st.one_of(st.just(0.0), st.floats(0.1, 1.0)))
+def sgd_settings(draw: st.DrawFn) -> Settings:
+    momentum = draw(momenta)
     nesterov = draw(flags) and momentum > 0
     dampening = 0.0 if nesterov else draw(st.one_of(st.just(0.0), st.floats(-1.0, 1.0)))
-    return {
-        "lr": draw(rates),
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": draw(decay),
-        "nesterov": nesterov,
-        "maximize": draw(flags),
-    }
+    return {**draw(keywords()), "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
 
 
-adam_settings = st.fixed_dictionaries(
-    {
-        "lr": st.one_of(st.just(0.0), rates),
-        "betas": st.tuples(betas, betas),
-        "eps": st.floats(1e-8, 1e-1),
-        "weight_decay": decay,
-        "amsgrad": flags,
-        "maximize": flags,
-    }
-)
+def keywords(**more: st.SearchStrategy[Any]) -> st.SearchStrategy[Settings]:
+    return st.fixed_dictionaries({"lr": rates, "weight_decay": decay, "maximize": flags, **more})
 
 
-def compare(name: str, settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float64, steps: int = 50) -> float:
+def adams(**more: st.SearchStrategy[Any]) -> st.SearchStrategy[Settings]:
+    return keywords(betas=st.tuples(betas, seconds), eps=epsilons, **more)
+
+
+def without(strategy: st.SearchStrategy[Settings], key: str) -> st.SearchStrategy[Settings]:
+    return strategy.map(lambda settings: {name: value for name, value in settings.items() if name != key})
+
+
+PAIRS = {"betas": ("beta1", "beta2"), "etas": ("etaminus", "etaplus"), "step_sizes": ("step_size_min", "step_size_max")}
+
+
+def unpacked(settings: Settings, dtype: torch.dtype) -> Settings:
+    """Our names: each number has its own."""
+    found: Settings = {}
+    for key, value in settings.items():
+        found |= dict(zip(PAIRS[key], value, strict=True)) if key in PAIRS else {key: value}
+    return found
+
+
+def of_adafactor(settings: Settings, dtype: torch.dtype) -> Settings:
+    eps1, eps2 = settings.get("eps", (None, 1e-3))
+    others = {key: value for key, value in settings.items() if key != "eps"}
+    return {**others, "eps1": torch.finfo(dtype).eps if eps1 is None else eps1, "eps2": eps2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer of torch: what its keyword arguments are drawn from, what they are in our rule, and the tensors that it accepts."""
+
+    settings: st.SearchStrategy[Settings]
+    ours: Callable[[Settings, torch.dtype], Settings] = unpacked
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: {**SHAPES, "empty": (0, 3)})
+
+
+TORCH = {
+    "SGD": Row(sgd_settings()),
+    "Adam": Row(adams(amsgrad=flags)),
+    "AdamW": Row(adams(amsgrad=flags)),
+    "NAdam": Row(adams(momentum_decay=st.floats(0.0, 0.1), decoupled_weight_decay=flags)),
+    "RAdam": Row(adams(decoupled_weight_decay=flags)),
+    "Adamax": Row(adams()),
+    "Adagrad": Row(keywords(lr_decay=decay, initial_accumulator_value=decay, eps=st.floats(1e-10, 1e-1))),
+    "Adadelta": Row(keywords(lr=st.floats(0.0, 1.0), rho=st.floats(0.0, 1.0), eps=epsilons)),
+    "RMSprop": Row(keywords(alpha=seconds, eps=epsilons, momentum=momenta, centered=flags)),
+    "Rprop": Row(
+        without(
+            keywords(
+                etas=st.tuples(st.floats(0.1, 0.9), st.floats(1.05, 2.0)),
+                step_sizes=st.tuples(st.floats(1e-6, 1e-2), st.floats(1e-2, 50.0)),
+            ),
+            "weight_decay",
+        )
+    ),
+    "ASGD": Row(keywords(lambd=decay, alpha=st.floats(0.0, 2.0), t0=st.sampled_from([0, 10.0, 1e6]))),
+    "Adafactor": Row(
+        keywords(
+            beta2_decay=st.floats(-1.5, 0.0),
+            eps=st.tuples(st.one_of(st.none(), epsilons), st.floats(0.0, 1.0)),
+            d=st.floats(1.0, 2.0),
+        ),
+        of_adafactor,
+        SHAPES,  # torch divides by the number of entries
+    ),
+    "Muon": Row(
+        without(
+            keywords(
+                momentum=betas,
+                eps=epsilons,
+                nesterov=flags,
+                ns_steps=st.integers(1, 6),
+                adjust_lr_fn=st.sampled_from([None, "original", "match_rms_adamw"]),
+            ),
+            "maximize",
+        ),
+        lambda settings, dtype: {**settings, "ns_dtype": torch.bfloat16},
+        {"tall": (3, 2), "bias": (1, 3), "wide": (2, 4), "square": (3, 3), "empty": (0, 3)},
+    ),
+}
+
+
+def compare(
+    name: str, settings: Settings, seed: int, dtype: torch.dtype = torch.float64, steps: int = 50, ours: Settings | None = None
+) -> float:
     """Largest difference from torch.optim over all steps, relative to the tensor's largest entry so far; gradients have exact zeros."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {**SHAPES, "empty": (0, 3)}
-    ours = {key: torch.nn.Parameter(randn(shape, generator).to(dtype)) for key, shape in shapes.items()}
-    theirs = {key: torch.nn.Parameter(p.detach().clone()) for key, p in ours.items()}
-    hypers = {key: value for key, value in settings.items() if key != "betas"}
-    if "betas" in settings:
-        hypers["beta1"], hypers["beta2"] = settings["betas"]
-    opt = hn.HyperOptimizer(ours.items(), hn.get(name.lower())(**hypers))
+    shapes = TORCH[name].shapes
+    params = {key: torch.nn.Parameter(randn(shape, generator).to(dtype)) for key, shape in shapes.items()}
+    theirs = {key: torch.nn.Parameter(p.detach().clone()) for key, p in params.items()}
+    opt = hn.HyperOptimizer(params.items(), hn.get(name.lower())(**(ours or TORCH[name].ours(settings, dtype))))
     reference = getattr(torch.optim, name)(theirs.values(), **settings)
-    worst, largest = 0.0, dict.fromkeys(shapes, 0.0)
+    errors, largest = [], dict.fromkeys(shapes, 0.0)
     for step in range(steps):
         for key, shape in shapes.items():
             grad = randn(shape, generator).to(dtype) * (torch.rand(shape, generator=generator) > 0.2)
-            ours[key].grad, theirs[key].grad = (None, None) if step % 7 == 3 and key == "bias" else (grad, grad.clone())
+            params[key].grad, theirs[key].grad = (None, None) if step % 7 == 3 and key == "bias" else (grad, grad.clone())
         opt.step()
         reference.step()
         for key, theirs_now in theirs.items():
             largest[key] = max(largest[key], theirs_now.detach().abs().amax().item() if theirs_now.numel() else 0.0)
-            worst = max(worst, relative_error(ours[key].detach(), theirs_now.detach(), largest[key]))
-    return worst
+            errors.append(relative_error(params[key].detach(), theirs_now.detach(), largest[key]))
+    evaluated = opt.evaluated()
+    for key, theirs_now in theirs.items():
+        average = reference.state[theirs_now].get("ax", theirs_now).detach()
+        errors.append(relative_error(evaluated[key], average, largest[key]))
+    return torch.tensor(errors).max().item()  # NaN if one is
 
 
-@given(sgd_settings(), st.integers(0, 2**31))
-def test_sgd_is_torch(settings: dict[str, Any], seed: int) -> None:
-    assert compare("SGD", settings, seed) < EXACT
+@pytest.mark.parametrize("name", TORCH)
+@given(st.data(), st.integers(0, 2**31))
+@examples(6)
+def test_a_rule_is_torch(name: str, data: st.DataObject, seed: int) -> None:
+    assert compare(name, data.draw(TORCH[name].settings), seed) < EXACT
 
 
-@given(adam_settings, st.integers(0, 2**31))
-def test_adam_is_torch(settings: dict[str, Any], seed: int) -> None:
-    assert compare("Adam", settings, seed) < EXACT
+@pytest.mark.parametrize("name", TORCH)
+@given(st.data(), st.integers(0, 2**31))
+@examples(2)
+def test_a_rule_is_torch_in_float32(name: str, data: st.DataObject, seed: int) -> None:
+    assert compare(name, data.draw(TORCH[name].settings), seed, torch.float32) < FLOAT32
 
 
-@given(adam_settings, st.integers(0, 2**31))
-def test_adamw_is_torch(settings: dict[str, Any], seed: int) -> None:
-    assert compare("AdamW", settings, seed) < EXACT
+@given(TORCH["Muon"].settings, st.integers(0, 2**31))
+@examples(6)
+def test_muon_is_torch_in_full_precision(settings: Settings, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch goes on in place
+        assert compare("Muon", settings, seed, ours=settings) < EXACT
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_float32_is_torch(name: str) -> None:
-    assert compare(name, {"lr": 1e-2, "weight_decay": 1e-2}, seed=1, dtype=torch.float32) < 1e-5
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 1, 2)])
+def test_muon_is_for_matrices(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"a tensor of shape {shape} is none: pass HyperOptimizer a function (name, tensor)")):
+        hn.Nested(hn.get("muon")()).init({"w": torch.ones(shape)})
+    with pytest.raises(ValueError, match="adjust_lr_fn='rms' must be None or one of 'original', 'match_rms_adamw'"):
+        hn.Nested(hn.get("muon")(adjust_lr_fn="rms")).init({"w": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize(("momentum", "has"), [(0.0, False), (0.5, True), (hn.learn(0.0, by=hn.sgd()), True)])
+def test_rmsprop_keeps_only_what_it_needs(momentum: Any, has: bool) -> None:
+    state = hn.Nested(hn.get("rmsprop")(momentum=momentum)).init({"w": torch.ones(2)})["rule"]["w"]
+    assert state.keys() == ({"square_avg", "momentum_buffer"} if has else {"square_avg"})
+
+
+OTHERS = {"LBFGS": "evaluates the model several times a step", "SparseAdam": "is for sparse gradients"}  # torch's that are no rules
+HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch computes, not what
+
+
+def settings_of_torch() -> Iterator[Any]:
+    """The settings that torch's own tests try. All of them can be expressed; a learning rate given as a tensor is its number."""
+    assert {info.optim_cls.__name__ for info in optim_db} == {*TORCH, *OTHERS}
+    for info in optim_db:
+        name = info.optim_cls.__name__
+        for given_ in info.optim_inputs_func(device="cpu") if name in TORCH else ():
+            settings = {key: value for key, value in given_.kwargs.items() if key not in HOW}
+            settings |= {"lr": settings["lr"].item()} if isinstance(settings.get("lr"), torch.Tensor) else {}
+            yield pytest.param(name, settings, id=f"{name}-{given_.desc}")
+
+
+@pytest.mark.parametrize(("name", "settings"), list(settings_of_torch()))
+def test_the_settings_of_torchs_own_tests(name: str, settings: Settings) -> None:
+    assert compare(name, settings, seed=1, steps=20) < EXACT
 
 
 # One value is kept in float64 whatever the parameter's dtype, many values in float32: those round differently beside narrow parameters.
@@ -93,18 +207,20 @@ KEPT += [("row", torch.float64), ("element", torch.float64)]
 
 
 @pytest.mark.parametrize(("per", "dtype"), KEPT)
-@pytest.mark.parametrize(("rule", "hyper"), HYPERS)
-def test_a_learner_that_does_not_move_changes_nothing(rule: str, hyper: str, per: Any, dtype: torch.dtype) -> None:
-    value = drawn(rule, hyper, 0.5)
-    start, loss = problem(3)
+@pytest.mark.parametrize("name", [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)])
+def test_learners_that_do_not_move_change_nothing(name: str, per: Any, dtype: torch.dtype) -> None:
+    rule = hn.get(name)
+    values = {hyper: declared or 0.1 for hyper, declared in rule().declared.items()}
+    learned = {hyper: hn.learn(value, by=hn.sgd(lr=0.0), per=per) for hyper, value in values.items() if hyper not in rule().rule.flat}
+    start, loss = problem(3, {"weight": (3, 2)} if name == "muon" else SHAPES)
     models = []
-    for setting in (value, hn.learn(value, by=hn.sgd(lr=0.0), per=per)):
-        params = {name: torch.nn.Parameter(p.to(dtype)) for name, p in start.items()}
-        opt = hn.HyperOptimizer(params.items(), make(rule, hyper, setting))
+    for settings in (values, {**values, **learned}):
+        params = {key: torch.nn.Parameter(p.to(dtype)) for key, p in start.items()}
+        opt = hn.HyperOptimizer(params.items(), rule(**settings))
         for _ in range(10):
             opt.zero_grad()
             loss(params).backward()
             opt.step()
         models.append(params)
-    for name in start:
-        assert torch.equal(models[0][name], models[1][name]), name
+    for key in start:
+        assert torch.equal(models[0][key], models[1][key]), key

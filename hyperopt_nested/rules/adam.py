@@ -1,13 +1,15 @@
 """Adam and AdamW."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, UnitInterval
-from hyperopt_nested.ops import State, counter, safe_sqrt, zeros_like
+from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import State, counter, kink, safe_sqrt, zeros_like
 from hyperopt_nested.rule import rule
 
-_HYPERS = {"lr": NonNegative(1e-3), "beta1": UnitInterval(0.9), "beta2": UnitInterval(0.999), "eps": NonNegative(1e-8)}
+_HYPERS: dict[str, Any] = {"lr": NonNegative(1e-3), "beta1": UnitInterval(0.9), "beta2": UnitInterval(0.999), "eps": Positive(1e-8)}
 
 
 def _init(param: Tensor, *, amsgrad: bool = False, initial_second_moment: float = 0.0) -> State:
@@ -26,7 +28,7 @@ def _direction(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor, eps: Te
     new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     second = exp_avg_sq
     if "max_exp_avg_sq" in state:
-        second = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], exp_avg_sq)
+        second = new["max_exp_avg_sq"] = torch.maximum(kink(state["max_exp_avg_sq"], exp_avg_sq), exp_avg_sq)
     denominator = safe_sqrt(second / (1 - beta2**step)) + eps
     return exp_avg / (1 - beta1**step) / denominator, new
 
@@ -51,7 +53,7 @@ def adam(
         lr: learning rate, >= 0.
         beta1: decay rate of the first moment, in [0, 1).
         beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, >= 0.
+        eps: added to the root of the second moment, > 0.
         weight_decay: coupled: added to the gradient, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         initial_second_moment: where the second moment starts, >= 0.
@@ -78,7 +80,7 @@ def adamw(
         lr: learning rate, >= 0.
         beta1: decay rate of the first moment, in [0, 1).
         beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, >= 0.
+        eps: added to the root of the second moment, > 0.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         initial_second_moment: where the second moment starts, >= 0.

@@ -1,0 +1,163 @@
+"""Combinators: an optimizer in, an optimizer that does more, with more hypers, out.
+
+A combinator is written like a rule, as one function; it is given the step of the optimizer that it is put around.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import Tensor
+
+from hyperopt_nested import registry
+from hyperopt_nested.hyper import Hyper
+from hyperopt_nested.ops import State
+from hyperopt_nested.rule import Coupling, Learn, Optimizer, Rule, assigned, chosen, declared_options
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""One step of the optimizer inside: from a parameter and a gradient to the new parameter. Its state is kept for it."""
+
+
+@dataclass(eq=False, repr=False)
+class Combinator:
+    """A combinator made from a function by `combinator`. Call it with an optimizer, and hypers and options, to get an `Optimizer`."""
+
+    name: str
+    function: Callable[..., tuple[Tensor, State]]
+    initial: Callable[..., State] | None
+    hypers: Mapping[str, Hyper]
+    coupling: Coupling | Callable[..., Coupling]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    borrowed: tuple[str, ...] = ()
+    measure: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, optimizer: Optimizer, /, **settings: Any) -> Optimizer:
+        """The optimizer with this combinator around it.
+
+        Raises:
+            TypeError: `optimizer` is no optimizer of this library, lacks a hyper that the combinator needs, or an argument is unknown.
+            ValueError: it has a hyper of the same name already, or both need a total over all tensors.
+        """
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer={optimizer!r} ({kind}) must be an optimizer of this library, such as hn.adamw()")
+        values, options = assigned(self.name, self.hypers, self.options, settings)
+        base = optimizer.rule
+        for name in self.hypers:
+            if name in base.hypers:
+                raise ValueError(f"{base.name} has a hyper named {name!r} already; use {self.name} once")
+        for name in self.borrowed:
+            if name not in base.hypers:
+                raise TypeError(f"{self.name} needs an optimizer with a hyper {name!r}; {base.name} has {', '.join(base.hypers) or 'none'}")
+        if self.measure is not None and base.measures:
+            raise ValueError(f"{base.name} needs a total over all tensors, and {self.name} too: one chain can have one")
+        return Optimizer(Combined(self, options, base), {**optimizer.settings, **values}, optimizer.maximize)
+
+    def __repr__(self) -> str:
+        return f"<combinator {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return registry.get, (self.name,)
+
+
+class Combined(Rule):
+    """A rule with a combinator around it. Its state is the combinator's own, and the rule's (`base`)."""
+
+    def __init__(self, combinator: Combinator, options: Mapping[str, Any], base: Rule) -> None:
+        self.combinator, self.options, self.base = combinator, options, base
+        self.name = f"{combinator.name}({base.name})"
+        self.hypers = {**base.hypers, **combinator.hypers}
+        self.flat = base.flat
+        self.measures = combinator.name if combinator.measure is not None else base.measures
+        own = combinator.coupling
+        self.coupling = max(base.coupling, own(**chosen(options, own)) if callable(own) else own, key=get_args(Coupling).index)
+
+    def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
+        initial = self.combinator.initial
+        own = initial(param, **chosen({**settings, **self.options}, initial)) if initial else {}
+        return {"base": self.base.init(param, settings), **own}
+
+    def measure(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        if self.combinator.measure is not None:
+            return self.combinator.measure(grad)
+        found: list[Tensor] = []
+
+        def look(param: Tensor, grad: Tensor) -> Tensor:
+            found.append(self.base.measure(param, grad, state["base"], self._base_hypers(hypers)))
+            return param
+
+        self._run(look, param, grad, state, hypers, None)
+        return found[0]
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], total: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        stepped: list[State] = []
+
+        def step(param: Tensor, grad: Tensor) -> Tensor:
+            new, base_state = self.base.update(param, grad, state["base"], self._base_hypers(hypers), total)
+            stepped.append(base_state)
+            return new
+
+        new, own = self._run(step, param, grad, state, hypers, total)
+        if len(stepped) != 1:
+            raise RuntimeError(f"{self.combinator.name} called its step {len(stepped)} times; it must call it once")
+        return new, {"base": stepped[0], **own}
+
+    def _base_hypers(self, hypers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: hypers[name] for name in self.base.hypers}
+
+    def _run(
+        self, step: Step, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], total: Tensor | None
+    ) -> tuple[Tensor, State]:
+        given = chosen({**hypers, **self.options, "total": total}, self.combinator.function)
+        return self.combinator.function(param, grad, {key: leaf for key, leaf in state.items() if key != "base"}, step, **given)
+
+
+def combinator(
+    init: Callable[..., State] | None = None,
+    /,
+    *,
+    coupling: Coupling | Callable[..., Coupling] = "tensor",
+    measure: Callable[[Tensor], Tensor] | None = None,
+    check_with: Mapping[str, Any] | None = None,
+    **hypers: Hyper,
+) -> Callable[[Callable[..., tuple[Tensor, State]]], Combinator]:
+    """Make a combinator of a function, and register it under the function's name.
+
+    The function is `update(param, grad, state, step, *, <hypers>, <options>) -> (param, state)`, where `step(param, grad)` is the step
+    of the optimizer inside, to be called once. What it does to the gradient before, or to the new parameter after, is the combinator.
+    As in `rule`, keyword-only parameters are the declared hypers, which arrive as tensors, and options, which have defaults. One that is
+    neither is a hyper of the optimizer inside, such as its `lr`.
+
+    Args:
+        init: `init(param, *, ...) -> state`, as in `rule`.
+        coupling: the finest part of a tensor that the function treats on its own, or a function from options to it.
+        measure: from a tensor's gradient to what it adds to a total over all tensors, shape (). The function gets the sum as `total`.
+        check_with: as in `register`.
+        **hypers: the hyper-parameters, by name.
+
+    Raises:
+        TypeError: declared hypers and the function's parameters do not match.
+        ValueError: another definition has that name.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> @hn.combinator(coupling="element", damping=hn.Positive(1.0))
+        ... def damped(param, grad, state, step, *, damping):
+        ...     return param + (step(param, grad) - param) / (1 + damping), state
+        >>> damped(hn.sgd(lr=0.1), damping=0.5).declared["damping"]
+        0.5
+    """
+
+    def decorate(function: Callable[..., tuple[Tensor, State]]) -> Combinator:
+        options, undeclared = declared_options(function, init, hypers)
+        if ("total" in undeclared) != (measure is not None):
+            raise TypeError(f"{function.__name__}: `measure=` and the parameter `total` need each other; give both or neither")
+        borrowed = tuple(name for name in undeclared if name != "total")
+        made = Combinator(function.__name__, function, init, dict(hypers), coupling, options, borrowed, measure)
+        functools.update_wrapper(made, function)
+        return registry.register(function.__name__, made, check_with)
+
+    return decorate

@@ -1,0 +1,22 @@
+"""The combinators that come with the library, one family a module."""
+
+from hyperopt_nested.combinators.anchor import Anchor
+from hyperopt_nested.combinators.average import ema, lookahead
+from hyperopt_nested.combinators.decay import coupled_decay, decoupled_decay, l2_sp, spd
+from hyperopt_nested.combinators.gradient import centralize, clip_by_global_norm, clip_by_norm, clip_by_value
+from hyperopt_nested.combinators.project import project
+
+__all__ = [
+    "Anchor",
+    "centralize",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "coupled_decay",
+    "decoupled_decay",
+    "ema",
+    "l2_sp",
+    "lookahead",
+    "project",
+    "spd",
+]

@@ -1,0 +1,47 @@
+"""Averages over time of the weights."""
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.combinator import Step, combinator
+from hyperopt_nested.hyper import Interval
+from hyperopt_nested.ops import State, counter, state_dtype
+
+
+def _init_lookahead(param: Tensor, *, k: int) -> State:
+    if not k >= 1:
+        raise ValueError(f"k={k!r} must be an integer >= 1")
+    return {"step": counter(param), "evaluated": param.detach().to(state_dtype(param), copy=True)}
+
+
+@combinator(_init_lookahead, coupling="element", check_with={"k": 2}, alpha=Interval(0.5, 0.0, 1.0))
+def lookahead(param: Tensor, grad: Tensor, state: State, step: Step, *, alpha: Tensor, k: int = 5) -> tuple[Tensor, State]:
+    r"""Lookahead (Zhang et al. 2019, arXiv 1907.08610, algorithm 1): every `k` steps the slow weights go a part of the way to the fast.
+
+    The parameters are the fast weights; the slow ones are what `evaluated` returns.
+
+    Args:
+        alpha: that part, in [0, 1]. Its hypergradient is zero on the other steps.
+        k: steps from one synchronisation to the next, >= 1.
+    """
+    fast, slow, count = step(param, grad), state["evaluated"], state["step"] + 1
+    syncs = count % k == 0
+    together = slow + alpha * (fast - slow)
+    return torch.where(syncs, together, fast), {"step": count, "evaluated": torch.where(syncs, together, slow)}
+
+
+def _init_ema(param: Tensor, *, decay: float) -> State:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r} must be in [0, 1]")
+    return {"evaluated": param.detach().to(state_dtype(param), copy=True)}
+
+
+@combinator(_init_ema, coupling="element")
+def ema(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: float = 0.999) -> tuple[Tensor, State]:
+    """The optimizer, with an exponential moving average of its weights, which is what `evaluated` returns.
+
+    Args:
+        decay: decay rate of the average, in [0, 1]; an option, since no training gradient depends on it.
+    """
+    new = step(param, grad)
+    return new, {"evaluated": decay * state["evaluated"] + (1 - decay) * new}

@@ -1,0 +1,75 @@
+"""Decay of weights towards zero or towards an anchor."""
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.combinator import Step, combinator
+from hyperopt_nested.combinators.anchor import Anchor, displacement, keep_anchor
+from hyperopt_nested.hyper import NonNegative
+from hyperopt_nested.ops import State, kink
+from hyperopt_nested.projections import frobenius
+
+
+def _to_zero(param: Tensor, *, anchor: Anchor = "zero") -> State:
+    return keep_anchor(param, anchor)
+
+
+def _to_start(param: Tensor, *, anchor: Anchor = "start") -> State:
+    return keep_anchor(param, anchor)
+
+
+@combinator(_to_zero, coupling="element", decay=NonNegative(1e-2))
+def coupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+    r"""The optimizer, on \(g + \lambda(\theta - \theta_0)\): weight decay as a term of the loss.
+
+    Args:
+        decay: \(\lambda \ge 0\).
+        anchor: \(\theta_0\): "zero", "start" or a tensor.
+    """
+    return step(param, grad + decay * displacement(param, state)), state
+
+
+@combinator(_to_start, coupling="element", decay=NonNegative(1e-2))
+def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+    r"""L2-SP: coupled decay towards the pre-trained weights (Li et al. 2018, arXiv 1802.01483, equation 2).
+
+    Args:
+        decay: strength, \(\alpha \ge 0\).
+        anchor: the pre-trained weights: "start", the values at initialisation, or a tensor.
+    """
+    return step(param, grad + decay * displacement(param, state)), state
+
+
+@combinator(_to_zero, coupling="element", decay=NonNegative(1e-2))
+def decoupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor, lr: Tensor) -> tuple[Tensor, State]:
+    r"""The optimizer, and apart from it \(-\eta\lambda(\theta - \theta_0)\) (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+    The optimizer inside must have a hyper `lr`, which is \(\eta\): around `adam` this is `adamw`.
+
+    Args:
+        decay: \(\lambda \ge 0\).
+        anchor: \(\theta_0\): "zero", "start" or a tensor.
+    """
+    return step(param, grad) - lr * decay * displacement(param, state), state
+
+
+@combinator(_to_start, decay=NonNegative(1.0))
+def spd(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+    r"""Selective projection decay (Tian et al., NeurIPS 2024, arXiv 2411.01713, algorithm 1); around `adam` it is AdamSPD.
+
+    Where the gradient and the tensor's displacement from its anchor have a positive inner product (the descent direction agrees with
+    the way back), the new values move back by the share \(\lambda r\) of their displacement; \(r = 1 - \lVert d_{old}\rVert /
+    \lVert d_{new}\rVert\), clamped to [0, 1], in the Frobenius norm.
+
+    Args:
+        decay: strength, \(\lambda \ge 0\); 1 undoes the growth of the distance.
+        anchor: the pre-trained weights: "start", the values at initialisation, or a tensor.
+    """
+    before = displacement(param, state)
+    new = step(param, grad)
+    after = displacement(new, state)
+    old_norm, new_norm = frobenius.norms(before), frobenius.norms(after)
+    grew = (kink(new_norm, old_norm) > 0) & (new_norm > old_norm)
+    ratio = torch.where(grew, 1 - old_norm / torch.where(grew, new_norm, 1), 0)
+    pulls_back = kink((grad * before).sum()) > 0
+    return torch.where(pulls_back, new - decay * ratio * after, new), state

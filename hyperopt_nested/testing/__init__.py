@@ -1,0 +1,26 @@
+"""The test kit: are the hypergradients of a new optimizer right?"""
+
+from hyperopt_nested.testing.check import Reference, Report, check_case, check_rule
+from hyperopt_nested.testing.differences import Difference, central_difference, finite_difference
+from hyperopt_nested.testing.registered import every_rule
+from hyperopt_nested.testing.strategies import Case, cases, hyper_values, shape_trees, tensors, trees
+from hyperopt_nested.testing.subject import Checkable, RuleError
+
+__all__ = [
+    "Case",
+    "Checkable",
+    "Difference",
+    "Reference",
+    "Report",
+    "RuleError",
+    "cases",
+    "central_difference",
+    "check_case",
+    "check_rule",
+    "every_rule",
+    "finite_difference",
+    "hyper_values",
+    "shape_trees",
+    "tensors",
+    "trees",
+]

@@ -1,0 +1,197 @@
+"""`check_rule`: is a new optimizer right?"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, Phase, given, reject, seed, settings
+from torch import Tensor
+
+from hyperopt_nested.rule import Per
+from hyperopt_nested.testing.gradients import EXACT, PERS, Inapplicable, Record, check_granularities
+from hyperopt_nested.testing.laws import LAWS, Law, check_compile
+from hyperopt_nested.testing.strategies import Case, cases
+from hyperopt_nested.testing.subject import Checkable, RuleError, Subject, direct, history, numbers, start, subject
+
+Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
+"""Another program that should do the same: from tensors and values of hypers to an optimizer of them."""
+
+_ROUNDS, _EXAMPLES = 8, 240  # at most, or at most so many examples, until every hyper is verified at every granularity
+_SHRINKS = 200  # examples tried in search of a smaller one that fails
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_rule` verified.
+
+    Attributes:
+        name: of the rule.
+        verified: largest relative error of a hypergradient against finite differences, by hyper and granularity.
+        flat: hypers whose derivative was verified to be zero, so that learning them is refused.
+        kinks: how many derivatives were left out because the update has a kink beside the example.
+    """
+
+    name: str
+    verified: Mapping[tuple[str, Per], float]
+    flat: tuple[str, ...] = ()
+    kinks: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: every law holds"]
+        for name in dict.fromkeys(name for name, _ in self.verified):
+            errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS)
+            lines.append(f"  {name}: hypergradient verified, largest relative error per {errors}")
+        lines += [f"  {name}: flat (derivative zero wherever it exists); learning it is refused" for name in self.flat]
+        if self.kinks:
+            lines.append(f"  {self.kinks} derivatives beside a kink were left out")
+        return "\n".join(lines)
+
+
+def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | None = None) -> Report:
+    """Check a rule's hypergradients against finite differences, and the laws that it must obey.
+
+    Hypothesis draws shapes, values (exact zeros, repeated, tiny, huge), options that are booleans, values of hypers across their domains,
+    granularities, and how many updates come before. Of each example:
+
+    * forward memory, reverse memory and finite differences give the same hypergradient, of every hyper;
+    * every hyper has one, but those declared flat, whose derivative must be zero;
+    * the update is pure, keeps structure, dtype and device, and stays finite, at closed ends of domains too;
+    * `torch.func.vmap` and `torch.compile` change nothing; the first step goes downhill.
+
+    Where `kink` declares one beside an example, that derivative is left out, and counted. Examples are the same in every run.
+
+    Args:
+        rule: a rule, a combinator (checked around `sgd`), an optimizer (whose options are kept), or a registered name.
+        examples: how many examples of each law.
+        reference: another program of the same optimizer, to compare values with.
+
+    Returns:
+        What was verified.
+
+    Raises:
+        RuleError: a law is broken (an AssertionError). The message names the rule, the hyper, the shapes and both numbers, and ends with
+            the smallest example found, to be pasted into a test.
+        TypeError: `rule` is nothing that can be checked.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> sorted({hyper for hyper, _ in hn.testing.check_rule(hn.centralize(hn.sgd()), examples=5).verified})
+        ['dampening', 'lr', 'momentum', 'weight_decay']
+    """
+    checked = subject(rule)
+    if reference is not None:
+        _search(checked, _same_as(reference), examples)
+    for law in LAWS:
+        _search(checked, law, examples // 2 + 1)
+    _search(checked, check_compile, 1)
+    return verify(checked, examples=examples)
+
+
+def verify(checked: Subject, *, examples: int = 30) -> Report:
+    """The law of hypergradients alone, as in `check_rule`."""
+    record = Record()
+    rule = checked.template.rule
+    wanted = [(name, per) for name in checked.own if name not in rule.flat for per in PERS]
+    missing = wanted
+    rounds = max(_ROUNDS, _EXAMPLES // examples)
+    for turn in range(rounds if checked.own else 0):
+        pers = sorted({per for _, per in missing}, key=PERS.index) or PERS
+        law = functools.partial(check_granularities, record=record, missing=missing)
+        _search(checked, law, examples, turn, pers)
+        missing = [pair for pair in wanted if pair not in record.worst]
+        if not missing:
+            break
+    if missing:
+        name, per = missing[0]
+        raise RuleError(
+            f"{checked.name}: the hypergradient of {name} per {per} could not be verified: in none of {rounds * examples} examples was it "
+            f"large enough for finite differences to resolve ({record.kinks} were left out at kinks). Is its derivative always zero? "
+            "Then declare it flat. Does it matter only with other options? Then check an optimizer that has them"
+        )
+    flat = tuple(name for name in checked.own if name in rule.flat)
+    return Report(checked.name, {pair: record.worst[pair] for pair in wanted}, flat, record.kinks)
+
+
+def check_case(rule: Checkable, case: Case) -> None:
+    """All laws, on one example: what a failure of `check_rule` prints can be pasted as an argument.
+
+    Raises:
+        RuleError: a law is broken.
+    """
+    checked = subject(rule)
+    laws: list[Law] = [*LAWS, check_compile, functools.partial(check_granularities, record=Record(), missing=())]
+    for law in laws:
+        try:
+            law(checked, case)
+        except Inapplicable:
+            continue
+        except RuleError as error:
+            raise RuleError(f"{checked.name}: {error}") from None
+
+
+def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequence[Per] = PERS) -> None:
+    """Look for a case that breaks a law, and raise what the smallest one found raises."""
+    hypers = {name: checked.template.rule.hypers[name] for name in checked.own}
+    broken: dict[str, str] = {}
+    tries = 0
+
+    @seed(turn)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(hypers, shapes=checked.shapes(), pers=pers, options=checked.choices))
+    def look(case: Case) -> None:
+        nonlocal tries
+        written = repr(case)
+        tries += bool(broken)
+        if not broken or (written not in broken and tries <= _SHRINKS):
+            try:
+                law(checked, case)
+            except Inapplicable:
+                reject()
+            except RuleError as error:
+                name = checked.name if checked.name.isidentifier() else "rule"
+                broken[written] = (
+                    f"{checked.name}: {error}\n\nTo see it again:\n\nimport torch\nimport hyperopt_nested as hn\n\n"
+                    f"case = {error.case or case!r}\nhn.testing.check_case({name}, case)"
+                )
+        if written in broken:
+            raise RuleError(broken[written])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    try:
+        look()
+    except RuleError as error:
+        raise RuleError(str(error)) from None  # without hypothesis's own notes
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _same_as(reference: Reference) -> Law:
+    """The law that values equal those of another program."""
+
+    def check_reference(subject: Subject, case: Case) -> None:
+        optimizer = subject.fixed(case)
+        _, states = history(optimizer, case)
+        theirs = {name: torch.nn.Parameter(param.clone()) for name, param in case.params.items()}
+        other = reference(list(theirs.values()), optimizer.declared)
+        params, states = dict(case.params), start(optimizer, case.params)
+        for step, grads in enumerate(case.grads, start=1):
+            params, states = direct(optimizer, params, grads, states, numbers(case, optimizer))
+            for name, param in theirs.items():
+                param.grad = grads[name].clone()
+            other.step()
+            for name, param in theirs.items():
+                largest = max([1.0, *(float(each.detach().abs().amax()) for each in theirs.values() if each.numel())])
+                if param.numel() and not float((param.detach() - params[name]).abs().amax()) <= EXACT * largest:
+                    where = f"after step {step}, of shape {tuple(param.shape)}"
+                    raise RuleError(f"tensor {name!r} is {params[name].tolist()} {where}, but the reference has {param.tolist()}")
+
+    return check_reference

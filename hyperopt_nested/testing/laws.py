@@ -1,0 +1,201 @@
+"""Laws that every rule obeys besides that of hypergradients: purity, structure, vmap, compile, devices, finiteness, descent."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.nested import Nested
+from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.rule import Optimizer
+from hyperopt_nested.testing.gradients import EXACT, Inapplicable
+from hyperopt_nested.testing.strategies import Case
+from hyperopt_nested.testing.subject import RuleError, Subject, Tree, copied, direct, history, leaves, numbers, start
+
+Law = Callable[[Subject, Case], None]
+
+
+def check_purity(subject: Subject, case: Case) -> None:
+    """Inputs stay untouched and are not handed out again; the same inputs give the same outputs; no random numbers are drawn."""
+    optimizer = subject.fixed(case)
+    params, states = _history(optimizer, case)
+    hypers, grads = numbers(case, optimizer), case.grads[-1]
+    given = leaves({"param": params, "grad": grads, "state": states, "hyper": hypers})
+    before = {path: (leaf.clone(), leaf._version) for path, leaf in given.items()}
+    seed = torch.get_rng_state()
+    first = direct(optimizer, params, grads, states, hypers)
+    for path, (value, version) in before.items():
+        if given[path]._version != version or not _identical(given[path], value):
+            raise RuleError(f"the update changes its input {path} in place: compute new tensors")
+    second = direct(optimizer, params, grads, states, hypers)
+    outputs, again = (leaves({"param": new, "state": state}) for new, state in (first, second))
+    for path, leaf in outputs.items():
+        if not _identical(leaf, again[path]):
+            raise RuleError(f"the update gives another {path} when it is repeated with the same inputs: it depends on hidden state")
+    if not torch.equal(seed, torch.get_rng_state()):
+        raise RuleError("the update draws from the global random number generator: it must be a function of its inputs")
+    for path, leaf in outputs.items():
+        for source, tensor in given.items():
+            kept = path.startswith("state.") and source.startswith("state.")
+            if not kept and leaf.numel() and leaf.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                raise RuleError(f"the new {path} is, or is a view of, the input {source}, which the caller may overwrite: clone it")
+
+
+def check_structure(subject: Subject, case: Case) -> None:
+    """Paths, shapes and dtypes of the state never change, the parameter keeps its shape and dtype, and everything stays finite."""
+    for dtype in (torch.float64, torch.float32):
+        optimizer = subject.fixed(case)
+        params = case.to(dtype).params
+        try:
+            states = start(optimizer, params)
+        except ValueError as error:
+            raise Inapplicable(str(error)) from error
+        expected = _forms({"param": params, "state": states})
+        for grads in case.to(dtype).grads:
+            params, states = direct(optimizer, params, grads, states, numbers(case, optimizer))
+            forms = _forms({"param": params, "state": states})
+            for path in sorted(expected.keys() | forms.keys()):
+                if forms.get(path) != expected.get(path):
+                    raise RuleError(f"{path} was {expected.get(path)} and became {forms.get(path)} in an update with {dtype}")
+            for path, leaf in leaves({"param": params, "state": states}).items():
+                if not bool(torch.isfinite(leaf).all()):
+                    raise RuleError(f"{path} is not finite after an update with {dtype}: {leaf}")
+
+
+def check_devices(subject: Subject, case: Case) -> None:
+    """Everything is made on the parameter's device, and no tensor's value is read: shown on the device `meta`, which has no values."""
+    optimizer = subject.fixed(case)
+    meta = case.to("meta")
+    try:
+        states = start(optimizer, meta.params)
+        hypers = {name: {hyper: value.to("meta") for hyper, value in values.items()} for name, values in numbers(case, optimizer).items()}
+        params, states = direct(optimizer, meta.params, meta.grads[0], states, hypers)
+    except ValueError as error:
+        raise Inapplicable(str(error)) from error
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise RuleError(
+            f"the update fails on tensors without values ({error}): it reads a value, as .item(), float() and `if` do, or "
+            "makes a tensor on another device than the parameter's"
+        ) from error
+    for path, leaf in leaves({"param": params, "state": states}).items():
+        if leaf.device.type != "meta":
+            raise RuleError(f"{path} is on {leaf.device}, not on the parameter's device: use torch.zeros_like, or device=param.device")
+
+
+def check_vmap(subject: Subject, case: Case) -> None:
+    """A batch of runs under `torch.func.vmap` is the runs one by one."""
+    optimizer = subject.fixed(case)
+    _history(optimizer, case)
+
+    def program(params: Tree, grads: list[Tree], hypers: dict[str, Tree]) -> Tree:
+        return _run(optimizer, params, grads, hypers)
+
+    factors = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+
+    def batch(tree: Tree) -> Tree:
+        return {name: torch.stack([factor * tensor for factor in factors]) for name, tensor in tree.items()}
+
+    hypers = numbers(case, optimizer)
+    many = {name: {hyper: value.expand(3) for hyper, value in values.items()} for name, values in hypers.items()}
+    try:
+        together = torch.func.vmap(program)(batch(case.params), [batch(grads) for grads in case.grads], many)
+    except RuntimeError as error:
+        raise RuleError(f"the update does not run under torch.func.vmap: {str(error).splitlines()[0]}") from error
+    for index, factor in enumerate(factors):
+        alone = program(
+            map_tree(lambda x, f=factor: f * x, case.params), [map_tree(lambda x, f=factor: f * x, g) for g in case.grads], hypers
+        )
+        _compare(alone, {path: leaf[index] for path, leaf in together.items()}, "under torch.func.vmap")
+
+
+def check_compile(subject: Subject, case: Case) -> None:
+    """`torch.compile` takes the update as one graph, and gives the same. Code generation is left out, for it takes long."""
+    optimizer = subject.fixed(case)
+    _history(optimizer, case)
+
+    def program(params: Tree, grads: list[Tree], hypers: dict[str, Tree]) -> Tree:
+        return _run(optimizer, params, grads, hypers)
+
+    hypers = numbers(case, optimizer)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(case.params, case.grads, hypers)
+    except Exception as error:
+        raise RuleError(f"torch.compile(fullgraph=True) does not take the update: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        torch._dynamo.reset()
+    _compare(program(case.params, case.grads, hypers), compiled, "under torch.compile")
+
+
+def check_ends(subject: Subject, case: Case) -> None:
+    """With a hyper at an end that belongs to its domain, and gradients with exact zeros, values and hypergradients stay finite."""
+    for name in subject.own:
+        hyper = subject.template.rule.hypers[name]
+        ends = [
+            end for end, is_open in ((hyper.lower, hyper.open_lower), (hyper.upper, hyper.open_upper)) if math.isfinite(end) and not is_open
+        ]
+        for end in ends:
+            at_end = Case({**case.hypers, name: end}, case.params, case.grads, case.after, "tensor", case.options)
+            learned = {} if name in subject.template.rule.flat else {name: at_end.per}
+            nested = Nested(subject.learning(at_end, learned))
+            try:
+                params, st = case.params, nested.init(case.params)
+            except ValueError:  # at zero it switches something off that another hyper needs, or that it acts on itself
+                continue
+            for grads in case.grads:
+                params, st = nested.step(params, grads, st)
+            found = leaves({"param": params, "hypergradient": nested.hypergradients(case.after, st)})
+            for path, leaf in found.items():
+                if not bool(torch.isfinite(leaf).all()):
+                    raise RuleError(f"with {name}={end!r}, {path} is not finite: {leaf}")
+
+
+def check_descent(subject: Subject, case: Case) -> None:
+    """The first update, from zero, does not go up the gradient."""
+    optimizer = subject.fixed(case)
+    zero = map_tree(torch.zeros_like, case.params)
+    try:
+        states = start(optimizer, zero)
+    except ValueError as error:
+        raise Inapplicable(str(error)) from error
+    new, _ = direct(optimizer, zero, case.grads[0], states, numbers(case, optimizer))
+    for name, grad in case.grads[0].items():
+        along = (grad * new[name]).sum()
+        if float(along) > 1e-9 * float((grad * new[name]).abs().sum()):
+            raise RuleError(f"the first update goes up the gradient: their inner product is {float(along):.6g}, not negative")
+
+
+LAWS: tuple[Law, ...] = (check_structure, check_purity, check_devices, check_vmap, check_ends, check_descent)
+
+
+def _history(optimizer: Optimizer, case: Case) -> tuple[Tree, dict[str, State]]:
+    try:
+        params, states = history(optimizer, case)
+    except ValueError as error:
+        raise Inapplicable(str(error)) from error
+    return params, {name: copied(state) for name, state in states.items()}
+
+
+def _run(optimizer: Optimizer, params: Tree, grads: list[Tree], hypers: Mapping[str, Tree]) -> dict[str, Any]:
+    states = start(optimizer, params)
+    for each in grads:
+        params, states = direct(optimizer, params, each, states, hypers)
+    return leaves({"param": params, "state": states})
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _forms(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
+    """Shapes and dtypes; a tensor of shape () may take part in float64 for a while, as the hypers do."""
+    return {path: (tuple(x.shape), x.dtype if x.ndim or not x.is_floating_point() else "floating") for path, x in leaves(tree).items()}
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], how: str) -> None:
+    largest = max([1.0, *(float(leaf.abs().amax()) for leaf in expected.values() if leaf.numel())])
+    for path, leaf in expected.items():
+        if leaf.numel() and float((found[path] - leaf).abs().amax()) > EXACT * largest:
+            raise RuleError(f"{path} is {found[path].tolist()} {how}, but {leaf.tolist()} without")

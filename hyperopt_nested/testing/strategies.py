@@ -1,0 +1,133 @@
+"""Hypothesis strategies: tensors with the values that break optimizers, parameter trees, values of hypers, and whole cases."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hyperopt_nested.hyper import Hyper
+from hyperopt_nested.rule import Per
+
+SHAPES: tuple[tuple[int, ...], ...] = ((1,), (), (3,), (2, 3), (1, 2), (3, 1), (2, 2, 1, 2), (0, 2))
+"""Shapes that are drawn from: scalars, vectors, matrices, kernels, with sides of one, and empty."""
+
+MAX_STEPS = 9
+"""Most updates before the one that is checked: some rules begin to act after a few, such as RAdam's rectification."""
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Tensor]:
+    """Tensors of a shape: ordinary values with exact zeros among them, one value repeated, all zeros, tiny or huge ones."""
+    size = math.prod(shape)
+    ordinary = st.one_of(st.floats(-3, 3, width=32, allow_subnormal=False), st.just(0.0))
+    lists = st.lists(ordinary, min_size=size, max_size=size)
+    values = st.one_of(
+        lists,
+        st.floats(0.125, 3, width=32).map(lambda value: [value] * size),
+        st.just([0.0] * size),
+        lists.map(lambda found: [1e-6 * value for value in found]),
+        lists.map(lambda found: [1e4 * value for value in found]),
+    )
+    return st.one_of(lists, values).map(lambda found: torch.tensor(found, dtype=dtype).reshape(shape))
+
+
+def trees(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> st.SearchStrategy[dict[str, Tensor]]:
+    """Dicts of tensors of these shapes: parameters, or gradients."""
+    return st.fixed_dictionaries({name: tensors(shape, dtype) for name, shape in shapes.items()})
+
+
+def shape_trees(shapes: Sequence[tuple[int, ...]] = SHAPES) -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
+    """One or two shapes, by name."""
+    return st.lists(st.sampled_from(list(shapes)), min_size=1, max_size=2).map(lambda found: dict(zip("ab", found, strict=False)))
+
+
+def hyper_values(hyper: Hyper) -> st.SearchStrategy[float]:
+    """Values of a hyper inside its domain: around its default, and far enough from the ends to be moved both ways."""
+    low, high, default = hyper.lower, hyper.upper, hyper.default
+    parts = st.integers(1, 19).map(lambda part: part / 20)  # evenly spread, which floats would not be
+    if math.isfinite(low) and math.isfinite(high):
+        return parts.map(lambda part: low + part * (high - low))
+    if not math.isfinite(low) and not math.isfinite(high):
+        return parts.map(lambda part: default - 1 + 2 * part)
+    end, sign = (low, 1.0) if math.isfinite(low) else (high, -1.0)
+    size = abs(default - end) or 0.01
+    smallest, largest = math.log10(min(size, 0.01)), math.log10(max(size, 1))
+    return parts.map(lambda part: end + sign * 10 ** (smallest + part * (largest - smallest)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn example; its `repr` can be pasted into a test.
+
+    Attributes:
+        hypers: values of the hypers.
+        params: the tensors, by name.
+        grads: their gradients in each step; the last step is the one that is checked.
+        after: the gradients after that step.
+        per: granularity of the learned hypers.
+        options: the rule's options.
+    """
+
+    hypers: dict[str, float]
+    params: dict[str, Tensor]
+    grads: list[dict[str, Tensor]]
+    after: dict[str, Tensor]
+    per: Per = "model"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        grads = "".join(f"        {_written(each)},\n" for each in self.grads)
+        return (
+            f"hn.testing.Case(\n    hypers={self.hypers!r},\n    params={_written(self.params)},\n    grads=[\n{grads}    ],\n"
+            f"    after={_written(self.after)},\n    per={self.per!r},\n    options={self.options!r},\n)"
+        )
+
+    def to(self, to: torch.dtype | torch.device | str) -> "Case":
+        """The same case in another dtype, or on another device."""
+
+        def moved(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(to) for name, tensor in tree.items()}
+
+        return replace(self, params=moved(self.params), grads=[moved(grads) for grads in self.grads], after=moved(self.after))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    hypers: Mapping[str, Hyper],
+    *,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    pers: Sequence[Per] = ("model", "tensor", "row", "element"),
+    options: Mapping[str, Sequence[Any]] | None = None,
+) -> Case:
+    """Cases in float64, for a rule with these hypers.
+
+    Args:
+        draw: hypothesis supplies it.
+        hypers: the hypers, by name.
+        shapes: shapes of tensors to draw from.
+        pers: granularities to draw from.
+        options: choices of each option to draw.
+    """
+    tree = draw(shape_trees(shapes))
+    count = draw(st.sampled_from((1, 2, 3, 4, MAX_STEPS + 1)))
+    different = draw(st.lists(trees(tree), min_size=1, max_size=min(count, 3)))
+    return Case(
+        hypers={name: draw(hyper_values(hyper)) for name, hyper in hypers.items()},
+        params=draw(trees(tree)),
+        grads=[different[step % len(different)] for step in range(count)],
+        after=draw(trees(tree)),
+        per=draw(st.sampled_from(list(pers))),
+        options={name: draw(st.sampled_from(list(choices))) for name, choices in (options or {}).items()},
+    )
+
+
+def _written(tree: Mapping[str, Tensor]) -> str:
+    def one(tensor: Tensor) -> str:
+        values, empty = tensor.tolist(), tensor.numel() == 0
+        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype})" if empty else f"torch.tensor({values}, dtype={tensor.dtype})"
+
+    return "{" + ", ".join(f"{name!r}: {one(tensor)}" for name, tensor in tree.items()) + "}"

@@ -1,0 +1,33 @@
+"""Every entry of the registry passes the kit: hypergradients of every hyper at every granularity, and all laws."""
+
+import torch
+from hypothesis import settings
+
+import ftp  # noqa: F401  registers its rules
+import hyperopt_nested as hn
+from hyperopt_nested import registry
+from hyperopt_nested.testing.strategies import SHAPES
+from hyperopt_nested.testing.subject import subject
+
+EXAMPLES = 2 * settings.default.max_examples  # 30 with the quick profile
+
+
+@hn.testing.every_rule("hyperopt_nested", "ftp")
+def test_rule(name: str) -> None:
+    report = hn.testing.check_rule(name, examples=EXAMPLES)
+    assert all(error < 1e-6 for error in report.verified.values()), str(report)
+
+
+@hn.testing.every_rule("hyperopt_nested", "ftp")
+def test_all_shapes_are_checked(name: str) -> None:
+    """Only Muon is for matrices alone: a rule that refuses more of the kit's shapes would be checked on less than it seems."""
+    refused = set(SHAPES) - set(subject(name).shapes())
+    assert not refused or name == "muon", refused
+
+
+def test_every_public_rule_is_registered() -> None:
+    public = {name for name in hn.__all__ if isinstance(getattr(hn, name), (hn.FunctionRule, hn.Combinator))}
+    found = {name for name in registry.names() if registry.origin(name).split(".")[0] == "hyperopt_nested"}
+    assert public <= found
+    assert found <= set(hn.__all__)
+    assert torch.get_default_dtype() == torch.float64

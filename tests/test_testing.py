@@ -1,0 +1,161 @@
+"""The kit under test: it accepts what is right, catches every mutant, and says what a reader needs."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mutants import MUTANTS, reference, right
+
+import hyperopt_nested as hn
+from ftp import ftp_rule
+from hyperopt_nested import testing
+from hyperopt_nested.testing import check
+
+EXAMPLES = 30  # as check_rule has by default
+
+
+def test_a_right_rule_passes_and_the_report_says_what_was_verified() -> None:
+    report = testing.check_rule(right, examples=EXAMPLES, reference=reference)
+    assert set(report.verified) == {(hyper, per) for hyper in ("lr", "beta") for per in ("model", "tensor", "row", "element")}
+    assert max(report.verified.values()) < 1e-6
+    assert "right: every law holds" in str(report)
+    assert "beta: hypergradient verified, largest relative error per model" in str(report)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda rule: rule.name)
+def test_every_mutant_is_caught(mutant: hn.FunctionRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_SHRINKS", 40)  # of these, examples need not be small
+    words, needs_reference = MUTANTS[mutant]
+    with pytest.raises(testing.RuleError) as caught:
+        testing.check_rule(mutant, examples=EXAMPLES, reference=reference if needs_reference else None)
+    message = str(caught.value)
+    assert message.startswith(f"{mutant.name}: ")
+    assert words in message, message
+    if "could not be verified" in message:
+        return
+    namespace: dict[str, Any] = {mutant.name: mutant}
+    example = message.split("To see it again:\n\n")[1]
+    if not needs_reference:
+        with pytest.raises(testing.RuleError):
+            exec(example, namespace)
+
+
+def test_a_failure_names_the_rule_the_hyper_the_shape_and_both_numbers() -> None:
+    from mutants import detached_correction
+
+    with pytest.raises(testing.RuleError) as caught:
+        testing.check_rule(detached_correction)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith("detached_correction: the hypergradient of beta is ")
+    assert " but by finite differences " in first
+    assert "tensors of shape (1,)" in first
+    assert len(str(caught.value).splitlines()) < 25
+
+
+@hn.rule(coupling="element", flat=("scale",), lr=hn.Positive(0.1), scale=hn.Positive(1.0))
+def signed(param: Any, grad: Any, state: Any, *, lr: Any, scale: Any) -> Any:
+    return param - lr * hn.kink(scale * grad).sign(), state
+
+
+def test_flat_hypers_are_verified_to_be_flat_and_kinks_are_counted() -> None:
+    report = testing.check_rule(signed, examples=EXAMPLES)
+    assert report.flat == ("scale",)
+    assert "scale: flat" in str(report)
+    with pytest.raises(ValueError, match="scale is learned, but the derivative of signed with respect to it is zero"):
+        hn.Nested(signed(scale=hn.learn(1.0, by=hn.sgd())))
+    projected = testing.check_rule("project", examples=EXAMPLES)
+    assert projected.kinks > 0
+    assert f"{projected.kinks} derivatives beside a kink were left out" in str(projected)
+
+
+def test_what_can_not_be_checked_is_refused() -> None:
+    with pytest.raises(TypeError, match="must be a rule, a combinator, an optimizer, or a registered name"):
+        testing.check_rule(lambda: None)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="no rule is registered as 'right_'; did you mean right"):
+        testing.check_rule("right_")
+
+
+def test_kinks_are_collected_only_inside_the_context() -> None:
+    x = torch.tensor([1.0, -2.0])
+    assert hn.kink(x) is x
+    with hn.watch_kinks() as outer:
+        hn.kink(x, 1.0)
+        with hn.watch_kinks() as inner:
+            hn.kink(x)
+    hn.kink(x)
+    assert [leaf.tolist() for leaf in outer] == [[0.0, -3.0]]
+    assert [leaf.tolist() for leaf in inner] == [[1.0, -2.0]]
+
+
+FUNCTIONS = [(torch.sin, torch.cos), (torch.exp, torch.exp), (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x))]
+
+
+@pytest.mark.parametrize(("function", "derivative"), FUNCTIONS)
+@given(st.floats(-3, 3), st.floats(1e-3, 1e3))
+def test_the_estimated_error_bounds_the_error(function: Any, derivative: Any, x: float, factor: float) -> None:
+    """Within the factor of four that `agrees` allows; and the estimate is not a lax one."""
+    at = torch.tensor([x, x / 2])
+    found = testing.finite_difference(lambda y: factor * function(y).sum(), at, scale=1.0)
+    expected = factor * derivative(at)
+    assert bool(((found.value - expected).abs() <= 4 * found.error).all())
+    assert bool((found.error < 1e-9 * factor * max(1.0, math.exp(abs(x)))).all())
+    assert found.agrees(expected)
+    assert not found.agrees(expected + 1e-4 * factor)
+
+
+def test_differences_of_noise_say_so() -> None:
+    at = torch.ones(1)
+    found = testing.finite_difference(lambda x: (1e8 + 1e-6 * x).sum(), at)
+    assert float(found.error) > 1e-9
+    assert bool((found.value - 1e-6).abs() <= 4 * found.error)
+    assert not testing.finite_difference(torch.abs, torch.zeros(()), scale=1.0).error.isnan()
+
+
+VALUES = torch.linspace(-2, 2, 24, dtype=torch.float64).sin().mul(1e3).sin().reshape(4, 3, 2)
+ADAM = {"lr": 0.1, "beta1": 0.6, "beta2": 0.7, "eps": 0.2}
+
+
+def _after(optimizer: hn.Optimizer, hyper: str, value: torch.Tensor) -> torch.Tensor:
+    """A smooth loss of the tensors after the third update, of which the last has another value of the hyper."""
+    start, *grads = VALUES
+    params = {"w": start}
+    nested = hn.Nested(optimizer)
+    state = nested.init(params)
+    for grad in grads[:-1]:
+        params, state = nested.step(params, {"w": grad}, state)
+    new, _ = nested.step(params, {"w": grads[-1]}, state, {"w": {hyper: value}})
+    return torch.exp(3 * new["w"]).mean()
+
+
+@pytest.mark.parametrize("hyper", [*ADAM, "radius"])
+def test_the_order_of_central_differences_is_two(hyper: str) -> None:
+    """Their error falls with the square of the step, so the comparison is one with the derivative and not with rounding."""
+    projected = ftp_rule(hn.sgd(lr=0.5), saturation="exact").replace(radius=0.3)
+    optimizer, value = (projected, 0.3) if hyper == "radius" else (hn.adam(**ADAM), ADAM[hyper])
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return _after(optimizer, hyper, x)
+
+    exact = torch.func.grad(loss)(torch.tensor(value))
+    sizes = torch.tensor([0.16, 0.08, 0.04, 0.02]) * min(value, 1 - value)
+    errors = torch.stack([(testing.central_difference(loss, torch.tensor(value), size) - exact).abs() for size in sizes])
+    slope = np.polyfit(sizes.log().numpy(), errors.log().numpy(), 1)[0]
+    assert slope == pytest.approx(2, abs=0.2)
+    assert float(abs(testing.finite_difference(loss, torch.tensor(value)).value - exact) / abs(exact)) < 1e-9
+
+
+@given(st.data())
+def test_strategies_draw_what_they_say(data: st.DataObject) -> None:
+    shapes = data.draw(testing.shape_trees())
+    params = data.draw(testing.trees(shapes, torch.float32))
+    assert {name: tuple(p.shape) for name, p in params.items()} == shapes
+    assert all(p.dtype == torch.float32 for p in params.values())
+    for hyper in (hn.Real(-0.5), hn.Positive(1e-8), hn.NonNegative(0.0), hn.UnitInterval(0.9), hn.Interval(3.0, 2.0, 5.0)):
+        hyper.check("drawn", data.draw(testing.hyper_values(hyper)))
+    case = data.draw(testing.cases(right.hypers))
+    again = eval(repr(case), {"hn": hn, "torch": torch})
+    assert repr(again) == repr(case)
