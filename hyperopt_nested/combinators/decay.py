@@ -31,7 +31,7 @@ def coupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, deca
 
 @combinator(_to_start, coupling="element", decay=NonNegative(1e-2))
 def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
-    r"""L2-SP: coupled decay towards the pre-trained weights (Li et al. 2018, arXiv 1802.01483, equation 2).
+    r"""L2-SP: coupled decay towards the pre-trained weights (Li et al. 2018, arXiv 1802.01483).
 
     Args:
         decay: strength, \(\alpha \ge 0\).
@@ -55,7 +55,7 @@ def decoupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, de
 
 @combinator(_to_start, decay=NonNegative(1.0))
 def spd(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
-    r"""Selective projection decay (Tian et al., NeurIPS 2024, arXiv 2411.01713, algorithm 1); around `adam` it is AdamSPD.
+    r"""Selective projection decay (Tian et al., NeurIPS 2024, arXiv 2411.01713); around `adam` it is AdamSPD.
 
     Where the gradient and the tensor's displacement from its anchor have a positive inner product (the descent direction agrees with
     the way back), the new values move back by the share \(\lambda r\) of their displacement; \(r = 1 - \lVert d_{old}\rVert /

@@ -10,8 +10,9 @@ from torch import Tensor
 LEVELS = 5
 """Steps, each half of the one before, that are extrapolated from."""
 
-_PROBES = 2.0**-40 * torch.tensor([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-"""Steps so small that values at them differ by nothing but rounding."""
+_PROBES = torch.tensor([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+_PROBE = 2.0**-40
+"""Points so near to each other, in units of the scale, that values at them are a straight line but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, *, scale
 def steps(scale: Tensor) -> Tensor:
     """Steps along n directions, (k, n), from scales (n,): up, down, and where rounding is probed."""
     up = scale * 0.5 ** torch.arange(3, 3 + LEVELS, dtype=scale.dtype, device=scale.device)[:, None]
-    return torch.cat([up, -up, scale * _PROBES.to(scale)[:, None]])
+    return torch.cat([up, -up, scale * _PROBE * _PROBES.to(scale)[:, None]])
 
 
 def extrapolated(values: Tensor, h: Tensor, noise: float | Tensor = 0.0) -> Difference:
@@ -87,6 +88,8 @@ def extrapolated(values: Tensor, h: Tensor, noise: float | Tensor = 0.0) -> Diff
     """
     up, down, probes = torch.split(values, [LEVELS, LEVELS, len(_PROBES)])
     h = h[:LEVELS]
+    line = _PROBES.to(values)[:, None]
+    probes = probes - line * (line * probes).sum(0) / line.square().sum()
     scatter = torch.maximum(probes.amax(0) - probes.amin(0), torch.finfo(values.dtype).eps * values.abs().amax(0))
     rounding = torch.maximum(scatter, torch.as_tensor(noise, dtype=values.dtype, device=values.device)) / h
     row = list((up - down) / (2 * h))
