@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIFFERENCES, EXACT, by_differences, examples, gradients, problem, relative_error, run
+from cases import DIFFERENCES, EXACT, examples, gradients, problem, relative_error, replaced, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,38 +30,48 @@ def still(value: float, per: Any = "model") -> hn.Learn:
     return hn.learn(value, by=hn.sgd(lr=0.0), per=per)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@given(seed=st.integers(0, 2**31))
-@examples(3)
-def test_every_hyper_of_a_chain(chain: str, seed: int) -> None:
-    """Per model, several tensors: what a hyper does to the total over all of them counts too."""
-    optimizer = CHAINS[chain]()
-    own = [name for name, value in optimizer.declared.items() if value != 0]
-    nested = hn.Nested(optimizer.replace(**{name: still(optimizer.declared[name]) for name in own}))
+def errors(optimizer: hn.Optimizer, names: list[str], seed: int, memory: Any = "auto") -> dict[tuple[str, str], float]:
+    """Relative error of the hypergradients after three steps of a random problem with several tensors.
+
+    Near a kink the extrapolations of finite differences disagree, so that their error estimate is large: such entries are left out.
+    """
+    nested = hn.Nested(optimizer, memory=memory)
     params, loss = problem(seed)
     params, state = run(nested, params, loss, 2)
     grads = gradients(loss, params)
     new, after = nested.step(params, grads, state)
     found = nested.hypergradients(gradients(loss, new), after)
-    for name in own:
-        expected = by_differences(nested, params, grads, state, ("hypers", name, "model"), loss)
-        assert relative_error(found[name]["model"], expected, 1e-2) < DIFFERENCES, name
+    wrong = {}
+    for name in names:
+        for key, raw in state["hypers"][name].items():
+
+            def moved(value: torch.Tensor, path: tuple[str, ...] = ("hypers", name, key)) -> torch.Tensor:
+                return loss(nested.step(params, grads, replaced(state, path, value))[0])
+
+            expected = hn.testing.finite_difference(moved, raw, scale=raw.clamp(max=1 - raw) if name.startswith("beta") else raw)
+            size = max(float(expected.value.abs().amax()), 1e-2)
+            sharp = expected.error < 1e-7 * size
+            wrong[name, key] = float(torch.where(sharp, (found[name][key] - expected.value) / size, 0).abs().amax())
+    return wrong
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@given(seed=st.integers(0, 2**31))
+@examples(3)
+def test_every_hyper_of_a_chain(chain: str, seed: int) -> None:
+    """Per model: what a hyper does to the total over all tensors counts too."""
+    optimizer = CHAINS[chain]()
+    own = [name for name, value in optimizer.declared.items() if value != 0]
+    found = errors(optimizer.replace(**{name: still(optimizer.declared[name]) for name in own}), own, seed)
+    assert max(found.values()) < DIFFERENCES, found
 
 
 @pytest.mark.parametrize("memory", ["auto", "reverse"])
 @pytest.mark.parametrize("per", ["model", "tensor", "row", "element"])
 def test_a_total_of_raw_gradients_leaves_every_granularity(per: Any, memory: Any) -> None:
     optimizer = hn.clip_by_global_norm(hn.sgd(lr=still(0.1, per), momentum=0.9), max_norm=still(0.5, per))
-    nested = hn.Nested(optimizer, memory=memory)
-    params, loss = problem(3)
-    params, state = run(nested, params, loss, 2)
-    grads = gradients(loss, params)
-    new, after = nested.step(params, grads, state)
-    found = nested.hypergradients(gradients(loss, new), after)
-    for name in ("lr", "max_norm"):
-        for key, value in found[name].items():
-            expected = by_differences(nested, params, grads, state, ("hypers", name, key), loss)
-            assert relative_error(value, expected, 1e-2) < DIFFERENCES, (name, key)
+    found = errors(optimizer, ["lr", "max_norm"], 3, memory)
+    assert max(found.values()) < DIFFERENCES, found
 
 
 def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None:
