@@ -17,6 +17,7 @@ from hyperopt_nested.combinators import (
     project,
     spd,
 )
+from hyperopt_nested.functional import Functional, functional
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
 from hyperopt_nested.nested import Memory, Nested
 from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
@@ -48,6 +49,7 @@ from hyperopt_nested.rules import (
     sgd,
     sgd_hd,
 )
+from hyperopt_nested.unrolled import Method, hypergradient
 
 if TYPE_CHECKING:
     from hyperopt_nested import testing as testing
@@ -60,11 +62,13 @@ __all__ = [
     "Combinator",
     "Coupling",
     "FunctionRule",
+    "Functional",
     "Hyper",
     "HyperOptimizer",
     "Interval",
     "Learn",
     "Memory",
+    "Method",
     "Nested",
     "NonNegative",
     "Optimizer",
@@ -97,7 +101,9 @@ __all__ = [
     "decoupled_decay",
     "ema",
     "frobenius",
+    "functional",
     "get",
+    "hypergradient",
     "is_on",
     "kink",
     "l2_sp",

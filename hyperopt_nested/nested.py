@@ -19,6 +19,7 @@ from hyperopt_nested.learned import LearnedHyper, number
 from hyperopt_nested.ops import State, evaluated, map_tree, state_dtype
 from hyperopt_nested.rule import Coupling, Learn, Optimizer
 from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse, unused
+from hyperopt_nested.tensor_update import TensorUpdate
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]
@@ -167,6 +168,24 @@ class Nested:
         memory = {**st["memory"], **memory}
         return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
 
+    def update(
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
+    ) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """One step of the tensors alone, with given hypers: nothing is learned, and nothing remembered.
+
+        Args:
+            params: the tensors, by name.
+            grads: the gradient of each.
+            rule: the rule states, `st["rule"]`.
+            hypers: raw values of the learned hypers, `st["hypers"]`.
+
+        Returns:
+            The new tensors, and the new rule states.
+        """
+        grads = {name: -grad if self.optimizer_of(name).maximize else grad for name, grad in grads.items()}
+        new, (states, _) = self._updated(params, grads, rule, hypers, {})
+        return _in_dtypes_of(params, rule, new, states)
+
     def hypergradients(self, grads: Tensors, st: State) -> dict[str, Raws]:
         """Gradients pulled back through the last update onto the learned hypers, in raw coordinates; zero before the first update.
 
@@ -220,8 +239,8 @@ class Nested:
         """Raw values that a tensor uses, by learned hyper."""
         return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned_of(name).values()}
 
-    def _tensor_update(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> _TensorUpdate:
-        return _TensorUpdate(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
+    def _tensor_update(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> TensorUpdate:
+        return TensorUpdate(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
 
     def _update(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: dict[str, Raws], values: Values
@@ -229,15 +248,7 @@ class Nested:
         """New tensors and rule states of all tensors with a gradient, their forward sensitivities, and the totals of what is measured."""
 
         def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
-            updates = {name: self._tensor_update(name, params[name], grads[name], rule[name], values.get(name, {})) for name in grads}
-            used = {name: self._raws(name, raws) for name in grads}
-            totals: Raws = {}
-            for name, each in updates.items():
-                if each.measures:
-                    measured, before = each.measure(used[name]), totals.get(each.measures)
-                    totals[each.measures] = measured if before is None else before + measured.to(before.device)
-            updated = {name: each(used[name], totals.get(each.measures)) for name, each in updates.items()}
-            return {name: pair[0] for name, pair in updated.items()}, ({name: pair[1] for name, pair in updated.items()}, totals)
+            return self._updated(params, grads, rule, raws, values)
 
         forward = {key for name in grads for key in self._learned(name).forward}
         used: dict[str, Raws] = {key: {} for key in self.learned}
@@ -245,8 +256,22 @@ class Nested:
             for key, raw in self._raws(name, hypers).items():
                 used[key][self.learned[key].key_of(name)] = raw
         new, (states, totals), sensitivities = linearize(update, used, [key for key in self.learned if key in forward])
-        kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
-        return {name: param.to(params[name].dtype) for name, param in new.items()}, kept, sensitivities, totals
+        new, states = _in_dtypes_of(params, rule, new, states)
+        return new, states, sensitivities, totals
+
+    def _updated(
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Raws], values: Values
+    ) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+        """New tensors; and new rule states, and the totals of what is measured."""
+        updates = {name: self._tensor_update(name, params[name], grads[name], rule[name], values.get(name, {})) for name in grads}
+        used = {name: self._raws(name, raws) for name in grads}
+        totals: Raws = {}
+        for name, each in updates.items():
+            if each.measures:
+                measured, before = each.measure(used[name]), totals.get(each.measures)
+                totals[each.measures] = measured if before is None else before + measured.to(before.device)
+        updated = {name: each(used[name], totals.get(each.measures)) for name, each in updates.items()}
+        return {name: pair[0] for name, pair in updated.items()}, ({name: pair[1] for name, pair in updated.items()}, totals)
 
     def _no_memory(self, name: str, param: Tensor, state: State, hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
@@ -293,7 +318,7 @@ class Nested:
         device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
         probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
         raws = {each.key: each.start(probe, each.learn.value) for each in learned.hypers.values()}
-        update = _TensorUpdate(optimizer, learned.hypers, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
+        update = TensorUpdate(optimizer, learned.hypers, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
         total = torch.zeros((), device=device) if update.measures else None
         told = {each.key: hyper for hyper, each in learned.hypers.items()}
         measured = set(raws) - set(unused(update.measure, raws)) if update.measures else set()
@@ -321,6 +346,14 @@ class Nested:
         return {name: learned.bounded(raw, users[name]) if name in users else raw for name, raw in raws.items()}
 
 
+def _in_dtypes_of(
+    params: Tensors, rule: Mapping[str, State], new: Tensors, states: Mapping[str, State]
+) -> tuple[dict[str, Tensor], dict[str, State]]:
+    """New tensors and states in the dtypes of the old ones: updates are computed in wider ones."""
+    kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
+    return {name: param.to(params[name].dtype) for name, param in new.items()}, kept
+
+
 @dataclass(frozen=True)
 class _Learned:
     """The learned hypers of an optimizer, by the rule's names; the keys of those remembered forward, and in reverse."""
@@ -328,49 +361,6 @@ class _Learned:
     hypers: dict[str, LearnedHyper]
     forward: list[str]
     reverse: list[str]
-
-
-class _TensorUpdate:
-    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        learned: Mapping[str, LearnedHyper],
-        param: Tensor,
-        grad: Tensor,
-        state: State,
-        values: Mapping[str, float | Tensor],
-    ) -> None:
-        self._dtype = state_dtype(param)
-        self._rule, self._declared, self._learned, self._values = optimizer.rule, optimizer.declared, learned, values
-        self._device = param.device
-        self._inputs = self._widened(param), self._widened(grad), map_tree(self._widened, state)
-        self.measures = optimizer.rule.measures
-
-    def _widened(self, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.promote_types(tensor.dtype, self._dtype)) if tensor.is_floating_point() else tensor
-
-    def _hypers(self, raws: Raws) -> dict[str, Tensor]:
-        hypers = {}
-        for name, setting in self._declared.items():
-            given = self._values.get(name, setting)
-            if name in self._learned:
-                hypers[name] = self._learned[name].value(raws[self._learned[name].key].to(self._device), given)
-            else:
-                hypers[name] = number(given, self._device)
-        return hypers
-
-    def measure(self, raws: Raws) -> Tensor:
-        return self._rule.measure(*self._inputs, self._hypers(raws))
-
-    def __call__(self, raws: Raws, total: Tensor | None = None) -> tuple[Tensor, State]:
-        total = None if total is None else total.to(self._device)
-        new, state = self._rule.update(*self._inputs, self._hypers(raws), total)
-        return new.to(self._dtype), state
-
-    def param(self, raws: Raws, total: Tensor | None) -> Tensor:
-        return self(raws, total)[0]
 
 
 def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:

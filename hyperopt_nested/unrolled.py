@@ -1,0 +1,217 @@
+"""Hypergradients through many steps of training: exact, in reverse (autograd, with rematerialisation) or forward (jvp)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from hyperopt_nested.nested import Nested
+from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.rule import Learn, Optimizer
+
+Tensors = dict[str, Tensor]
+Hypers = Mapping[str, Mapping[str, Tensor]]
+"""Values of learned hypers, by hyper and by key ("model", or the tensor's name)."""
+Method = Literal["reverse", "forward"]
+TrainLoss = Callable[[Tensors, Any], Tensor]
+OuterLoss = Callable[[Tensors, Any, Hypers], Tensor]
+
+
+def hypergradient(
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    train_loss: TrainLoss,
+    outer_loss: OuterLoss,
+    *,
+    outer_batch: Any = None,
+    method: Method = "reverse",
+    memory: Literal["full", "sqrt"] | int = "full",
+    hypers: Mapping[str, Mapping[str, Tensor | float]] | None = None,
+    create_graph: bool = False,
+) -> dict[str, Tensors]:
+    """Gradient of a loss after training with respect to every learned hyper: through all steps, and through the model's curvature.
+
+    The tensors are trained by the optimizer, with hypers that stay at their values, on one batch a step; then the outer loss is taken.
+
+    Args:
+        optimizer: with `learn(...)` in the place of the hypers to differentiate with respect to; who learns them does not matter. Or a
+            mapping from each tensor's name to its optimizer.
+        params: the tensors before the first step, by name.
+        batches: one a step; anything that `train_loss` takes. `method="forward"` takes them one by one.
+        train_loss: pure function of tensors and a batch to a loss of shape ().
+        outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
+        outer_batch: handed to `outer_loss`.
+        method: "reverse" takes time that does not depend on the number of hypers, and memory that grows with the number of steps;
+            "forward" takes time that grows with the number of entries of hypers, and memory that does not depend on the steps.
+        memory: of "reverse": "full" keeps all steps; "sqrt", or a number, keeps the start of each segment of about sqrt(steps), or so
+            many, steps and does the steps of one segment again at a time.
+        hypers: other values than those declared, by hyper and by key. A value with one more leading dimension, as long as there are
+            steps, is a schedule: an entry a step.
+        create_graph: of "reverse" with `memory="full"`: whether the result can be differentiated by autograd.
+
+    Returns:
+        By hyper and by key, the derivative with respect to its value (not to its coordinates in a bijection), of the value's shape.
+
+    Raises:
+        ValueError: `method`, `memory` or `hypers` is none of its choices, or nothing is learned.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> optimizer = hn.sgd(lr=hn.learn(0.1, by=hn.sgd()))
+        >>> loss = lambda params, batch, hypers=None: params["w"].square().sum() / 2
+        >>> hn.hypergradient(optimizer, {"w": torch.ones(1)}, range(3), loss, loss)  # w is (1 - lr)^3
+        {'lr': {'model': tensor(-1.7715, dtype=torch.float64)}}
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(Method)))}")
+    nested = Nested(_in_values(optimizer), memory="reverse")
+    if not nested.learned:
+        raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
+    st = nested.init(params)
+    values = _started(st["hypers"], hypers or {})
+    carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"]}
+    training = _Training(nested, st["hypers"], train_loss, lambda params, values: outer_loss(params, outer_batch, values))
+    if method == "forward":
+        return training.forward(carry, values, batches)
+    steps = list(batches)
+    for key, by_name in values.items():
+        for name, value in by_name.items():
+            if value.shape != st["hypers"][key][name].shape and len(value) != len(steps):
+                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are {len(steps)}")
+    return training.reverse(carry, values, steps, _segment(memory, len(steps)), create_graph)
+
+
+def _in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dict[str, Optimizer]:
+    """The same optimizers with hypers that are their own coordinates; a `learn` that several share stays shared."""
+    made: dict[int, Learn] = {}
+
+    def plain(each: Optimizer) -> Optimizer:
+        for learn in each.learned.values():
+            made.setdefault(id(learn), replace(learn, via="projection"))
+        return each.replace(**{name: made[id(learn)] for name, learn in each.learned.items()})
+
+    if isinstance(optimizer, Optimizer):
+        return plain(optimizer)
+    found = {id(each): plain(each) for each in optimizer.values()}
+    return {name: found[id(each)] for name, each in optimizer.items()}
+
+
+def _started(declared: Hypers, given: Mapping[str, Mapping[str, Tensor | float]]) -> dict[str, Tensors]:
+    """The declared values, replaced by those given: of the same shape, or with a leading dimension of steps."""
+    for key, by_name in given.items():
+        for name in by_name:
+            if key not in declared or name not in declared[key]:
+                known = ", ".join(f"{key}/{name}" for key, names in declared.items() for name in names)
+                raise ValueError(f"hypers has {key!r}/{name!r}, which is not learned; learned are {known}")
+    values: dict[str, Tensors] = {}
+    for key, by_name in declared.items():
+        values[key] = {}
+        for name, start in by_name.items():
+            value = torch.as_tensor(given.get(key, {}).get(name, start), dtype=start.dtype, device=start.device)
+            if value.shape != start.shape and value.shape[1:] != start.shape:
+                wanted = tuple(start.shape)
+                raise ValueError(f"hypers[{key!r}][{name!r}] has shape {tuple(value.shape)}; it must be {wanted}, or (steps, *{wanted})")
+            values[key][name] = value
+    return values
+
+
+def _segment(memory: Literal["full", "sqrt"] | int, steps: int) -> int:
+    """Number of steps that are differentiated at a time."""
+    if memory == "full":
+        return max(steps, 1)
+    if memory == "sqrt":
+        return max(math.isqrt(steps), 1)
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise ValueError(f"memory={memory!r} must be 'full', 'sqrt' or a number of steps >= 1")
+    return memory
+
+
+class _Training:
+    """Training as a function of the values of hypers. What goes from step to step is the tensors and the states of their rules."""
+
+    def __init__(self, nested: Nested, declared: Hypers, train_loss: TrainLoss, outer_loss: Callable[[Tensors, Hypers], Tensor]) -> None:
+        self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
+
+    def reverse(
+        self, carry: State, values: dict[str, Tensors], batches: Sequence[Any], segment: int, create_graph: bool
+    ) -> dict[str, Tensors]:
+        """By autograd, one segment of steps at a time, the last one first."""
+        starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
+        for begin in starts[:-1]:
+            kept.append(self._run(kept[-1], values, batches[begin : begin + segment], begin, graph=False))
+        total = map_tree(torch.zeros_like, values)
+        cotangents: list[Tensor | None] | None = None
+        for begin in reversed(starts):
+            start, hypers = map_tree(_leaf, kept.pop()), map_tree(_differentiable if create_graph else _leaf, values)
+            with torch.enable_grad():
+                end = self._run(start, hypers, batches[begin : begin + segment], begin, graph=True)
+                outputs = [self._outer_loss(end["params"], hypers)] if cotangents is None else tree_leaves(end)
+            pairs = [(each, weight) for each, weight in zip(outputs, cotangents or [None], strict=True) if each.requires_grad]
+            inputs, structure = tree_flatten((start, hypers))
+            found = torch.autograd.grad(
+                [each for each, _ in pairs],
+                inputs,
+                [weight for _, weight in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            before, through = tree_unflatten(found, structure)
+            cotangents = tree_leaves(before)
+            total = map_tree(torch.add, total, through)
+        return total
+
+    def _run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
+        """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
+        for step, batch in enumerate(batches, start=begin):
+            params = carry["params"] if graph else map_tree(_leaf, carry["params"])
+            with torch.enable_grad():
+                loss = self._train_loss(params, batch)
+                found = torch.autograd.grad(loss, list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True)
+            with torch.set_grad_enabled(graph):
+                carry = self._update(carry, dict(zip(params, found, strict=True)), values, step)
+        return carry
+
+    def forward(self, carry: State, values: dict[str, Tensors], batches: Iterable[Any]) -> dict[str, Tensors]:
+        """By jvp, with one tangent for each entry of the hypers, all at once under vmap."""
+        flat, structure = tree_flatten(values)
+        sizes = [value.numel() for value in flat]
+        rows = torch.split(torch.eye(sum(sizes), dtype=torch.float64), sizes, dim=1)
+        basis = tree_unflatten([row.reshape(-1, *value.shape).to(value) for row, value in zip(rows, flat, strict=True)], structure)
+        tangents = map_tree(lambda leaf: leaf.new_zeros(sum(sizes), *leaf.shape), carry)
+
+        def pushed(function: Callable[[State, dict[str, Tensors]], Any]) -> Any:
+            return torch.func.vmap(lambda *along: torch.func.jvp(function, (carry, values), along)[1])(tangents, basis)
+
+        for step, batch in enumerate(batches):
+
+            def advance(carry: State, values: dict[str, Tensors], step: int = step, batch: Any = batch) -> State:
+                return self._update(carry, torch.func.grad(self._train_loss)(carry["params"], batch), values, step)
+
+            carry, tangents = advance(carry, values), pushed(advance)
+        slopes = pushed(lambda carry, values: self._outer_loss(carry["params"], values))
+        parts = [part.reshape(value.shape).to(value) for part, value in zip(torch.split(slopes, sizes), flat, strict=True)]
+        found: dict[str, Tensors] = tree_unflatten(parts, structure)
+        return found
+
+    def _update(self, carry: State, grads: Tensors, values: Hypers, step: int) -> State:
+        """One step with the values of that step: of a schedule, its entry."""
+        now = {
+            key: {name: value if value.shape == self._declared[key][name].shape else value[step] for name, value in by_name.items()}
+            for key, by_name in values.items()
+        }
+        params, rule = self._nested.update(carry["params"], grads, carry["rule"], now)
+        return {"params": params, "rule": rule}
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.requires_grad else _leaf(tensor)

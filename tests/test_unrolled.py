@@ -1,0 +1,250 @@
+"""Hypergradients through many steps: reverse, forward, finite differences and a loop written by hand agree."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import DIFFERENCES, Tensors, examples, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hyperopt_nested as hn
+from hyperopt_nested.testing.subject import direct, start
+
+RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)]
+AGREE = 1e-10  # reverse and forward
+CLOSED = 1e-8  # a closed form
+
+
+def learned(value: float, per: Any = "model", **how: Any) -> hn.Learn:
+    return hn.learn(value, by=hn.sgd(), per=per, **how)
+
+
+def perceptron(generator: torch.Generator) -> tuple[Tensors, Callable[[Tensors, Tensor], Tensor], tuple[int, ...]]:
+    params = {name: torch.randn(shape, generator=generator) for name, shape in {"a": (4, 3), "b": (1, 4), "c": (2, 4)}.items()}
+    return params, lambda p, x: torch.tanh(x @ p["a"].T + p["b"]) @ p["c"].T, (3,)
+
+
+def convolution(generator: torch.Generator) -> tuple[Tensors, Callable[[Tensors, Tensor], Tensor], tuple[int, ...]]:
+    params = {name: torch.randn(shape, generator=generator) for name, shape in {"k": (2, 1, 2, 2), "b": (2,), "c": (2, 2)}.items()}
+
+    def network(p: Tensors, x: Tensor) -> Tensor:
+        features = torch.nn.functional.softplus(torch.nn.functional.conv2d(x, p["k"], p["b"]))
+        return torch.nn.functional.avg_pool2d(features, 3).flatten(1) @ p["c"].T
+
+    return params, network, (1, 4, 4)
+
+
+class Problem:
+    """A random smooth network, a batch a step, a held-out one, and an outer loss that depends on the hypers too."""
+
+    def __init__(self, seed: int, steps: int, make: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.params, network, shape = make(generator)
+        self.batches = [(torch.randn(5, *shape, generator=generator), torch.randn(5, 2, generator=generator)) for _ in range(steps + 1)]
+        self.held_out = self.batches.pop()
+
+        def loss(params: Tensors, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return (network(params, batch[0]) - batch[1]).square().mean()
+
+        def outer(params: Tensors, batch: tuple[Tensor, Tensor], hypers: Any) -> Tensor:
+            penalties = [value.square().sum() for by_name in hypers.values() for value in by_name.values()]
+            return loss(params, batch) + 1e-3 * torch.stack(penalties).sum()
+
+        self.loss, self.outer = loss, outer
+
+    def hypergradient(self, optimizer: hn.Optimizer, **how: Any) -> dict[str, Tensors]:
+        return hn.hypergradient(optimizer, self.params, self.batches, self.loss, self.outer, outer_batch=self.held_out, **how)
+
+    def by_hand(self, optimizer: hn.Optimizer, values: dict[str, Tensors]) -> Tensor:
+        """The outer loss, by a loop over the rule's own functions, as a function of the values."""
+        params, states = dict(self.params), start(optimizer, self.params)
+        fixed = {name: torch.tensor(value) for name, value in optimizer.declared.items()}
+        for batch in self.batches:
+            grads = torch.func.grad(self.loss)(params, batch)
+            hypers = {t: {**fixed, **{h: found.get(t, found.get("model")) for h, found in values.items()}} for t in params}
+            params, states = direct(optimizer, params, grads, states, hypers)
+        return self.outer(params, self.held_out, values)
+
+
+def flat(tree: dict[str, Tensors]) -> dict[tuple[str, str], Tensor]:
+    return {(hyper, key): value for hyper, by_key in tree.items() for key, value in by_key.items()}
+
+
+def settings_of(name: str, per: Any) -> hn.Optimizer:
+    """All hypers learned, at values where they matter."""
+    plain = hn.get(name)()
+    chosen = {"lr": 0.05, "eps": 0.1, "eps1": 0.1, "eps2": 0.1, "d": 1.1}
+    values = {hyper: chosen.get(hyper, value or 0.1) for hyper, value in plain.declared.items()}
+    return plain.replace(**{h: value if h in plain.rule.flat else learned(value, per) for h, value in values.items()})
+
+
+@pytest.mark.parametrize("per", ["model", "tensor", "row", "element"])
+@pytest.mark.parametrize("name", RULES)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 6), network=st.sampled_from([perceptron, convolution]))
+@examples(2)
+def test_reverse_forward_differences_and_a_loop_by_hand(name: str, per: Any, seed: int, steps: int, network: Any) -> None:
+    optimizer = settings_of(name, per)
+    problem = Problem(seed, steps, perceptron if name == "muon" else network)
+    reverse, forward = (flat(problem.hypergradient(optimizer, method=method)) for method in ("reverse", "forward"))
+    starts = hn.Nested(optimizer, memory="reverse").init(problem.params)["hypers"]
+    by_hand = flat(torch.func.grad(lambda values: problem.by_hand(optimizer, values))(starts))
+    assert reverse.keys() == forward.keys() == by_hand.keys()
+    largest = max(float(value.abs().amax()) for value in by_hand.values())
+    for path, value in by_hand.items():
+        assert relative_error(reverse[path], value, 1e-3 * largest) < AGREE, path
+        assert relative_error(forward[path], value, 1e-3 * largest) < AGREE, path
+    hyper, key = path = sorted(by_hand)[seed % len(by_hand)]  # one of them, since each costs many runs
+
+    def moved(value: Tensor) -> Tensor:
+        return problem.by_hand(optimizer, {**starts, hyper: {**starts[hyper], key: value}})
+
+    value = starts[hyper][key]
+    room = torch.where((value > 0.5) & (value < 1), 1 - value, value.abs())
+    expected = hn.testing.finite_difference(moved, value, scale=room / 4)
+    smooth = expected.error < 1e-7 * max(float(expected.value.abs().amax()), 1e-3)  # a kink between the points would show here
+    wrong = torch.where(smooth, (reverse[path] - expected.value).abs(), 0)
+    assert float(wrong.amax()) < DIFFERENCES * max(float(expected.value.abs().amax()), 1e-3), path
+
+
+@pytest.mark.parametrize("memory", ["sqrt", 1, 3, 7, 50])
+def test_segments_change_nothing(memory: Any) -> None:
+    problem = Problem(1, 7, perceptron)
+    optimizer = hn.adamw(lr=learned(0.05), beta1=learned(0.8, "tensor"), weight_decay=learned(0.1, "element"), eps=learned(0.1, "row"))
+    expected, found = flat(problem.hypergradient(optimizer)), flat(problem.hypergradient(optimizer, memory=memory))
+    assert all(relative_error(found[path], value) < 1e-12 for path, value in expected.items())
+
+
+def quadratic(params: Tensors, batch: Any, hypers: Any = None) -> Tensor:
+    return 0.5 * (CURVATURE * params["x"].square()).sum()
+
+
+CURVATURE = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+X0 = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_closed_form_of_a_learning_rate(method: Any, steps: int) -> None:
+    """x_K = (1 - lr a)^K x_0 on a quadratic, so the loss after K steps has a derivative by hand."""
+    found = hn.hypergradient(hn.sgd(lr=learned(0.2)), {"x": X0}, range(steps), quadratic, quadratic, method=method)["lr"]["model"]
+    expected = -(CURVATURE**2 * steps * (1 - 0.2 * CURVATURE) ** (2 * steps - 1) * X0**2).sum()
+    assert relative_error(found, expected) < CLOSED
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+def test_closed_form_of_momentum(method: Any) -> None:
+    """(x, b) is multiplied by a matrix in each step; the derivative of its power is a sum over the place of the derivative."""
+    steps, lr, mu = 12, 0.1, 0.7
+    optimizer = hn.sgd(lr=learned(lr), momentum=learned(mu))
+    found = hn.hypergradient(optimizer, {"x": X0}, range(steps), quadratic, quadratic, method=method)
+    expected = {"lr": 0.0, "momentum": 0.0}
+    for a, x in zip(CURVATURE.tolist(), X0.tolist(), strict=True):
+        matrix = torch.tensor([[1 - lr * a, -lr * mu], [a, mu]])
+        slopes = {"lr": torch.tensor([[-a, -mu], [0.0, 0.0]]), "momentum": torch.tensor([[0.0, -lr], [0.0, 1.0]])}
+        start = torch.tensor([x, 0.0])  # the buffer is zero, so that the first step takes the gradient alone
+        end = torch.linalg.matrix_power(matrix, steps) @ start
+        for hyper, slope in slopes.items():
+            for step in range(steps):
+                after, before = (torch.linalg.matrix_power(matrix, power) for power in (steps - 1 - step, step))
+                expected[hyper] += float(a * end[0] * (after @ slope @ before @ start)[0])
+    for hyper, value in expected.items():
+        assert relative_error(found[hyper]["model"], torch.tensor(value)) < CLOSED
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+def test_a_schedule_has_a_derivative_in_each_step(method: Any) -> None:
+    rates = torch.tensor([0.1, 0.3, 0.2, 0.05])
+    optimizer = hn.sgd(lr=learned(0.1))
+    found = hn.hypergradient(optimizer, {"x": X0}, range(4), quadratic, quadratic, method=method, hypers={"lr": {"model": rates}})["lr"][
+        "model"
+    ]
+
+    def loss(rates: Tensor) -> Tensor:
+        return quadratic({"x": X0 * torch.stack([1 - rate * CURVATURE for rate in rates]).prod(0)}, None)
+
+    assert relative_error(found, torch.func.grad(loss)(rates)) < 1e-12
+
+
+def test_the_result_can_be_differentiated() -> None:
+    rate = torch.tensor(0.2, requires_grad=True)
+    given = {"lr": {"model": rate}}
+    found = hn.hypergradient(hn.sgd(lr=learned(0.2)), {"x": X0}, range(3), quadratic, quadratic, hypers=given, create_graph=True)["lr"][
+        "model"
+    ]
+    (second,) = torch.autograd.grad(found, rate)
+    factor = 1 - 0.2 * CURVATURE
+    assert relative_error(second, (CURVATURE**3 * 15 * factor**4 * X0**2).sum()) < CLOSED
+
+
+def test_many_starts_at_once() -> None:
+    rates = torch.linspace(0.05, 0.4, 8)
+
+    def one(rate: Tensor) -> Tensor:
+        given = {"lr": {"model": rate}}
+        found = hn.hypergradient(hn.sgd(lr=learned(0.2)), {"x": X0}, range(5), quadratic, quadratic, method="forward", hypers=given)
+        return found["lr"]["model"]
+
+    together = torch.func.vmap(one)(rates)
+    assert relative_error(together, torch.stack([one(rate) for rate in rates])) < 1e-12
+
+
+def test_forward_takes_batches_from_a_stream_and_keeps_no_steps() -> None:
+    alive = []
+
+    def stream() -> Any:
+        for step in range(50):
+            alive.append(step)
+            yield torch.tensor(float(step))
+
+    found = hn.hypergradient(
+        hn.sgd(lr=learned(0.01)), {"x": X0}, stream(), lambda p, b: (p["x"] - b).square().mean(), quadratic, method="forward"
+    )
+    assert len(alive) == 50
+    assert torch.isfinite(found["lr"]["model"])
+
+
+def test_a_total_over_tensors_and_shared_hypers() -> None:
+    shared = learned(0.1)
+    clipped = hn.clip_by_global_norm(hn.sgd(lr=shared, momentum=0.5), max_norm=learned(0.3))
+    problem = Problem(4, 4, perceptron)
+    mapping = {"a": clipped, "b": clipped, "c": hn.sgd(lr=shared)}
+    reverse, forward = (flat(problem.hypergradient(mapping, method=method)) for method in ("reverse", "forward"))  # type: ignore[arg-type]
+    assert reverse.keys() == {("lr", "model"), ("max_norm", "model")}
+    assert all(relative_error(forward[path], value) < AGREE and float(value) != 0 for path, value in reverse.items())
+
+
+def test_bad_arguments() -> None:
+    def call(optimizer: Any = None, **how: Any) -> Any:
+        return hn.hypergradient(optimizer or hn.sgd(lr=learned(0.1)), {"x": X0}, range(3), quadratic, quadratic, **how)
+
+    with pytest.raises(ValueError, match="method='backward' must be one of 'reverse', 'forward'"):
+        call(method="backward")
+    with pytest.raises(ValueError, match="memory=0 must be 'full', 'sqrt' or a number of steps >= 1"):
+        call(memory=0)
+    with pytest.raises(ValueError, match="has no learned hyper"):
+        call(hn.sgd(lr=0.1))
+    with pytest.raises(ValueError, match="hypers has 'momentum'/'model', which is not learned; learned are lr/model"):
+        call(hypers={"momentum": {"model": 0.1}})
+    with pytest.raises(ValueError, match=r"hypers\['lr'\]\['model'\] has shape \(2, 2\)"):
+        call(hypers={"lr": {"model": torch.ones(2, 2)}})
+    with pytest.raises(ValueError, match=r"a schedule of 2 steps, but there are 3"):
+        call(hypers={"lr": {"model": torch.ones(2)}})
+
+
+def test_modules_as_functions() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    module[3].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    f = hn.functional(module)
+    assert f.params.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight"}
+    x = torch.randn(5, 3)
+    batched = torch.func.vmap(lambda scale: f({name: scale * p for name, p in f.params.items()}, x))(torch.ones(2))
+    grads = torch.func.grad(lambda params: f(params, x).square().sum())(f.params)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    torch.testing.assert_close(batched[1], module(x))
+    module.eval()
+    torch.testing.assert_close(hn.functional(module)(f.params, x), module(x))
