@@ -19,6 +19,7 @@ from hyperopt_nested.combinators import (
 )
 from hyperopt_nested.functional import Functional, functional
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
+from hyperopt_nested.implicit import Solver
 from hyperopt_nested.nested import Memory, Nested
 from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.optimizer import HyperOptimizer
@@ -49,7 +50,7 @@ from hyperopt_nested.rules import (
     sgd,
     sgd_hd,
 )
-from hyperopt_nested.unrolled import Method, hypergradient
+from hyperopt_nested.unrolled import Hypergradients, Method, hypergradient
 
 if TYPE_CHECKING:
     from hyperopt_nested import testing as testing
@@ -65,6 +66,7 @@ __all__ = [
     "Functional",
     "Hyper",
     "HyperOptimizer",
+    "Hypergradients",
     "Interval",
     "Learn",
     "Memory",
@@ -77,6 +79,7 @@ __all__ = [
     "Real",
     "Rule",
     "Saturation",
+    "Solver",
     "State",
     "Step",
     "UnitInterval",

@@ -1,4 +1,4 @@
-"""Hypergradients through many steps of training: exact, in reverse (autograd, with rematerialisation) or forward (jvp)."""
+"""Hypergradients beyond one step: through many, in reverse (with rematerialisation) or forward, or at the point of rest."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from hyperopt_nested.implicit import Solver, implicit
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.rule import Learn, Optimizer
@@ -16,7 +17,9 @@ from hyperopt_nested.rule import Learn, Optimizer
 Tensors = dict[str, Tensor]
 Hypers = Mapping[str, Mapping[str, Tensor]]
 """Values of learned hypers, by hyper and by key ("model", or the tensor's name)."""
-Method = Literal["reverse", "forward"]
+Method = Literal["reverse", "forward", "implicit"]
+"""How a hypergradient is taken through the steps of training: see `hypergradient`."""
+
 TrainLoss = Callable[[Tensors, Any], Tensor]
 OuterLoss = Callable[[Tensors, Any, Hypers], Tensor]
 
@@ -33,7 +36,9 @@ def hypergradient(
     memory: Literal["full", "sqrt"] | int = "full",
     hypers: Mapping[str, Mapping[str, Tensor | float]] | None = None,
     create_graph: bool = False,
-) -> dict[str, Tensors]:
+    solver: Solver = "cg",
+    iterations: int = 100,
+) -> "Hypergradients":
     """Gradient of a loss after training with respect to every learned hyper: through all steps, and through the model's curvature.
 
     The tensors are trained by the optimizer, with hypers that stay at their values, on one batch a step; then the outer loss is taken.
@@ -47,18 +52,23 @@ def hypergradient(
         outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
         method: "reverse" takes time that does not depend on the number of hypers, and memory that grows with the number of steps;
-            "forward" takes time that grows with the number of entries of hypers, and memory that does not depend on the steps.
+            "forward" takes time that grows with the number of entries of hypers, and memory that does not depend on the steps;
+            "implicit" takes `params` for trained already, on one batch, to where the optimizer's first update changes nothing, and its
+            cost does not depend on how they came there.
         memory: of "reverse": "full" keeps all steps; "sqrt", or a number, keeps the start of each segment of about sqrt(steps), or so
             many, steps and does the steps of one segment again at a time.
         hypers: other values than those declared, by hyper and by key. A value with one more leading dimension, as long as there are
             steps, is a schedule: an entry a step.
+        solver: of "implicit"; see `Solver`.
+        iterations: of "implicit": how many the solver makes.
         create_graph: of "reverse" with `memory="full"`: whether the result can be differentiated by autograd.
 
     Returns:
         By hyper and by key, the derivative with respect to its value (not to its coordinates in a bijection), of the value's shape.
 
     Raises:
-        ValueError: `method`, `memory` or `hypers` is none of its choices, or nothing is learned.
+        ValueError: an argument is none of its choices, nothing is learned, or, with "implicit", there is not just one batch, the point of
+            rest does not depend on a hyper (as on a learning rate), or the tensors are not near it.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -77,13 +87,31 @@ def hypergradient(
     carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"]}
     training = _Training(nested, st["hypers"], train_loss, lambda params, values: outer_loss(params, outer_batch, values))
     if method == "forward":
-        return training.forward(carry, values, batches)
+        return Hypergradients(training.forward(carry, values, batches))
     steps = list(batches)
     for key, by_name in values.items():
         for name, value in by_name.items():
             if value.shape != st["hypers"][key][name].shape and len(value) != len(steps):
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are {len(steps)}")
-    return training.reverse(carry, values, steps, _segment(memory, len(steps)), create_graph)
+    if method == "reverse":
+        return Hypergradients(training.reverse(carry, values, steps, _segment(memory, len(steps)), create_graph))
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver={solver!r} must be one of {', '.join(map(repr, get_args(Solver)))}")
+    if len(steps) != 1:
+        raise ValueError(f"batches has {len(steps)} entries; method='implicit' needs one: all the data that the point of rest is of")
+    return Hypergradients(*training.implicit(carry, values, steps[0], solver, iterations))
+
+
+class Hypergradients(dict[str, Tensors]):
+    """Hypergradients by hyper and by key.
+
+    Attributes:
+        residual: of "implicit": norm of the residual of its linear system, relative to the right-hand side; shape (). Else None.
+    """
+
+    def __init__(self, found: Mapping[str, Tensors], residual: Tensor | None = None) -> None:
+        super().__init__(found)
+        self.residual = residual
 
 
 def _in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dict[str, Optimizer]:
@@ -198,6 +226,16 @@ class _Training:
         parts = [part.reshape(value.shape).to(value) for part, value in zip(torch.split(slopes, sizes), flat, strict=True)]
         found: dict[str, Tensors] = tree_unflatten(parts, structure)
         return found
+
+    def implicit(self, carry: State, values: dict[str, Tensors], batch: Any, solver: Solver, iterations: int) -> tuple[Any, Tensor]:
+        """At the point of rest of the first update."""
+
+        def update(params: Tensors, values: dict[str, Tensors]) -> Tensors:
+            grads = torch.func.grad(self._train_loss)(params, batch)
+            new: Tensors = self._update({**carry, "params": params}, grads, values, 0)["params"]
+            return new
+
+        return implicit(update, self._outer_loss, carry["params"], values, solver, iterations)
 
     def _update(self, carry: State, grads: Tensors, values: Hypers, step: int) -> State:
         """One step with the values of that step: of a schedule, its entry."""

@@ -154,6 +154,77 @@ def test_closed_form_of_momentum(method: Any) -> None:
         assert relative_error(found[hyper]["model"], torch.tensor(value)) < CLOSED
 
 
+class Ridge:
+    """Ridge regression, whose solution is known: by the weight decay of SGD."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        shapes = (30, 4), (30, 2), (20, 4), (20, 2)
+        self.x, self.y, self.x_new, self.y_new = (torch.randn(shape, generator=generator) for shape in shapes)
+        self.decay = torch.rand(2, 4, generator=generator) + 0.1
+
+    def loss(self, params: Tensors, batch: Any) -> Tensor:
+        return 0.5 * (self.x @ params["w"].T - self.y).square().sum() / 30
+
+    def outer(self, params: Tensors, batch: Any, hypers: Any) -> Tensor:
+        return 0.5 * (self.x_new @ params["w"].T - self.y_new).square().mean()
+
+    def solution(self, decay: Tensor) -> Tensor:
+        gram, right = self.x.T @ self.x / 30, self.y.T @ self.x / 30
+        return torch.stack([torch.linalg.solve(gram + torch.diag(row), b) for row, b in zip(decay.expand(2, 4), right, strict=True)])
+
+    def hypergradient(self, optimizer: hn.Optimizer, decay: Tensor, **how: Any) -> Any:
+        params = {"w": self.solution(decay)}
+        return hn.hypergradient(optimizer, params, [None], self.loss, self.outer, method="implicit", **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"solver": "neumann", "iterations": 2000}])
+@pytest.mark.parametrize("per", ["model", "row", "element"])
+def test_closed_form_of_a_regularization(per: Any, how: Any) -> None:
+    ridge = Ridge()
+    shape = {"model": (), "row": (2, 1), "element": (2, 4)}[per]
+    decay = ridge.decay[:, :1].clone() if per == "row" else ridge.decay if per == "element" else torch.tensor(0.3)
+    given = {"weight_decay": {"model" if per == "model" else "w": decay}}
+    found = ridge.hypergradient(hn.sgd(lr=0.1, weight_decay=learned(0.3, per)), decay, hypers=given, **how)
+    expected = torch.func.grad(lambda decay: ridge.outer({"w": ridge.solution(decay)}, None, None))(decay)
+    value = next(iter(found["weight_decay"].values()))
+    assert value.shape == shape
+    assert relative_error(value, expected) < CLOSED
+    assert float(found.residual) < CLOSED
+
+
+def test_implicit_is_what_reverse_tends_to() -> None:
+    ridge = Ridge()
+    optimizer = hn.sgd(lr=0.3, momentum=0.5, weight_decay=learned(0.3, "element"))
+    start = {"w": torch.zeros(2, 4)}
+    unrolled = hn.hypergradient(optimizer, start, [None] * 300, ridge.loss, ridge.outer, memory="sqrt")
+    found = ridge.hypergradient(optimizer, torch.tensor(0.3))
+    assert relative_error(found["weight_decay"]["w"], unrolled["weight_decay"]["w"]) < CLOSED
+
+
+def test_few_iterations_leave_a_residual() -> None:
+    ridge = Ridge()
+    residuals = [
+        float(ridge.hypergradient(hn.sgd(lr=0.1, weight_decay=learned(0.3)), torch.tensor(0.3), iterations=n).residual) for n in (0, 1, 3)
+    ]
+    assert residuals[0] == pytest.approx(1)
+    assert residuals == sorted(residuals, reverse=True)
+
+
+def test_implicit_refuses_what_does_not_move_the_point_of_rest() -> None:
+    ridge = Ridge()
+    with pytest.raises(ValueError, match="the point where training comes to rest does not depend on lr"):
+        ridge.hypergradient(hn.sgd(lr=learned(0.1), weight_decay=learned(0.3)), torch.tensor(0.3))
+    with pytest.raises(ValueError, match="does not depend on weight_decay, or the tensors are not near it"):
+        ridge.hypergradient(hn.sgd(lr=0.1, weight_decay=learned(0.3)), torch.tensor(30.0))
+    with pytest.raises(ValueError, match="batches has 2 entries; method='implicit' needs one"):
+        hn.hypergradient(
+            hn.sgd(weight_decay=learned(0.3)), {"w": torch.zeros(2, 4)}, [None, None], ridge.loss, ridge.outer, method="implicit"
+        )
+    with pytest.raises(ValueError, match="solver='gmres' must be one of 'cg', 'neumann'"):
+        ridge.hypergradient(hn.sgd(weight_decay=learned(0.3)), torch.tensor(0.3), solver="gmres")
+
+
 @pytest.mark.parametrize("method", ["reverse", "forward"])
 def test_a_schedule_has_a_derivative_in_each_step(method: Any) -> None:
     rates = torch.tensor([0.1, 0.3, 0.2, 0.05])
@@ -220,7 +291,7 @@ def test_bad_arguments() -> None:
     def call(optimizer: Any = None, **how: Any) -> Any:
         return hn.hypergradient(optimizer or hn.sgd(lr=learned(0.1)), {"x": X0}, range(3), quadratic, quadratic, **how)
 
-    with pytest.raises(ValueError, match="method='backward' must be one of 'reverse', 'forward'"):
+    with pytest.raises(ValueError, match="method='backward' must be one of 'reverse', 'forward', 'implicit'"):
         call(method="backward")
     with pytest.raises(ValueError, match="memory=0 must be 'full', 'sqrt' or a number of steps >= 1"):
         call(memory=0)
