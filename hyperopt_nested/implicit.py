@@ -86,11 +86,13 @@ def _refuse_still(update: Update, params: Raws, values: Values) -> None:
 
     ones = map_tree(torch.ones_like, values)
     rest = map_tree(torch.sub, move(ones), params)
+    size = _dot(params, params).sqrt()
+    still = _MOVES * _dot(rest, rest).sqrt() + 1e3 * torch.finfo(size.dtype).eps * size
     for key in values:
         along = {name: map_tree(torch.ones_like if name == key else torch.zeros_like, by_name) for name, by_name in values.items()}
         moved: Any = torch.func.jvp(move, (ones,), (along,))
         slope = moved[1]
-        if bool(_dot(slope, slope).sqrt() <= _MOVES * _dot(rest, rest).sqrt()):
+        if bool(_dot(slope, slope).sqrt() <= still):
             raise ValueError(
                 f"the point where training comes to rest does not depend on {key}, or the tensors are not near it: {key} times the "
                 f"update's derivative with respect to it has norm {float(_dot(slope, slope).sqrt()):.3g}, the update itself "
