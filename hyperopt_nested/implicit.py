@@ -87,7 +87,7 @@ def _refuse_still(update: Update, params: Raws, values: Values) -> None:
     ones = map_tree(torch.ones_like, values)
     rest = map_tree(torch.sub, move(ones), params)
     size = _dot(params, params).sqrt()
-    still = _MOVES * _dot(rest, rest).sqrt() + 1e3 * torch.finfo(size.dtype).eps * size
+    still = _MOVES * (_dot(rest, rest).sqrt() + torch.finfo(size.dtype).eps * size)
     for key in values:
         along = {name: map_tree(torch.ones_like if name == key else torch.zeros_like, by_name) for name, by_name in values.items()}
         moved: Any = torch.func.jvp(move, (ones,), (along,))
