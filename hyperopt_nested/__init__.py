@@ -50,6 +50,7 @@ from hyperopt_nested.rules import (
     sgd,
     sgd_hd,
 )
+from hyperopt_nested.sweep import Sweep, sweep
 from hyperopt_nested.unrolled import Hypergradients, Method, hypergradient
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ __all__ = [
     "Solver",
     "State",
     "Step",
+    "Sweep",
     "UnitInterval",
     "accumulator",
     "adabelief",
@@ -134,6 +136,7 @@ __all__ = [
     "sgd_hd",
     "spd",
     "state_dtype",
+    "sweep",
     "watch_kinks",
     "zeros",
     "zeros_like",

@@ -10,7 +10,7 @@ import hyperopt_nested as hn
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
 LAYERS = ["hyper", "registry", "ops", "rule", "projections", "combinator", "sensitivity", "rules", "combinators", "learned"]
-LAYERS += ["tensor_update", "nested", "functional", "implicit", "unrolled", "optimizer", "testing", "cli"]
+LAYERS += ["tensor_update", "nested", "functional", "implicit", "unrolled", "sweep", "optimizer", "testing", "cli"]
 PACKAGES = ["rules", "combinators", "testing"]
 
 
