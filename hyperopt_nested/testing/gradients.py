@@ -18,6 +18,9 @@ from hyperopt_nested.testing.subject import RuleError, Subject, Tree, direct, hi
 EXACT = 1e-12
 """Two programs in float64 that compute the same thing, relative to the size of what is summed."""
 
+SHARP = 1e-9
+"""Where differences have a smaller error, relative to the hyper's largest, forward and reverse agree to `EXACT`."""
+
 TOLERANCE = 1e-6
 """A hypergradient against finite differences, relative to the hyper's largest."""
 
@@ -89,7 +92,8 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
                     f"with an estimated error of {_shown(error)} ({where}){doubt}"
                 )
             forward, size = found["auto"][0][name], found["auto"][1][name]
-            if bool(((values[name] - forward).abs() > EXACT * size).any()):
+            magnified = difference.error > SHARP * largest  # where rounding is, by cancellation, it is in both programs
+            if bool(((values[name] - forward).abs() > EXACT * size + torch.where(magnified, difference.error / 10, 0)).any()):
                 record.focus = name
                 raise RuleError(
                     f"the hypergradient of {name} is {_shown(forward)} with forward memory, {_shown(values[name])} in reverse ({where})"
