@@ -70,6 +70,8 @@ class Combined(Rule):
         self.hypers = {**base.hypers, **combinator.hypers}
         self.flat = base.flat
         self.measures = combinator.name if combinator.measure is not None else base.measures
+        self._hypers_taken = [*combinator.hypers, *combinator.borrowed]
+        self._options_taken = chosen(options, combinator.function)
         own = combinator.coupling
         self.coupling = max(base.coupling, own(**chosen(options, own)) if callable(own) else own, key=get_args(Coupling).index)
 
@@ -111,8 +113,11 @@ class Combined(Rule):
     def _run(
         self, step: Step, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], total: Tensor | None
     ) -> tuple[Tensor, State]:
-        given = chosen({**hypers, **self.options, "total": total}, self.combinator.function)
-        return self.combinator.function(param, grad, {key: leaf for key, leaf in state.items() if key != "base"}, step, **given)
+        given: dict[str, Any] = {name: hypers[name] for name in self._hypers_taken}
+        if self.combinator.measure is not None:
+            given["total"] = total
+        own = {key: leaf for key, leaf in state.items() if key != "base"}
+        return self.combinator.function(param, grad, own, step, **given, **self._options_taken)
 
 
 def combinator(
