@@ -39,7 +39,7 @@ class Subject:
         name: how messages call it.
         make: from options to an optimizer.
         choices: what its options are drawn from.
-        owner: prefix of hypers that belong to it, not to the optimizer that it is put around.
+        own: the hypers that are checked: of a combinator its own, and not those of the optimizer that it is put around.
     """
 
     name: str
