@@ -139,7 +139,9 @@ class Nested:
             "rejected": zero,
         }
 
-    def step(self, params: Tensors, grads: Tensors, st: State, values: Values | None = None) -> tuple[dict[str, Tensor], State]:
+    def step(
+        self, params: Tensors, grads: Tensors, st: State, values: Values | None = None, *, learn: bool = True
+    ) -> tuple[dict[str, Tensor], State]:
         """One step: first of the learned hypers, with hypergradients; then of the tensors, with the new hypers.
 
         Args:
@@ -148,16 +150,14 @@ class Nested:
             st: as `init` or the last step made it.
             values: by tensor and hyper, what a schedule has made of declared values: it replaces a value that is not learned, and
                 scales one that is (by its ratio to the declared value).
+            learn: whether to step the learned hypers; if not, `hyper_step` does.
 
         Returns:
             The new tensors and the new state; the inputs stay as they are.
         """
         values = values or {}
-        grads = {name: -grad if self.optimizer_of(name).maximize else grad for name, grad in grads.items()}
-        hypers, learners, rejected = dict(st["hypers"]), dict(st["learners"]), dict(st["rejected"])
-        for key, hypergrads in self.hypergradients(grads, st).items():
-            learned = self.learned[key]
-            hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
+        grads = self._descended(grads)
+        hypers, learners, rejected = self._learn(grads, st) if learn else (st["hypers"], st["learners"], st["rejected"])
         new, rule, sensitivities, totals = self._update(params, grads, st["rule"], hypers, values)
         memory: State = {}
         for name in grads:
@@ -167,6 +167,33 @@ class Nested:
         hypers = {key: self._bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         memory = {**st["memory"], **memory}
         return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
+
+    def hyper_step(self, grads: Tensors, st: State) -> State:
+        """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
+
+        Args:
+            grads: the gradients, by tensor.
+            st: as the last step, or hyper step, made it.
+
+        Returns:
+            The new state.
+        """
+        grads = self._descended(grads)
+        hypers, learners, rejected = self._learn(grads, st)
+        hypers = {key: self._bounded(key, raws, st["rule"], grads) for key, raws in hypers.items()}
+        return {**st, "hypers": hypers, "learners": learners, "rejected": rejected}
+
+    def _descended(self, grads: Tensors) -> dict[str, Tensor]:
+        """Gradients of what is minimized."""
+        return {name: -grad if self.optimizer_of(name).maximize else grad for name, grad in grads.items()}
+
+    def _learn(self, grads: Tensors, st: State) -> tuple[dict[str, Raws], dict[str, State], Raws]:
+        """Learned hypers, their learners and counts of what was rejected, after one step with the hypergradients that `grads` give."""
+        hypers, learners, rejected = dict(st["hypers"]), dict(st["learners"]), dict(st["rejected"])
+        for key, hypergrads in self.hypergradients(grads, st).items():
+            learned = self.learned[key]
+            hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
+        return hypers, learners, rejected
 
     def update(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
@@ -182,8 +209,7 @@ class Nested:
         Returns:
             The new tensors, and the new rule states.
         """
-        grads = {name: -grad if self.optimizer_of(name).maximize else grad for name, grad in grads.items()}
-        new, (states, _) = self._updated(params, grads, rule, hypers, {})
+        new, (states, _) = self._updated(params, self._descended(grads), rule, hypers, {})
         return _in_dtypes_of(params, rule, new, states)
 
     def hypergradients(self, grads: Tensors, st: State) -> dict[str, Raws]:

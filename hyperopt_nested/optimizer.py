@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         optimizer: what to run, or a function from a tensor's name and the tensor to what to run on it. Unnamed tensors are called
             `<group>.<index>`.
         memory: how the last update is remembered; see `Nested`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
@@ -56,12 +57,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         torch.Size([])
     """
 
-    def __init__(self, params: Params, optimizer: Choice, *, memory: Memory = "auto") -> None:
+    def __init__(
+        self, params: Params, optimizer: Choice, *, memory: Memory = "auto", learn_from: Literal["training", "validation"] = "training"
+    ) -> None:
         if not isinstance(optimizer, Optimizer) and not callable(optimizer):
             raise TypeError(
                 f"optimizer={optimizer!r} ({type(optimizer).__name__}) must be an optimizer of this library, such as hn.adamw()"
             )
-        self._choice, self._memory = optimizer, memory
+        if learn_from not in ("training", "validation"):
+            raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
+        self._choice, self._memory, self._learn_from = optimizer, memory, learn_from
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state
@@ -198,19 +203,38 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = self._owner(), {name: p.grad for name, p, _ in self._named() if p.grad is not None}
-        for name, grad in grads.items():
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
+        params, grads = self._owner(), self._grads()
         self._switch_on(self.param_groups)
         unfrozen = [name for name in grads if name not in self._tracked]
         if unfrozen:
             self._create_state(also=unfrozen)
-        new, st = self._nested.step({name: params[name].detach() for name in grads}, grads, self._gather(), self._values())
+        now, learn = {name: params[name].detach() for name in grads}, self._learn_from == "training"
+        new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn)
         for name, value in new.items():
             params[name].copy_(value)
         self._scatter(st)
         return loss
+
+    @torch.no_grad()
+    def hyper_step(self) -> None:
+        """Step the learned hypers alone, from the gradients that the parameters have now: of a validation loss, after the last step.
+
+        Only with `learn_from="validation"`: `step` on the training gradient, then `zero_grad`, `backward` on a validation loss, and this.
+
+        Raises:
+            RuntimeError: the optimizer learns from training gradients, or a gradient is sparse. Nothing has been changed then.
+        """
+        if self._learn_from != "validation":
+            raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
+        grads = {name: grad for name, grad in self._grads().items() if name in self._tracked}
+        self._scatter(self._nested.hyper_step(grads, self._gather()))
+
+    def _grads(self) -> dict[str, Tensor]:
+        grads = {name: p.grad for name, p, _ in self._named() if p.grad is not None}
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
+        return grads
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
         """Effective value of every learned hyper, detached, on its device: nothing waits for the device until you read one.
@@ -291,7 +315,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choice", "_memory", "_keys", "_optimizers", "_tracked")
+        own = ("_choice", "_memory", "_learn_from", "_keys", "_optimizers", "_tracked")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
