@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import EXACT, relative_error
 
+import ftp
 import hyperopt_nested as hn
 from ftp import SGDP, AdamP, ftp_rule
 
@@ -131,3 +132,34 @@ def test_spd(case: str) -> None:
         params, st = nested.step(params, grads_at(data, step), st)
         for name, param in params.items():
             assert relative_error(param, data[f"param/{step}/{name}"]) < EXACT, (step, name)
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tpgm_*.npz")))
+def test_tpgm(case: str) -> None:
+    """TPGM projects the same fine-tuned weights again and again; the radii learn from the validation loss after each projection."""
+    config, data = load(case)
+    ball = {"mars_norm": hn.mars, "l2_norm": hn.frobenius}[config["norm"]]
+    anchors, tuned = (
+        {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)} for prefix in ("init/", "start/")
+    )
+
+    def projected(name: str) -> hn.Optimizer:
+        radius = ball.norms(tuned[name] - anchors[name]).amin().item() / 2
+        by = hn.learn(radius, by=hn.adam(lr=config["learner_lr"]), per="tensor", bounds=(1e-8, ftp.largest_norm))
+        return hn.project(hn.sgd(lr=0.0), onto=ball, radius=by, anchor=anchors[name], saturation="exact")
+
+    def loss(params: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
+        hidden = torch.tanh(data[f"x/{batch}"] @ params["fc1.weight"].T + params["fc1.bias"])
+        return torch.nn.functional.cross_entropy(hidden @ params["fc2.weight"].T + params["fc2.bias"], data[f"y/{batch}"])
+
+    nested = hn.Nested({name: projected(name) if name in config["constrained"] else hn.sgd(lr=0.0) for name in tuned})
+    st, nothing = nested.init(tuned), {name: torch.zeros_like(value) for name, value in tuned.items()}
+    for step in range(1, config["radius_updates"] + 1):
+        params, st = nested.step(tuned, nothing, st, learn=False)
+        st = nested.hyper_step(dict(torch.func.grad(loss)(params, (step - 1) % 4)), st)
+        found = nested.hypers(st)
+        radii = torch.stack([found[nested.learned_of(name)["radius"].key][name] for name in config["constrained"]])
+        assert relative_error(radii, data[f"radius/{step}"]) < EXACT, step
+    params, st = nested.step(tuned, nothing, st, learn=False)
+    for name, param in params.items():
+        assert relative_error(param, data[f"param/{name}"]) < EXACT, name
