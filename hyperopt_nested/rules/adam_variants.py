@@ -8,6 +8,7 @@ from torch import Tensor
 from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
 from hyperopt_nested.ops import State, counter, kink, safe_sqrt, zeros_like
 from hyperopt_nested.rule import Learn, accumulator, rule
+from hyperopt_nested.rules.adam import init_moments, moments
 
 _HYPERS: dict[str, Any] = {
     "beta1": UnitInterval(0.9),
@@ -17,12 +18,8 @@ _HYPERS: dict[str, Any] = {
 }
 
 
-def _init(param: Tensor) -> State:
-    return {"step": counter(param), "exp_avg": zeros_like(param), "exp_avg_sq": zeros_like(param)}
-
-
 def _init_nadam(param: Tensor, *, beta1: float | Learn, momentum_decay: float | Learn) -> State:
-    return {**_init(param), "mu_product": accumulator(param, beta1, momentum_decay) + 1}
+    return {**init_moments(param), "mu_product": accumulator(param, beta1, momentum_decay) + 1}
 
 
 def _init_adamax(param: Tensor) -> State:
@@ -32,11 +29,6 @@ def _init_adamax(param: Tensor) -> State:
 def _decayed(param: Tensor, grad: Tensor, lr: Tensor, weight_decay: Tensor, decoupled: bool) -> tuple[Tensor, Tensor]:
     """Parameter and gradient after weight decay."""
     return (param - lr * weight_decay * param, grad) if decoupled else (param, grad + weight_decay * param)
-
-
-def _moments(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor) -> State:
-    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
-    return {"step": state["step"] + 1, "exp_avg": exp_avg, "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad}
 
 
 @rule(_init_nadam, coupling="element", lr=NonNegative(2e-3), **_HYPERS, momentum_decay=NonNegative(4e-3))
@@ -67,7 +59,7 @@ def nadam(
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
     """
     param, grad = _decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    new = _moments(grad, state, beta1, beta2)
+    new = moments(grad, state, beta1, beta2)
     step = new["step"]
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
     product = new["mu_product"] = state["mu_product"] * mu
@@ -76,7 +68,7 @@ def nadam(
     return param - lr * direction / denominator, new
 
 
-@rule(_init, coupling="element", lr=NonNegative(1e-3), **_HYPERS)
+@rule(init_moments, coupling="element", lr=NonNegative(1e-3), **_HYPERS)
 def radam(
     param: Tensor,
     grad: Tensor,
@@ -102,7 +94,7 @@ def radam(
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
     """
     param, grad = _decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    new = _moments(grad, state, beta1, beta2)
+    new = moments(grad, state, beta1, beta2)
     step = new["step"]
     correction = 1 - beta2**step
     longest = 2 / (1 - beta2) - 1

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, zeros_like
+from hyperopt_nested.ops import State, kink, zeros_like
 from hyperopt_nested.projections import frobenius
 from hyperopt_nested.rule import Learn, is_on, rule
+from hyperopt_nested.rules.adam import direction, init_moments
 
 
 def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, coefficient: Tensor | float = 1.0, eps: Tensor | float = 0.0) -> Tensor:
@@ -62,12 +63,8 @@ def lars(
     return param - buffer, {"momentum_buffer": buffer}
 
 
-def _init_lamb(param: Tensor) -> State:
-    return {"step": counter(param), "exp_avg": zeros_like(param), "exp_avg_sq": zeros_like(param)}
-
-
 @rule(
-    _init_lamb,
+    init_moments,
     coupling="tensor",
     lr=NonNegative(1e-3),
     beta1=UnitInterval(0.9),
@@ -98,9 +95,7 @@ def lamb(
         eps: added to the root of the second moment, > 0.
         weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
     """
-    step = state["step"] + 1
-    exp_avg = beta1 * state["exp_avg"] + (1 - beta1) * grad
-    exp_avg_sq = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
-    direction = exp_avg / (1 - beta1**step) / (safe_sqrt(exp_avg_sq / (1 - beta2**step)) + eps) + weight_decay * param
-    ratio = _trust_ratio(frobenius.norms(param), frobenius.norms(direction))
-    return param - lr * ratio * direction, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    step, new = direction(grad, state, beta1, beta2, eps)
+    step = step + weight_decay * param
+    ratio = _trust_ratio(frobenius.norms(param), frobenius.norms(step))
+    return param - lr * ratio * step, new
