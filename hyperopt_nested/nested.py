@@ -94,7 +94,7 @@ class Nested:
 
     def learned_of(self, name: str) -> dict[str, LearnedHyper]:
         """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
-        return self._learned_of[id(self.optimizer_of(name))].hypers
+        return self._learned(name).hypers
 
     def init(self, params: Tensors, start: Mapping[str, float | Tensor] | None = None) -> State:
         """State before the first step.

@@ -44,6 +44,12 @@ def test_every_mutant_is_caught(mutant: hn.FunctionRule, monkeypatch: pytest.Mon
             exec(example, namespace)
 
 
+def test_options_that_a_rule_refuses_are_left_out_of_the_comparison_with_a_reference() -> None:
+    """Nesterov's momentum refuses dampening, which is drawn together with it."""
+    with pytest.raises(testing.RuleError, match="but the reference has"):
+        testing.check_rule(hn.sgd, examples=20, reference=lambda params, hypers: torch.optim.SGD(params, lr=hypers["lr"]))
+
+
 def test_a_failure_names_the_rule_the_hyper_the_shape_and_both_numbers() -> None:
     from mutants import detached_correction
 

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from torch import Tensor
 
 from hyperopt_nested.rule import Per
-from hyperopt_nested.testing.gradients import EXACT, PERS, Inapplicable, Record, check_granularities
+from hyperopt_nested.testing.gradients import EXACT, PERS, Record, check_granularities
 from hyperopt_nested.testing.laws import LAWS, Law, check_compile
 from hyperopt_nested.testing.strategies import Case, cases
-from hyperopt_nested.testing.subject import Checkable, RuleError, Subject, direct, history, numbers, start, subject
+from hyperopt_nested.testing.subject import Checkable, Inapplicable, RuleError, Subject, direct, history, numbers, start, subject
 
 Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
 """Another program that should do the same: from tensors and values of hypers to an optimizer of them."""

@@ -13,7 +13,7 @@ from hyperopt_nested.ops import State, watch_kinks
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.differences import Difference, extrapolated, steps
 from hyperopt_nested.testing.strategies import Case
-from hyperopt_nested.testing.subject import RuleError, Subject, Tree, direct, history, numbers
+from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, Tree, direct, history, numbers
 
 EXACT = 1e-12
 """Two programs in float64 that compute the same thing, relative to the size of what is summed."""
@@ -25,10 +25,6 @@ TOLERANCE = 1e-6
 """A hypergradient against finite differences, relative to the hyper's largest."""
 
 PERS: tuple[Per, ...] = ("model", "tensor", "row", "element")
-
-
-class Inapplicable(Exception):
-    """The rule can not be learned like this: a choice of options, or of granularity, that it refuses."""
 
 
 @dataclass
@@ -62,10 +58,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     """Raise RuleError unless the hypergradients of a case are right; return the hypers whose finite differences resolve them."""
     plain = subject.fixed(case)
     hypers = {name: plain.rule.hypers[name] for name in subject.own if record.focus in (None, name)}
-    try:
-        params, states = history(plain, case)
-    except ValueError as refusal:
-        raise Inapplicable(str(refusal)) from refusal
+    params, states = history(plain, case)
     expected, smooth = _differences(plain, case, params, states, hypers)
     resolved: set[str] = set()
     learned: dict[str, Per] = {name: case.per for name in hypers if name not in plain.rule.flat}

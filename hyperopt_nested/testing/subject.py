@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_nested import registry
 from hyperopt_nested.combinator import Combinator
-from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.ops import State
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Per, learn
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.testing.strategies import SHAPES, Case
@@ -29,6 +29,10 @@ class RuleError(AssertionError):
     def __init__(self, message: str, case: Case | None = None) -> None:
         super().__init__(message)
         self.case = case
+
+
+class Inapplicable(Exception):
+    """The rule can not be used like this: a choice of options, or of granularity, that it refuses."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,9 @@ class Subject:
         return [shape for shape in SHAPES if self._accepts(shape)]
 
     def _accepts(self, shape: tuple[int, ...]) -> bool:
-        optimizer = self.template
         try:
-            optimizer.rule.init(torch.zeros(shape), optimizer.declared)
-        except ValueError:
+            start(self.template, {"a": torch.zeros(shape)})
+        except Inapplicable:
             return False
         return True
 
@@ -105,8 +108,15 @@ def subject(rule: Checkable) -> Subject:
 
 
 def start(optimizer: Optimizer, params: Mapping[str, Tensor]) -> dict[str, State]:
-    """The rule's states before the first update, by tensor."""
-    return {name: optimizer.rule.init(param, optimizer.settings) for name, param in params.items()}
+    """The rule's states before the first update, by tensor.
+
+    Raises:
+        Inapplicable: the rule refuses its options.
+    """
+    try:
+        return {name: optimizer.rule.init(param, optimizer.settings) for name, param in params.items()}
+    except ValueError as error:
+        raise Inapplicable(str(error)) from error
 
 
 def numbers(case: Case, optimizer: Optimizer) -> dict[str, Tree]:
@@ -131,10 +141,17 @@ def direct(
 
 
 def history(optimizer: Optimizer, case: Case) -> tuple[Tree, dict[str, State]]:
-    """Tensors and states before the step that is checked."""
+    """Tensors and states before the step that is checked.
+
+    Raises:
+        Inapplicable: the rule refuses its options.
+    """
     params, states, hypers = dict(case.params), start(optimizer, case.params), numbers(case, optimizer)
-    for grads in case.grads[:-1]:
-        params, states = direct(optimizer, params, grads, states, hypers)
+    try:
+        for grads in case.grads[:-1]:
+            params, states = direct(optimizer, params, grads, states, hypers)
+    except ValueError as error:
+        raise Inapplicable(str(error)) from error
     return params, states
 
 
@@ -144,8 +161,3 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, leaf in tree.items():
         found |= leaves(leaf, f"{prefix}{key}.") if isinstance(leaf, dict) else {f"{prefix}{key}": leaf}
     return found
-
-
-def copied(tree: State) -> State:
-    """A copy of a tree."""
-    return map_tree(torch.clone, tree)
