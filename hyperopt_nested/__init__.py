@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_nested.audit import Audit, Bias, audit
 from hyperopt_nested.combinator import Combinator, Step, combinator
 from hyperopt_nested.combinators import (
     Anchor,
@@ -18,9 +19,11 @@ from hyperopt_nested.combinators import (
     spd,
 )
 from hyperopt_nested.functional import Functional, functional
+from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
 from hyperopt_nested.implicit import Solver
-from hyperopt_nested.nested import Memory, Nested
+from hyperopt_nested.learnable import Memory
+from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.optimizer import HyperOptimizer
 from hyperopt_nested.projections import Ball, Saturation, frobenius, linf, mars, row_l2
@@ -58,11 +61,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Anchor",
+    "Audit",
     "Ball",
+    "Bias",
     "Bijection",
     "Bound",
     "Combinator",
     "Coupling",
+    "Curvature",
     "FunctionRule",
     "Functional",
     "Hyper",
@@ -96,6 +102,7 @@ __all__ = [
     "adamw",
     "adan",
     "asgd",
+    "audit",
     "centralize",
     "clip_by_global_norm",
     "clip_by_norm",

@@ -2,26 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.learned import MODEL, Learner, number
-from hyperopt_nested.nested import Memory, Nested
+from hyperopt_nested.horizon import Curvature
+from hyperopt_nested.joint_update import Hessian
+from hyperopt_nested.kept_state import pairs, refs
+from hyperopt_nested.learnable import Memory
+from hyperopt_nested.learned import MODEL, number
+from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+from hyperopt_nested.twice import loss_with_hessian
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Choice = Optimizer | Callable[[str, Tensor], Optimizer]
-
-
-class _Ref(NamedTuple):
-    """Where a leaf of the engine's state is kept: in `optimizer.state[<that parameter>][key]`."""
-
-    name: str
-    key: str
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -39,6 +37,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         optimizer: what to run, or a function from a tensor's name and the tensor to what to run on it. Unnamed tensors are called
             `<group>.<index>`.
         memory: how the last update is remembered; see `Nested`.
+        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
+        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
 
     Raises:
@@ -58,7 +58,14 @@ class HyperOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Params, optimizer: Choice, *, memory: Memory = "auto", learn_from: Literal["training", "validation"] = "training"
+        self,
+        params: Params,
+        optimizer: Choice,
+        *,
+        memory: Memory = "auto",
+        discount: float = 0.0,
+        curvature: Curvature = "none",
+        learn_from: Literal["training", "validation"] = "training",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and not callable(optimizer):
             raise TypeError(
@@ -66,7 +73,8 @@ class HyperOptimizer(torch.optim.Optimizer):
             )
         if learn_from not in ("training", "validation"):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
-        self._choice, self._memory, self._learn_from = optimizer, memory, learn_from
+        self._choice, self._learn_from = optimizer, learn_from
+        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state
@@ -136,14 +144,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Create the state of all tensors that train, or are named in `also`; what is there already stays."""
         tracked = {*self._tracked, *also}
         params = {name: p.detach() for name, p, _ in self._named() if p.requires_grad or name in tracked}
-        nested = Nested(self._optimizers, memory=self._memory)
+        nested = Nested(self._optimizers, **self._how)
         st = nested.init(params)
         home = self._keys[0][0]
-        refs = _refs(nested, st, home)
+        found = refs(nested, st, home)
         owner = self._owner()
-        for ref, leaf in _pairs(refs, st):
+        for ref, leaf in pairs(found, st):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
-        self._nested, self._refs, self._tracked = nested, refs, list(params)
+        self._nested, self._refs, self._tracked = nested, found, list(params)
 
     def _gather(self) -> State:
         owner = self._owner()
@@ -151,7 +159,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _scatter(self, st: State) -> None:
         owner = self._owner()
-        for ref, leaf in _pairs(self._refs, st):
+        for ref, leaf in pairs(self._refs, st):
             self.state[owner[ref.name]][ref.key] = leaf
 
     def _values(self) -> dict[str, dict[str, Any]]:
@@ -194,24 +202,36 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Step the learned hypers, then the parameters that have a gradient.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: evaluates the model again and returns the loss. With `curvature="exact"` it must not call backward: the step
+                differentiates the loss, twice, and leaves the gradients in `grad`.
 
         Raises:
-            RuntimeError: a gradient is sparse. Nothing has been changed then.
+            RuntimeError: a gradient is sparse.
+            ValueError: `curvature="exact"`, and there is no closure, or it returns no loss that can be differentiated.
+            NotImplementedError: `curvature="exact"`, and an operation in the loss has no double backward; the message names it.
+                Whatever is raised, nothing has been changed then.
         """
         loss = None
-        if closure is not None:
+        found: dict[str, Tensor] | None = None
+        hessian: Hessian | None = None
+        if self._how["curvature"] == "exact":
+            if closure is None:
+                raise ValueError("closure=None, but curvature='exact' needs the loss: give step() a function that returns it")
+            value, found, hessian = loss_with_hessian(closure, {name: p for name, p, _ in self._named() if p.requires_grad})
+            loss = cast(float, value)  # as torch.optim declares what closures return
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = self._owner(), self._grads()
+        params, grads = self._owner(), self._grads(found)
         self._switch_on(self.param_groups)
         unfrozen = [name for name in grads if name not in self._tracked]
         if unfrozen:
             self._create_state(also=unfrozen)
         now, learn = {name: params[name].detach() for name in grads}, self._learn_from == "training"
-        new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn)
+        new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn, hessian=hessian)
         for name, value in new.items():
             params[name].copy_(value)
+            params[name].grad = grads[name]
         self._scatter(st)
         return loss
 
@@ -229,8 +249,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         grads = {name: grad for name, grad in self._grads().items() if name in self._tracked}
         self._scatter(self._nested.hyper_step(grads, self._gather()))
 
-    def _grads(self) -> dict[str, Tensor]:
-        grads = {name: p.grad for name, p, _ in self._named() if p.grad is not None}
+    def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Those found, or else those that the parameters have."""
+        grads = {name: p.grad for name, p, _ in self._named() if p.grad is not None} if found is None else dict(found)
         for name, grad in grads.items():
             if grad.layout != torch.strided:
                 raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
@@ -315,7 +336,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choice", "_memory", "_learn_from", "_keys", "_optimizers", "_tracked")
+        own = ("_choice", "_how", "_learn_from", "_keys", "_optimizers", "_tracked")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -347,36 +368,6 @@ def _with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optim
         else:
             found[name] = value
     return optimizer.replace(**found) if found else optimizer
-
-
-def _refs(nested: Learner, st: State, home: str) -> State:
-    """Tree of `st`'s structure that says where each leaf is kept: with its tensor, or, if several share it, with tensor `home`."""
-
-    def under(name: str, tree: State, key: str) -> State:
-        return {k: under(name, v, f"{key}.{k}") if isinstance(v, dict) else _Ref(name, f"{key}.{k}") for k, v in tree.items()}
-
-    def walk(nested: Learner, st: State, owner: Callable[[str], str], prefix: str) -> State:
-        def owners(key: str) -> Callable[[str], str]:
-            return (lambda _: home) if nested.learned[key].learn.per == "model" else owner
-
-        return {
-            **{part: {name: under(owner(name), tree, f"{prefix}{part}") for name, tree in st[part].items()} for part in ("rule", "memory")},
-            "hypers": {k: {name: _Ref(owners(k)(name), f"{prefix}hypers.{k}") for name in raws} for k, raws in st["hypers"].items()},
-            "learners": {
-                k: walk(nested.learned[k].learner, inner, owners(k), f"{prefix}learners.{k}.") for k, inner in st["learners"].items()
-            },
-            "rejected": {k: _Ref(home, f"{prefix}rejected.{k}") for k in st["rejected"]},
-        }
-
-    return walk(nested, st, lambda name: name, "")
-
-
-def _pairs(refs: State, tree: State) -> Iterator[tuple[_Ref, Tensor]]:
-    for key, ref in refs.items():
-        if isinstance(ref, dict):
-            yield from _pairs(ref, tree[key])
-        else:
-            yield ref, tree[key]
 
 
 def _indices(state_dict: Mapping[str, Any]) -> list[Any]:

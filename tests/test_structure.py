@@ -10,7 +10,8 @@ import hyperopt_nested as hn
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
 LAYERS = ["hyper", "registry", "ops", "rule", "projections", "combinator", "sensitivity", "rules", "combinators", "learned"]
-LAYERS += ["tensor_update", "nested", "functional", "implicit", "unrolled", "sweep", "optimizer", "testing", "cli"]
+LAYERS += ["tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "functional", "implicit", "unrolled"]
+LAYERS += ["sweep", "audit", "kept_state", "optimizer", "testing", "cli"]
 PACKAGES = ["rules", "combinators", "testing"]
 
 

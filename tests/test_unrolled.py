@@ -217,7 +217,7 @@ def test_implicit_refuses_what_does_not_move_the_point_of_rest() -> None:
         ridge.hypergradient(hn.sgd(lr=learned(0.1), weight_decay=learned(0.3)), torch.tensor(0.3))
     with pytest.raises(ValueError, match="does not depend on weight_decay, or the tensors are not near it"):
         ridge.hypergradient(hn.sgd(lr=0.1, weight_decay=learned(0.3)), torch.tensor(30.0))
-    with pytest.raises(ValueError, match="batches has 2 entries; method='implicit' needs one"):
+    with pytest.raises(ValueError, match="batches has 2 entries and horizon=None; method='implicit' needs one entry"):
         hn.hypergradient(
             hn.sgd(weight_decay=learned(0.3)), {"w": torch.zeros(2, 4)}, [None, None], ridge.loss, ridge.outer, method="implicit"
         )
@@ -319,3 +319,79 @@ def test_modules_as_functions() -> None:
     torch.testing.assert_close(batched[1], module(x))
     module.eval()
     torch.testing.assert_close(hn.functional(module)(f.params, x), module(x))
+
+
+def test_a_horizon_looks_through_the_last_steps_only() -> None:
+    problem = Problem(5, 7, perceptron)
+    optimizer = hn.adamw(lr=learned(0.05), weight_decay=learned(0.1, "tensor"))
+    nested = hn.Nested(optimizer, memory="none")
+    params, state = problem.params, nested.init(problem.params)
+    for batch in problem.batches[:4]:
+        grads = torch.func.grad(problem.loss)(params, batch)
+        params, state["rule"] = nested.update(params, grads, state["rule"], state["hypers"])
+
+    def rest(values: dict[str, Tensors]) -> Tensor:
+        now, rule = params, state["rule"]
+        for batch in problem.batches[4:]:
+            now, rule = nested.update(now, torch.func.grad(problem.loss)(now, batch), rule, values)
+        return problem.outer(now, problem.held_out, values)
+
+    expected = flat(torch.func.grad(rest)(state["hypers"]))
+    for how in ({"method": "reverse"}, {"method": "reverse", "memory": 2}, {"method": "forward"}):
+        found = flat(problem.hypergradient(optimizer, horizon=3, **how))
+        assert all(relative_error(found[path], value) < AGREE for path, value in expected.items()), how
+    whole = problem.hypergradient(optimizer, horizon=7)
+    assert torch.equal(whole["lr"]["model"], problem.hypergradient(optimizer)["lr"]["model"])
+    for wrong in (0, -1, 8, 2.5):
+        with pytest.raises(ValueError, match=rf"horizon={wrong} must be in 1 to 7"):
+            problem.hypergradient(optimizer, horizon=wrong)
+
+
+def test_reverse_gives_the_derivative_with_respect_to_the_initial_tensors_too() -> None:
+    problem = Problem(6, 5, perceptron)
+    optimizer = hn.adamw(lr=learned(0.05))
+    nested = hn.Nested(optimizer, memory="none")
+
+    def after(params: Tensors) -> Tensor:
+        state = nested.init(params)
+        for batch in problem.batches:
+            params, state["rule"] = nested.update(params, torch.func.grad(problem.loss)(params, batch), state["rule"], state["hypers"])
+        return problem.outer(params, problem.held_out, state["hypers"])
+
+    expected = torch.func.grad(after)(problem.params)
+    for memory in ("full", "sqrt"):
+        found = problem.hypergradient(optimizer, memory=memory).params
+        assert all(relative_error(found[name], value) < AGREE for name, value in expected.items())
+    assert problem.hypergradient(optimizer, method="forward").params is None
+
+
+def test_dropout_draws_the_same_masks_with_every_memory_and_method() -> None:
+    problem = Problem(7, 7, perceptron)
+    plain, dropout = problem.loss, torch.nn.Dropout(0.4)
+    problem.loss = lambda params, batch: plain(params, (dropout(batch[0]), batch[1]))
+    found, drawn = [], []
+    for how in ({}, {"memory": "sqrt"}, {"memory": 1}, {"method": "forward"}):
+        torch.manual_seed(1)
+        found.append(problem.hypergradient(hn.adamw(lr=learned(0.05)), **how)["lr"]["model"])
+        drawn.append(torch.rand(1))
+    assert all(relative_error(each, found[0]) < AGREE for each in found)
+    assert all(torch.equal(each, drawn[0]) for each in drawn)
+
+
+@pytest.mark.parametrize("method", ["reverse", "forward"])
+def test_what_one_step_does_not_feel_has_a_derivative_through_several(method: Any) -> None:
+    problem = Problem(8, 5, perceptron)
+    optimizer = hn.rprop(lr=0.1, etaminus=learned(0.5))
+    starts = hn.Nested(optimizer, memory="none").init(problem.params)["hypers"]
+    expected = torch.func.grad(lambda values: problem.by_hand(optimizer, values))(starts)["etaminus"]["model"]
+    found = problem.hypergradient(optimizer, method=method)["etaminus"]["model"]
+    assert relative_error(found, expected) < AGREE
+    assert expected != 0
+
+
+def test_schedules_of_a_wrong_length_are_named() -> None:
+    problem = Problem(9, 4, perceptron)
+    for method in ("reverse", "forward"):
+        for length in (3, 5):
+            with pytest.raises(ValueError, match=rf"hypers\['lr'\]\['model'\] is a schedule of {length} steps, but there are"):
+                problem.hypergradient(hn.sgd(lr=learned(0.1)), method=method, hypers={"lr": {"model": torch.full((length,), 0.1)}})

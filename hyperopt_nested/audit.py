@@ -1,0 +1,190 @@
+"""How greedy are online hypergradients? The exact ones, through all steps, say it."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from hyperopt_nested.horizon import Curvature
+from hyperopt_nested.nested import Nested
+from hyperopt_nested.ops import map_tree
+from hyperopt_nested.rule import Optimizer
+from hyperopt_nested.unrolled import Hypers, OuterLoss, TrainLoss, hypergradient, in_values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Bias:
+    """How far an online hypergradient is from the exact one, of one hyper, at one time.
+
+    Attributes:
+        hyper: the hyper's key.
+        steps: how many steps had been done, all of which the exact one looks through.
+        discount: of the online one; 0 looks through one step.
+        curvature: of the online one.
+        cosine: of the angle between the two, over the entries of the hyper; of a single number it is 1 or -1.
+        magnitude: norm of the online one, over that of the exact one.
+        sign: share of entries that have the same sign in both.
+    """
+
+    hyper: str
+    steps: int
+    discount: float
+    curvature: Curvature
+    cosine: float
+    magnitude: float
+    sign: float
+
+    @property
+    def estimate(self) -> str:
+        """The online hypergradient, in words."""
+        if not self.discount:
+            return "one step"
+        return f"discount {self.discount:g}" + (", exact curvature" if self.curvature == "exact" else "")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    Attributes:
+        rows: by estimate, number of steps and hyper.
+    """
+
+    rows: list[Bias]
+
+    def table(self) -> Table:
+        """The rows, to be printed with rich: `rich.print(found.table())`."""
+        made = Table("hyper", "steps", "estimate", "cosine", "magnitude", "same sign", title="Online against exact hypergradients")
+        for row in sorted(self.rows, key=lambda row: (row.hyper, row.steps)):
+            made.add_row(row.hyper, str(row.steps), row.estimate, f"{row.cosine:.3f}", f"{row.magnitude:.3g}", f"{row.sign:.0%}")
+        return made
+
+    def figure(self) -> "Figure":
+        """For each hyper, cosine and magnitude against the number of steps; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        hypers = list(dict.fromkeys(row.hyper for row in self.rows))
+        made = Figure(figsize=(10, 0.6 + 3 * len(hypers)), layout="constrained")
+        grid = made.subplots(len(hypers), 2, squeeze=False, sharex=True)
+        for (left, right), hyper in zip(grid, hypers, strict=True):
+            for estimate in dict.fromkeys(row.estimate for row in self.rows):
+                rows = [row for row in self.rows if (row.hyper, row.estimate) == (hyper, estimate)]
+                steps = [row.steps for row in rows]
+                left.plot(steps, [row.cosine for row in rows], marker=".", label=estimate)
+                right.plot(steps, [row.magnitude for row in rows], marker=".", label=estimate)
+            left.set(ylabel=f"{hyper}: cosine", ylim=(-1.05, 1.05), xscale="log")
+            right.set(ylabel=f"{hyper}: magnitude / exact", xscale="log", yscale="log")
+            right.axhline(1, color="0.7", zorder=0)
+        for axes in grid[-1]:
+            axes.set_xlabel("steps that the exact hypergradient looks through")
+        made.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        return made
+
+
+def audit(
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    train_loss: TrainLoss,
+    outer_loss: OuterLoss,
+    *,
+    outer_batch: Any = None,
+    discounts: Sequence[float] = (0.0, 0.9, 0.99, 1.0),
+    curvature: Curvature = "none",
+    steps: Sequence[int] | None = None,
+) -> Audit:
+    """Measure, on your own model and data, how far online hypergradients are from the exact ones.
+
+    The tensors are trained with hypers that stay as declared. After some numbers of steps, the hypergradients that `HyperOptimizer` would
+    learn from, with each discount, are compared with the exact one through all steps so far: the short-horizon bias (Wu et al. 2018,
+    arXiv 1803.02021).
+
+    Args:
+        optimizer: as for `hypergradient`, as the next five.
+        params: the tensors before the first step, by name.
+        batches: one a step.
+        train_loss: pure function of tensors and a batch to a loss of shape ().
+        outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
+        outer_batch: handed to `outer_loss`.
+        discounts: those of the online hypergradients; 0 looks through one step.
+        curvature: of the online hypergradients.
+        steps: after which numbers of steps to compare; None: 1, 2, 5, 10, 20, 50, ..., and all.
+
+    Raises:
+        ValueError: `steps` are not between 1 and the number of batches, or as `Nested` and `hypergradient`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> loss = lambda params, batch, hypers=None: (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
+        >>> optimizer = hn.sgd(lr=hn.learn(0.01, by=hn.sgd()), momentum=0.9)
+        >>> found = hn.audit(optimizer, {"w": torch.ones(2)}, range(10), loss, loss, discounts=[0.0])
+        >>> [(row.steps, row.cosine) for row in found.rows]
+        [(1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
+        >>> found.rows[0].magnitude, found.rows[-1].magnitude < 0.3
+        (1.0, True)
+    """
+    batches = list(batches)
+    marks = _marks(len(batches)) if steps is None else sorted(set(steps))
+    if not marks or marks[0] < 1 or marks[-1] > len(batches):
+        raise ValueError(f"steps={steps!r} must be between 1 and {len(batches)}, the number of batches")
+    through_all = functools.partial(hypergradient, optimizer, params, outer_batch=outer_batch, memory="sqrt")
+    exact = [through_all(batches[:mark], train_loss, outer_loss) for mark in marks]
+    rows = []
+    for discount in dict.fromkeys(discounts):
+        nested = Nested(in_values(optimizer), discount=discount, curvature=curvature if discount else "none")
+        online = _online(nested, params, batches[: marks[-1]], train_loss, functools.partial(_outer, outer_loss, outer_batch), marks)
+        for mark, through in zip(marks, exact, strict=True):
+            rows += [_bias(hyper, mark, discount, nested.curvature, online[mark][hyper], through[hyper]) for hyper in through]
+    return Audit(rows)
+
+
+def _outer(outer_loss: OuterLoss, outer_batch: Any, params: dict[str, Tensor], hypers: Hypers) -> Tensor:
+    return outer_loss(params, outer_batch, hypers)
+
+
+def _marks(steps: int) -> list[int]:
+    rounds = [digit * 10**power for power in range(len(str(steps))) for digit in (1, 2, 5)]
+    return sorted({mark for mark in rounds if mark < steps} | {steps})
+
+
+def _online(
+    nested: Nested,
+    params: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    train_loss: TrainLoss,
+    outer_loss: Callable[[dict[str, Tensor], Hypers], Tensor],
+    marks: Sequence[int],
+) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """Online hypergradients, by the number of steps after which they are taken."""
+    st, now, found = nested.init(params), {name: p.detach() for name, p in params.items()}, {}
+    for step, batch in enumerate(batches, start=1):
+        gradient = torch.func.grad(functools.partial(_loss_on, train_loss, batch))
+        bent = functools.partial(_product, gradient, now) if nested.curvature == "exact" else None
+        now, st = nested.step(now, gradient(now), st, learn=False, hessian=bent)
+        if step in marks:
+            slope, direct = torch.func.grad(outer_loss, argnums=(0, 1))(now, st["hypers"])
+            found[step] = map_tree(torch.add, direct, nested.hypergradients(slope, st))
+    return found
+
+
+def _loss_on(train_loss: TrainLoss, batch: Any, params: dict[str, Tensor]) -> Tensor:
+    return train_loss(params, batch)
+
+
+def _product(gradient: Callable[[Any], Any], params: dict[str, Tensor], along: dict[str, Tensor]) -> dict[str, Tensor]:
+    pushed: Any = torch.func.jvp(gradient, (params,), (along,))
+    return dict(pushed[1])
+
+
+def _bias(hyper: str, steps: int, discount: float, curvature: Curvature, online: dict[str, Tensor], exact: dict[str, Tensor]) -> Bias:
+    a, b = (torch.cat([value.flatten().double() for value in values.values()]) for values in (online, exact))
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=0, eps=0)
+    same = (a.sign() == b.sign()).double().mean()
+    return Bias(hyper, steps, discount, curvature, float(cosine), float(a.norm() / b.norm()), float(same))

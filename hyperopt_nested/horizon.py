@@ -1,0 +1,99 @@
+"""Horizons beyond one step, online: sensitivities of tensors and states to learned hypers are carried from step to step."""
+
+from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.sensitivity import Raws, pull_forward
+
+Curvature = Literal["none", "exact"]
+"""What becomes of the gradient's own dependence on the tensors when sensitivities are carried on: "none" leaves it out, so that no more
+than the gradient is needed; "exact" takes products with the Hessian of the loss."""
+
+
+class Horizon:
+    """The memory of each tensor's past updates: sensitivities of it and of its rule's state, by learned hyper and by value (`carried`).
+
+    With the update (p', s') = U(p, s, g, h) of tensors and states, sensitivities S to a hyper h become
+    S' = dU/d(p, s) z S + dU/dg H z S + dU/dh, where z is the discount, and H the Hessian of the loss, or zero. With z = 1 and exact
+    curvature that is real-time hyper-gradient descent (Franceschi et al. 2017, arXiv 1703.01785, equation 15), with z < 1 a discounted
+    horizon as that of MetaOptimize (Sharifnassab et al. 2024, arXiv 2402.02342).
+
+    Args:
+        update: the update of all tensors.
+        discount: in (0, 1].
+        curvature: see `Curvature`.
+    """
+
+    def __init__(self, update: JointUpdate, discount: float, curvature: Curvature) -> None:
+        self._update, self._discount, self._exact = update, discount, curvature == "exact"
+
+    def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+        """Memory before the first update: zero. With exact curvature every value moves all tensors, else those that use it."""
+        found = {}
+        for name, param in params.items():
+            values = hypers if self._exact else self._update.used([name], hypers)
+            zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, rule[name])}
+            carried = {key: {value: map_tree(torch.clone, zero) for value in raws} for key, raws in values.items() if raws}
+            found[name] = {"carried": carried}
+        return found
+
+    def step(
+        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Raws], values: Values, hessian: Hessian | None
+    ) -> tuple[Raws, dict[str, State], State]:
+        """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
+        here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
+        memory = {name: st["memory"][name]["carried"] for name in grads}
+        new, (states, _) = self._update(here, grads, rule, hypers, values)
+
+        def update(params: Raws, grads: Raws, rule: dict[str, State], hypers: dict[str, Raws]) -> tuple[Raws, dict[str, State]]:
+            new, (states, _) = self._update(params, grads, rule, hypers, values)
+            return new, states
+
+        at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, rule), hypers
+        found: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
+        for key, moved in self._directions(hypers):
+            before = {name: self._before(carried.get(key, {}), moved, here[name], rule[name]) for name, carried in memory.items()}
+            along = {name: each["param"] for name, each in before.items()}
+            bent = hessian(map_tree(lambda s, p: s.to(p.dtype), along, here)) if hessian else map_tree(torch.zeros_like, along)
+            ones = {
+                other: {value: torch.full_like(raw, float(other == key and value in moved)) for value, raw in raws.items()}
+                for other, raws in hypers.items()
+            }
+            tangents = along, {name: _widened(bent[name]) for name in grads}, {name: each["state"] for name, each in before.items()}, ones
+            pushed: Any = torch.func.jvp(update, at, tangents)
+            for name, carried in memory.items():
+                for value in moved & carried.get(key, {}).keys():
+                    found[name]["carried"][key][value] = {"param": pushed[1][0][name], "state": pushed[1][1][name]}
+        return new, states, found
+
+    def pull(self, _: str, grad: Tensor, memory: State, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, str, Tensor]]:
+        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value."""
+        for key, by_value in memory["carried"].items():
+            for value, each in by_value.items():
+                yield key, value, pull_forward(grad, each["param"], hypers[key][value])
+
+    def _directions(self, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, set[str]]]:
+        """Values that are moved at a time: all of a hyper, since each acts on its own part; with exact curvature, one."""
+        for key, raws in hypers.items():
+            yield from ((key, {value}) for value in raws) if self._exact else [(key, set(raws))]
+
+    def _before(self, sensitivities: Mapping[str, State], moved: set[str], param: Tensor, state: State) -> State:
+        """Discounted sensitivities to what is moved; where one is not finite, a new horizon begins."""
+        for value in moved & sensitivities.keys():
+            return map_tree(lambda s: self._discount * torch.where(torch.isfinite(s), s, 0), sensitivities[value])
+        return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, state)}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(state_dtype(tensor))
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(_widened(tensor))

@@ -1,0 +1,70 @@
+"""The update of all tensors, seen as one pure function of tensors, gradients, states and the raw values of learned hypers."""
+
+from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.ops import State
+from hyperopt_nested.rule import Optimizer
+from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.tensor_update import TensorUpdate
+
+Tensors = Mapping[str, Tensor]
+Values = Mapping[str, Mapping[str, float | Tensor]]
+Hessian = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Product of the Hessian of the loss that gradients are of with tensors, by name, of the shapes of those that have a gradient."""
+
+
+class JointUpdate:
+    """The update of all tensors.
+
+    Args:
+        optimizer: one for all tensors, or a mapping from each tensor's name to its optimizer.
+        learned: the learned hypers, by the id of the `learn` that declares them.
+    """
+
+    def __init__(self, optimizer: Optimizer | Mapping[str, Optimizer], learned: Mapping[int, LearnedHyper]) -> None:
+        self._optimizer = optimizer
+        each = [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values()
+        self._learned = {id(one): {name: learned[id(learn)] for name, learn in one.learned.items()} for one in each}
+
+    def optimizer_of(self, name: str) -> Optimizer:
+        """The optimizer of the tensor called `name`."""
+        return self._optimizer if isinstance(self._optimizer, Optimizer) else self._optimizer[name]
+
+    def learned_of(self, name: str) -> dict[str, LearnedHyper]:
+        """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
+        return self._learned[id(self.optimizer_of(name))]
+
+    def raws_of(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
+        """Raw values that a tensor uses, by learned hyper."""
+        return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned_of(name).values()}
+
+    def used(self, names: Iterable[str], hypers: Mapping[str, Raws]) -> dict[str, Raws]:
+        """Of all raw values, those that these tensors use."""
+        found: dict[str, Raws] = {key: {} for key in hypers}
+        for name in names:
+            for each in self.learned_of(name).values():
+                found[each.key][each.key_of(name)] = hypers[each.key][each.key_of(name)]
+        return found
+
+    def of(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> TensorUpdate:
+        """The update of one tensor."""
+        return TensorUpdate(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
+
+    def __call__(
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Raws], values: Values
+    ) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+        """New tensors; and new states of their rules, and the totals of what is measured. Arguments as of `Nested.step`."""
+        updates = {name: self.of(name, params[name], grads[name], rule[name], values.get(name, {})) for name in grads}
+        used = {name: self.raws_of(name, raws) for name in grads}
+        totals: Raws = {}
+        for name, each in updates.items():
+            if each.measures:
+                measured, before = each.measure(used[name]), totals.get(each.measures)
+                totals[each.measures] = measured if before is None else before + measured.to(before.device)
+        updated = {name: each(used[name], totals.get(each.measures)) for name, each in updates.items()}
+        return {name: pair[0] for name, pair in updated.items()}, ({name: pair[1] for name, pair in updated.items()}, totals)

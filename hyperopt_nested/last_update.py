@@ -1,0 +1,102 @@
+"""A horizon of one step: the last update is remembered, and gradients are pulled back through it."""
+
+from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.learnable import Memory, kept_forward
+from hyperopt_nested.learned import number
+from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse
+
+
+class LastUpdate:
+    """The memory of each tensor's last update: `sensitivity`, by learned hyper; where one needs it, `inputs`, and if they were `taken`.
+
+    Args:
+        update: the update of all tensors.
+        memory: how to remember it.
+    """
+
+    def __init__(self, update: JointUpdate, memory: Memory) -> None:
+        self._update, self._memory = update, memory
+
+    def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+        """Memory before the first update: of the structure that later ones have, with no effect."""
+        found = {}
+        for name, param in params.items():
+            none = {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in self._kept(name, forward=True)}
+            totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
+            raws = self._update.raws_of(name, hypers)
+            found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
+        return found
+
+    def step(
+        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Raws], values: Values, hessian: Hessian | None = None
+    ) -> tuple[Raws, dict[str, State], State]:
+        """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
+        del hessian  # one step looks through no gradient
+        rule = st["rule"]
+        forward = {key for name in grads for key in self._kept(name, forward=True)}
+        used = self._update.used(grads, hypers)
+
+        def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+            return self._update(params, grads, rule, raws, values)
+
+        new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
+        memory: State = {}
+        for name in grads:
+            sensitivity = {key: sensitivities[key][name] for key in self._kept(name, forward=True)}
+            inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
+            memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
+        return new, states, memory
+
+    def pull(self, name: str, grad: Tensor, memory: State, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, str, Tensor]]:
+        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value."""
+        value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
+        raws = self._update.raws_of(name, hypers)
+        for key, sensitivity in memory["sensitivity"].items():
+            yield key, value[key], pull_forward(grad, sensitivity, raws[key])
+        if "inputs" in memory:
+            inputs = memory["inputs"]
+            update = self._update.of(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
+            through = pull_reverse(grad, functools.partial(update.param, total=inputs.get("total")), inputs["raws"])
+            for key in self._kept(name, forward=False):
+                yield key, value[key], torch.where(memory["taken"] > 0, through[key], 0)
+
+    def _kept(self, name: str, *, forward: bool) -> list[str]:
+        """Learned hypers of a tensor that are remembered forward, or in reverse."""
+        if self._memory == "none":
+            return []
+        optimizer, learned = self._update.optimizer_of(name), self._update.learned_of(name).values()
+        return list(dict.fromkeys(each.key for each in learned if kept_forward(optimizer, each.learn, self._memory) == forward))
+
+    def _remembered(
+        self,
+        name: str,
+        taken: float,
+        sensitivity: Raws,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        raws: Raws,
+        values: Mapping[str, float | Tensor],
+        totals: Raws,
+    ) -> State:
+        """Memory of one tensor's update: sensitivities, and, if a hyper needs them, its inputs.
+
+        They are copies: the caller may overwrite tensors, and torch.compile tells shared ones from others.
+        """
+        if not self._kept(name, forward=False):
+            return {"sensitivity": sensitivity}
+        optimizer = self._update.optimizer_of(name)
+        numbers = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
+        inputs: State = {"param": param, "grad": grad, "state": state, "raws": raws, "values": numbers}
+        if optimizer.rule.measures:
+            inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
+        return {"sensitivity": sensitivity, "inputs": map_tree(torch.clone, inputs), "taken": torch.tensor(taken, device=param.device)}

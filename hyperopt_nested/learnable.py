@@ -1,0 +1,112 @@
+"""What can be learned, with which memory of past updates."""
+
+from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
+
+import functools
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.horizon import Curvature
+from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.rule import Coupling, Learn, Optimizer
+from hyperopt_nested.sensitivity import unused
+from hyperopt_nested.tensor_update import TensorUpdate
+
+Memory = Literal["auto", "forward", "reverse", "none"]
+"""How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
+hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
+back through it (always exact). "auto" is forward wherever that is exact. "none" remembers nothing, and so learns nothing."""
+
+
+def kept_forward(optimizer: Optimizer, learn: Learn, memory: Memory) -> bool:
+    """Whether the last update is remembered by its sensitivity to this hyper."""
+    return memory != "reverse" and _forward_is_exact(optimizer, learn)
+
+
+def check_horizon(memory: Memory, discount: float, curvature: Curvature) -> None:
+    """Refuse arguments that are none of their choices, or do not go together.
+
+    Raises:
+        ValueError: the message names the argument and the remedy.
+    """
+    for name, value, choices in (("memory", memory, get_args(Memory)), ("curvature", curvature, get_args(Curvature))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount={discount!r} must be in [0, 1]: 0 looks through the last update alone, 1 through all")
+    if discount and memory in ("reverse", "none"):
+        raise ValueError(f"memory={memory!r} does not remember what discount={discount!r} needs: use memory='auto'")
+    if curvature == "exact" and not discount:
+        raise ValueError("curvature='exact' has no effect on a horizon of one step: give a discount in (0, 1]")
+
+
+def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory, discount: float, curvature: Curvature) -> None:
+    """Refuse to learn a hyper that is declared so, where its hypergradient would be zero or wrong.
+
+    Raises:
+        ValueError: the message names the hyper and the remedy.
+    """
+    rule = optimizer.rule
+    if name in rule.flat and memory != "none" and not discount:
+        raise ValueError(
+            f"{name} is learned, but the derivative of {rule.name} with respect to it is zero wherever it exists, "
+            f"so it would never move: give {name} a plain value"
+        )
+    if curvature == "exact" and learn.per not in ("model", "tensor"):
+        raise ValueError(
+            f"{name} is learned per {learn.per}, but curvature='exact' keeps a copy of all tensors for each of its entries: "
+            "learn it per 'model' or 'tensor', or use curvature='none'"
+        )
+    if (memory == "forward" or (discount and curvature == "none")) and not _forward_is_exact(optimizer, learn):
+        argument = f"discount={discount:g}" if discount else "memory='forward'"
+        raise ValueError(
+            f"{argument} is not exact for {name} learned per {learn.per}, since {rule.name} couples each {rule.coupling}: "
+            + ("learn it per 'tensor' or 'model', or use discount=0" if discount else "use memory='auto' or 'reverse'")
+        )
+    if discount and curvature == "none" and rule.measures and learn.per != "model":
+        raise ValueError(
+            f"discount={discount:g} is not exact for {name} learned per {learn.per}, since {rule.name} needs a total over all "
+            "tensors: learn it per 'model', or use discount=0"
+        )
+
+
+def check_used(
+    optimizer: Optimizer, learned: Mapping[str, LearnedHyper], name: str, param: Tensor, memory: Memory, discount: float
+) -> None:
+    """Refuse to learn what the update does not use, tried on a tensor of the parameter's shape (a large one has no values).
+
+    Raises:
+        ValueError: the message names the hyper and the remedy.
+    """
+    if not learned:
+        return
+    device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
+    probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
+    raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
+    update = TensorUpdate(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
+    total = torch.zeros((), device=device) if update.measures else None
+    told = {each.key: hyper for hyper, each in learned.items()}
+    measured = set(raws) - set(unused(update.measure, raws)) if update.measures else set()
+    for key in unused(functools.partial(update.param, total=total), raws):
+        if key not in measured and told[key] not in optimizer.rule.flat:
+            raise ValueError(
+                f"{told[key]} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} (settings: "
+                f"{optimizer!r}), so its hypergradient would always be zero: give {told[key]} a plain value, or switch on what uses it"
+            )
+    one_step = memory != "none" and not discount
+    for each in learned.values():
+        if one_step and each.key in measured and (each.learn.per != "model" or not kept_forward(optimizer, each.learn, memory)):
+            raise ValueError(
+                f"{told[each.key]} enters the total over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
+                "'auto' or 'forward', or put what needs the total outermost, where it sees the raw gradients"
+            )
+
+
+def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:
+    if learn.per in ("model", "tensor"):
+        return True
+    order = get_args(Coupling)
+    return order.index(optimizer.rule.coupling) <= order.index(learn.per)

@@ -1,0 +1,142 @@
+"""Derivatives of gradients: a loss that has none is refused, by the name of the operation that lacks them."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.joint_update import Hessian
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+_MISSING = (
+    re.compile(r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"),
+    re.compile(r"forward AD with (?P<operation>\w+) that does not support it"),
+    re.compile(r"Batching rule not implemented for (?:aten::)?(?P<operation>[\w.]+)"),
+    re.compile(r"Double backwards is not supported for (?P<operation>.+?) due to"),
+    re.compile(r"In order to use an (?P<operation>autograd\.Function) with functorch"),
+)
+
+
+@contextmanager
+def named(needed: str, remedy: str) -> Iterator[None]:
+    """Where torch says that an operation lacks a derivative, say which one, what it is needed for, and what to do.
+
+    Raises:
+        NotImplementedError: an operation lacks it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = next((match for match in (pattern.search(str(error)) for pattern in _MISSING) if match), None)
+        if found is None:
+            raise
+        raise _refusal(found["operation"], needed, remedy) from error
+
+
+def check_double_backward(loss: Loss, params: Mapping[str, Tensor]) -> None:
+    """Try to differentiate the gradient of a loss in reverse.
+
+    Args:
+        loss: pure function of tensors to a loss of shape ().
+        params: the tensors, by name.
+
+    Raises:
+        NotImplementedError: an operation has no double backward; the message names it.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), twice():
+        value = loss(leaves)
+        if not value.requires_grad:
+            return
+        grads = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
+        curved = [grad for grad in grads if grad is not None and grad.requires_grad]
+        refuse_once_differentiable(value, curved)
+        if curved:
+            torch.autograd.grad([grad.sum() for grad in curved], list(leaves.values()), allow_unused=True)
+
+
+def twice() -> AbstractContextManager[None]:
+    """`named`, where gradients are differentiated in reverse."""
+    return named("double backward", "try method='forward'")
+
+
+def refuse_once_differentiable(loss: Tensor, grads: Iterable[Tensor]) -> None:
+    """Refuse gradients, made with their graph, that have passed what is marked so: torch would leave that part out, without a word.
+
+    Raises:
+        NotImplementedError: there is some; the message names it.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(grads)):
+        names = {type(node).__name__ for node in _nodes([loss]) if isinstance(node, torch.autograd.function.BackwardCFunction)}
+        raise _refusal(" or ".join(sorted(names)) or "an autograd.Function", "double backward", "try method='forward'")
+
+
+def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Hessian]:
+    """A loss, its gradients, and products with its Hessian.
+
+    Args:
+        closure: evaluates the loss at the parameters, and does not call backward.
+        params: the parameters, by name.
+
+    Raises:
+        ValueError: `closure` returns no loss that can be differentiated.
+        NotImplementedError: an operation has no double backward; the message names it.
+    """
+    with torch.enable_grad(), twice():
+        loss = closure()
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(f"closure returned {loss!r}: with curvature='exact' it must return a tensor, without backward()")
+        made = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
+    grads = {name: grad for name, grad in zip(params, made, strict=True) if grad is not None}
+    curved = {name: grad for name, grad in grads.items() if grad.requires_grad}
+    refuse_once_differentiable(loss, curved.values())
+
+    def hessian(tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not curved:
+            return {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
+        inputs, along = [params[name] for name in tangents], [tangents[name] for name in curved]
+        with twice():
+            how: dict[str, bool] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            return dict(zip(tangents, torch.autograd.grad(list(curved.values()), inputs, along, **how), strict=True))
+
+    return loss.detach(), {name: grad.detach() for name, grad in grads.items()}, hessian
+
+
+def check_forward(loss: Loss, params: Mapping[str, Tensor]) -> None:
+    """Try to differentiate the gradient of a loss by forward mode, batched.
+
+    Args:
+        loss: as of `check_double_backward`.
+        params: the tensors, by name.
+
+    Raises:
+        NotImplementedError: an operation has no forward derivative, or can not be batched; the message names it.
+    """
+    at = {name: p.detach() for name, p in params.items()}
+    along = {name: torch.zeros_like(p)[None] for name, p in at.items()}
+    with torch.random.fork_rng(devices=[]), named("forward derivative of its gradient", "try method='reverse'"):
+        torch.func.vmap(lambda tangent: torch.func.jvp(torch.func.grad(loss), (at,), (tangent,))[1], randomness="same")(along)
+
+
+def _refusal(operation: str, needed: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"the loss uses {operation}, which has no {needed}. Attention has it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), an RNN "
+        "under torch.backends.mkldnn.flags(enabled=False) and torch.backends.cudnn.flags(enabled=False); for others, "
+        f"{remedy}, or learn without the model's curvature (curvature='none')"
+    )
+
+
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Nodes of the graph that made the outputs."""
+    waiting: list[Any] = [each.grad_fn for each in outputs]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [each for each, _ in node.next_functions]
