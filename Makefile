@@ -34,6 +34,7 @@ rules: $(VENV)/.done
 
 bench: $(VENV)/.done
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/hypergradients.py
 
 clean:
 	rm -rf $(VENV) site

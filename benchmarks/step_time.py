@@ -4,11 +4,11 @@ The tensors are those of a small transformer (1.2 million numbers in 52 tensors)
 the table shows the median over rounds, and the interquartile range, of the ratio to `torch.optim.AdamW` (foreach) in the same round.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from measure import seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -36,21 +36,15 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer
 
 def main() -> None:
     torch.manual_seed(0)
-    running = {}
+    steps = {}
     for name, make in OPTIMIZERS.items():
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
         for param in params:
             param.grad = torch.randn_like(param)
-        running[name] = make(params)
-        for _ in range(3):
-            running[name].step()
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(ROUNDS):
-        for name, opt in running.items():
-            start = time.perf_counter()
-            opt.step()
-            times[name].append(time.perf_counter() - start)
-    base = np.array(times["torch AdamW (foreach)"])
+        steps[name] = make(params).step
+    seconds(steps, 3)
+    times = seconds(steps, ROUNDS)
+    base = times["torch AdamW (foreach)"]
     table = Table(
         "optimizer",
         "ms / step",
@@ -59,7 +53,7 @@ def main() -> None:
         title=f"{sum(map(int, map(np.prod, SHAPES))):,} numbers, {len(SHAPES)} tensors",
     )
     for name, values in times.items():
-        low, middle, high = np.percentile(np.array(values) / base, [25, 50, 75])
+        low, middle, high = np.percentile(values / base, [25, 50, 75])
         table.add_row(name, f"{1e3 * np.median(values):.2f}", f"{middle:.2f}", f"{low:.2f} - {high:.2f}")
     Console().print(table)
 
