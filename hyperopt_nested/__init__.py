@@ -18,6 +18,7 @@ from hyperopt_nested.combinators import (
     project,
     spd,
 )
+from hyperopt_nested.compiled_step import Backend
 from hyperopt_nested.functional import Functional, functional
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Anchor",
     "Audit",
+    "Backend",
     "Ball",
     "Bias",
     "Bijection",

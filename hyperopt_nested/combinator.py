@@ -4,7 +4,7 @@ A combinator is written like a rule, as one function; it is given the step of th
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -74,6 +74,10 @@ class Combined(Rule):
         self._options_taken = chosen(options, combinator.function)
         own = combinator.coupling
         self.coupling = max(base.coupling, own(**chosen(options, own)) if callable(own) else own, key=get_args(Coupling).index)
+
+    @property
+    def signature(self) -> Hashable:
+        return self.combinator, self.base.signature, *self._options_taken.items()
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         initial = self.combinator.initial

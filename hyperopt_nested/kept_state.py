@@ -1,7 +1,7 @@
 """Where a torch optimizer keeps the engine's state: each leaf with its tensor, or, if several share it, with a tensor called home."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,7 +9,8 @@ from hyperopt_nested.learned import Learner
 from hyperopt_nested.ops import State
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """Where a leaf of the engine's state is kept: in `optimizer.state[<that parameter>][key]`."""
 
     name: str

@@ -76,13 +76,22 @@ class LearnedHyper:
         if scheduled is None or (not isinstance(scheduled, Tensor) and scheduled == declared):
             return value
         if declared == 0:  # of a tensor we can not ask, without a sync, whether it is zero too
-            if isinstance(scheduled, Tensor):
-                return value
+            if not isinstance(scheduled, Tensor):
+                self.check_scheduled(scheduled)
+            return value
+        return (value * (scheduled / declared)).clamp(*self.hyper.bounds(raw.dtype))
+
+    def check_scheduled(self, scheduled: float) -> None:
+        """Refuse to scale a value that was declared as zero.
+
+        Raises:
+            ValueError: that is asked for.
+        """
+        if self.learn.value == 0 and scheduled != 0:
             raise ValueError(
                 f"{self.key} was declared as learn(0.0, ...), which can not be scaled to {scheduled!r}: "
                 "declare a value that is not zero, or do not schedule it"
             )
-        return (value * (scheduled / declared)).clamp(*self.hyper.bounds(raw.dtype))
 
     def step(self, raws: Raws, grads: Raws, st: State, rejected: Tensor) -> tuple[Raws, State, Tensor]:
         """Step the raw values with their hypergradients; entries that are not finite are skipped, and counted."""

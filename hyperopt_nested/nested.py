@@ -7,7 +7,7 @@ dicts of tensors, so it works under `torch.func.vmap`, `grad` and `jvp`, and und
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -75,6 +75,10 @@ class Nested:
         self._joint = JointUpdate(optimizer, by_learn)
         self._memory = Horizon(self._joint, discount, curvature) if discount else LastUpdate(self._joint, memory)
 
+    def optimizer_of(self, name: str) -> Optimizer:
+        """The optimizer of the tensor called `name`."""
+        return self._joint.optimizer_of(name)
+
     def learned_of(self, name: str) -> dict[str, LearnedHyper]:
         """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
         return self._joint.learned_of(name)
@@ -129,7 +133,7 @@ class Nested:
         st: State,
         values: Values | None = None,
         *,
-        learn: bool = True,
+        learn: bool | Collection[str] = True,
         hessian: Hessian | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: first of the learned hypers, with hypergradients; then of the tensors, with the new hypers.
@@ -140,7 +144,7 @@ class Nested:
             st: as `init` or the last step made it.
             values: by tensor and hyper, what a schedule has made of declared values: it replaces a value that is not learned, and
                 scales one that is (by its ratio to the declared value).
-            learn: whether to step the learned hypers; if not, `hyper_step` does.
+            learn: whether to step the learned hypers, or which, by key; what is not stepped, `hyper_step` may step.
             hessian: with `curvature="exact"`: product of the Hessian of the loss, at `params`, with tensors, by name; such as
                 `lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]`.
 
@@ -155,13 +159,13 @@ class Nested:
             raise ValueError(
                 f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
             )
-        grads = self._descended(grads)
-        hypers, learners, rejected = self._learn(grads, st) if learn else (st["hypers"], st["learners"], st["rejected"])
-        bent = (lambda tangents: self._descended(_chosen(grads, hessian(tangents)))) if hessian else None
+        grads = self.descended(grads)
+        hypers, learners, rejected = self._learn(grads, st, learn)
+        bent = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, bent)
         new, rule = _in_dtypes_of(params, st["rule"], new, rule)
         rule = {**st["rule"], **rule}
-        hypers = {key: self._bounded(key, raws, rule, grads) for key, raws in hypers.items()}
+        hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         memory = {**st["memory"], **memory}
         return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
 
@@ -175,20 +179,22 @@ class Nested:
         Returns:
             The new state.
         """
-        grads = self._descended(grads)
-        hypers, learners, rejected = self._learn(grads, st)
-        hypers = {key: self._bounded(key, raws, st["rule"], grads) for key, raws in hypers.items()}
+        grads = self.descended(grads)
+        hypers, learners, rejected = self._learn(grads, st, True)
+        hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in hypers.items()}
         return {**st, "hypers": hypers, "learners": learners, "rejected": rejected}
 
-    def _descended(self, grads: Tensors) -> dict[str, Tensor]:
+    def descended(self, grads: Tensors) -> dict[str, Tensor]:
         """Gradients of what is minimized."""
         return {name: -grad if self._joint.optimizer_of(name).maximize else grad for name, grad in grads.items()}
 
-    def _learn(self, grads: Tensors, st: State) -> tuple[dict[str, Raws], dict[str, State], Raws]:
+    def _learn(self, grads: Tensors, st: State, learn: bool | Collection[str]) -> tuple[dict[str, Raws], dict[str, State], Raws]:
         """Learned hypers, their learners and counts of what was rejected, after one step with the hypergradients that `grads` give."""
         hypers, learners, rejected = dict(st["hypers"]), dict(st["learners"]), dict(st["rejected"])
-        for key, hypergrads in self.hypergradients(grads, st).items():
+        for key, hypergrads in self.hypergradients(grads, st).items() if learn else ():
             learned = self.learned[key]
+            if not isinstance(learn, bool) and key not in learn:
+                continue
             hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
         return hypers, learners, rejected
 
@@ -206,7 +212,7 @@ class Nested:
         Returns:
             The new tensors, and the new rule states.
         """
-        new, (states, _) = self._joint(params, self._descended(grads), rule, hypers, {})
+        new, (states, _) = self._joint(params, self.descended(grads), rule, hypers, {})
         return _in_dtypes_of(params, rule, new, states)
 
     def hypergradients(self, grads: Tensors, st: State) -> dict[str, Raws]:
@@ -246,7 +252,8 @@ class Nested:
         """The weights to evaluate the model with: those that the rules keep for it (averages of some kind), else the tensors."""
         return {name: evaluated(param, st["rule"][name]) for name, param in params.items()}
 
-    def _bounded(self, key: str, raws: Raws, rule: State, grads: Tensors) -> Raws:
+    def bounded(self, key: str, raws: Raws, rule: State, grads: Tensors) -> Raws:
+        """Raw values of a learned hyper inside the bounds that read new states of rules; of tensors without a gradient, as they are."""
         learned = self.learned[key]
         if not any(map(callable, learned.learn.bounds)):
             return raws

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, cast, overload
+from warnings import warn
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.compiled_step import Backend, CompiledStep, compiles
+from hyperopt_nested.group import Numbers, pack, unpack, with_overrides
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.joint_update import Hessian
-from hyperopt_nested.kept_state import pairs, refs
+from hyperopt_nested.kept_state import Ref, pairs, refs
 from hyperopt_nested.learnable import Memory
 from hyperopt_nested.learned import MODEL, number
 from hyperopt_nested.nested import Nested
@@ -41,6 +44,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
 
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Attributes:
+        backend: what runs them: "compile" or "reference".
+
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
         ValueError: a value is outside its domain, a learned hyper is not used, or a group names a hyper wrongly.
@@ -66,6 +74,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         discount: float = 0.0,
         curvature: Curvature = "none",
         learn_from: Literal["training", "validation"] = "training",
+        backend: Backend = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and not callable(optimizer):
             raise TypeError(
@@ -74,12 +83,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         if learn_from not in ("training", "validation"):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
         self._choice, self._learn_from = optimizer, learn_from
+        self._backend: Backend = backend
+        self._programs: dict[Any, Any] = {}
         self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state
         self._refs: State = {}
-        super().__init__(params, _pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
+        super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         self.defaults = {key: value for key, value in self.param_groups[0].items() if key not in ("params", "param_names")}
         self._create_state()
 
@@ -92,7 +103,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         taken = [name for i, (name, _) in enumerate(named) if name in self._optimizers or name in [n for n, _ in named[:i]]]
         if taken:
             raise ValueError(f"params has two tensors named {taken[0]!r}; give each its own name")
-        overrides = _unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
+        overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
         chosen = self._choose(named, overrides)
         declared: dict[str, float] = {}
         for name, optimizer in chosen.items():
@@ -103,7 +114,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                         "a group holds one number a hyper: put them into groups of their own"
                     )
         numbers = {key: value.value if isinstance(value, Learn) else value for key, value in overrides.items()}
-        super().add_param_group({"params": entries, **_pack({**declared, **numbers})})
+        super().add_param_group({"params": entries, **pack({**declared, **numbers})})
         self._keys.append([name for name, _ in named])
         self._optimizers |= chosen
         if self._refs:
@@ -118,7 +129,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             if not isinstance(base, Optimizer):
                 raise TypeError(f"optimizer({name!r}, tensor) returned {base!r}; it must return an optimizer of this library")
             if id(base) not in replaced:
-                replaced[id(base)] = base, _with_overrides(base, overrides)
+                replaced[id(base)] = base, with_overrides(base, overrides)
             chosen[name] = replaced[id(base)][1]
         hypers = {hyper for optimizer in chosen.values() for hyper in optimizer.settings}
         options = {option for o in chosen.values() if isinstance(o.rule, FunctionRule) for option in o.rule.options}
@@ -152,28 +163,46 @@ class HyperOptimizer(torch.optim.Optimizer):
         for ref, leaf in pairs(found, st):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
         self._nested, self._refs, self._tracked = nested, found, list(params)
+        self._numbers, self._compiled = Numbers(), None
+        if compiles(self._backend, nested, params):
+            self._compiled = CompiledStep(nested, found, self._programs)
+        self.backend = "reference" if self._compiled is None else "compile"
+
+    def _look(self, owner: Mapping[str, Tensor]) -> Callable[[Ref], Tensor]:
+        """What gives the state that is kept somewhere, moved to where its tensor is."""
+
+        def look(ref: Ref) -> Tensor:
+            state, device = self.state[owner[ref.name]], owner[ref.name].device
+            if state[ref.key].device != device:
+                state[ref.key] = state[ref.key].to(device)
+            found: Tensor = state[ref.key]
+            return found
+
+        return look
 
     def _gather(self) -> State:
-        owner = self._owner()
-        return map_tree(lambda ref: self.state[owner[ref.name]][ref.key].to(owner[ref.name].device), self._refs)
+        return map_tree(self._look(self._owner()), self._refs)
 
     def _scatter(self, st: State) -> None:
         owner = self._owner()
         for ref, leaf in pairs(self._refs, st):
             self.state[owner[ref.name]][ref.key] = leaf
 
-    def _values(self) -> dict[str, dict[str, Any]]:
-        """By tensor: the numbers that its group holds now, as tensors where they are not learned."""
-        cache: dict[tuple[int, int, torch.device], dict[str, Any]] = {}
+    def _values(self, *, as_tensors: bool = False) -> dict[str, Any]:
+        """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
+        cache: dict[tuple[int, int, torch.device], Any] = {}
         found = {}
         for name, param, group in self._named():
             optimizer = self._optimizers[name]
             key = id(group), id(optimizer), param.device
             if key not in cache:
-                numbers, learned = _unpack(group), optimizer.learned
-                cache[key] = {
-                    hyper: numbers[hyper] if hyper in learned else number(numbers[hyper], param.device) for hyper in optimizer.settings
-                }
+                numbers, learned = unpack(group), self._nested.learned_of(name)
+                if as_tensors:
+                    cache[key] = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, param.device, learned)
+                else:
+                    cache[key] = {
+                        hyper: numbers[hyper] if hyper in learned else number(numbers[hyper], param.device) for hyper in optimizer.settings
+                    }
             found[name] = cache[key]
         return found
 
@@ -181,7 +210,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Where a schedule has made a zero hyper non-zero, create what state the rule then needs (a momentum buffer)."""
         changed = False
         for names, group in zip(self._keys, groups, strict=True):
-            numbers, switched = _unpack(group), {}
+            numbers, switched = unpack(group), {}
             for name in names:
                 old = self._optimizers[name]
                 if id(old) not in switched:
@@ -228,12 +257,31 @@ class HyperOptimizer(torch.optim.Optimizer):
         if unfrozen:
             self._create_state(also=unfrozen)
         now, learn = {name: params[name].detach() for name in grads}, self._learn_from == "training"
+        if self._step_compiled(now, grads, learn):
+            return loss
         new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn, hessian=hessian)
         for name, value in new.items():
             params[name].copy_(value)
             params[name].grad = grads[name]
         self._scatter(st)
         return loss
+
+    def _step_compiled(self, params: dict[str, Tensor], grads: dict[str, Tensor], learn: bool) -> bool:
+        """Step by compiled programs, if there are any; whether that was done."""
+        if self._compiled is None:
+            return False
+        look, numbers = self._look(self._owner()), self._values(as_tensors=True)
+        try:
+            plans = self._compiled.plans(params, grads, look, numbers, learn=learn)
+        except Exception as error:
+            if self._backend == "compile":
+                raise
+            warn(f"the step can not be compiled, and runs by backend='reference': {error}", stacklevel=2)
+            self._backend = self.backend = "reference"
+            self._compiled = None
+            return False
+        self._compiled.step(plans, params, grads, look, numbers)
+        return True
 
     @torch.no_grad()
     def hyper_step(self) -> None:
@@ -274,7 +322,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
-                        found[key][label] = learned.value(raw, _unpack(self.param_groups[where[name]])[hyper]).detach()
+                        found[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach()
         return found
 
     def rejected(self) -> dict[str, Tensor]:
@@ -336,38 +384,14 @@ class HyperOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choice", "_how", "_learn_from", "_keys", "_optimizers", "_tracked")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        own = ("_choice", "_how", "_learn_from", "_backend", "_keys", "_optimizers", "_tracked")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}  # programs are made again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_optimizers" in state:  # a copy or an unpickled one; torch also calls this to load a state_dict
+            self._programs = {}
             self._create_state()
-
-
-def _pack(hypers: Mapping[str, Any]) -> Group:
-    """Numbers as a group holds them: beta1, beta2, ... become the tuple `betas`, which torch's schedulers know."""
-    betas = sorted(name for name in hypers if name.startswith("beta") and name[4:].isdigit())
-    group = {name: value for name, value in hypers.items() if name not in betas}
-    return {**group, "betas": tuple(hypers[name] for name in betas)} if betas else group
-
-
-def _unpack(group: Mapping[str, Any]) -> dict[str, Any]:
-    betas = {f"beta{i}": value for i, value in enumerate(group.get("betas", ()), start=1)}
-    return {**{key: value for key, value in group.items() if key != "betas"}, **betas}
-
-
-def _with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimizer:
-    """Values of a group: a number replaces a number or a `learn`, but scales what is learned."""
-    found: dict[str, Any] = {}
-    for name, value in overrides.items():
-        if name not in optimizer.settings:
-            continue
-        if isinstance(optimizer.settings[name], Learn) and not isinstance(value, Learn):
-            optimizer.rule.hypers[name].check(f"{optimizer.rule.name}: {name}", value)
-        else:
-            found[name] = value
-    return optimizer.replace(**found) if found else optimizer
 
 
 def _indices(state_dict: Mapping[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -46,6 +46,11 @@ class Rule(ABC):
     coupling: Coupling
     flat: frozenset[str] = frozenset()
     measures: str = ""
+
+    @property
+    def signature(self) -> Hashable:
+        """What is equal for rules whose updates are the same functions."""
+        return self
 
     @abstractmethod
     def init(self, param: Tensor, settings: "Mapping[str, float | Learn]") -> State:
@@ -123,6 +128,11 @@ class Optimizer:
     def declared(self) -> dict[str, float]:
         """The declared value of each hyper: of a learned one, its start."""
         return {name: setting.value if isinstance(setting, Learn) else setting for name, setting in self.settings.items()}
+
+    @property
+    def signature(self) -> Hashable:
+        """What is equal for optimizers that do the same to tensors and states of the same form, and share all learned hypers."""
+        return self.rule.signature, self.maximize, *self.settings.items()
 
     def via(self, name: str) -> Bijection | None:
         """The bijection in whose coordinates the hyper `name` is learned; None if it is kept in its domain by projection."""
@@ -205,6 +215,10 @@ class FunctionRule(Rule):
         total: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, State]:
         return self.function(param, grad, state, **hypers, **self._update_options)
+
+    @property
+    def signature(self) -> Hashable:
+        return self.function, *self._update_options.items()
 
     def __call__(self, *, maximize: bool = False, **settings: Any) -> Optimizer:
         """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults."""
