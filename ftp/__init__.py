@@ -2,5 +2,6 @@
 
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
 from ftp.rule import FLOOR, Anneal, ftp_rule, largest_norm
+from ftp.tpgm import TPGM
 
-__all__ = ["FLOOR", "SGDP", "AdamP", "Anneal", "FTPOptimizer", "ftp_rule", "largest_norm"]
+__all__ = ["FLOOR", "SGDP", "TPGM", "AdamP", "Anneal", "FTPOptimizer", "ftp_rule", "largest_norm"]

@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRA = {"matplotlib", "rich", "scipy", "sklearn", "typer"}
+_EXTRA = {"matplotlib", "scipy", "sklearn"}
 """Modules of the extra `demo`."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import hyperopt_nested as hn
-from ftp.rule import ftp_rule
+from ftp.rule import ftp_radius
 
 Exclude = Iterable[str | nn.Module | Tensor] | str | nn.Module | Tensor
 Anchors = Mapping[str, Tensor] | Literal["zero"] | None
@@ -23,6 +23,7 @@ class _Choose:
     names: frozenset[str]
     patterns: tuple[str, ...]
     anchors: Mapping[str, Tensor] | None
+    onto: hn.Ball
     saturation: hn.Saturation
 
     def __call__(self, name: str, tensor: Tensor) -> hn.Optimizer:
@@ -39,10 +40,48 @@ class _Choose:
                 "exclude a parameter that is new, such as a head"
             )
         radius = self.projected.settings["radius"]
-        return hn.project(self.base, onto=hn.mars, radius=radius, anchor=anchor, saturation=self.saturation)
+        return hn.project(self.base, onto=self.onto, radius=radius, anchor=anchor, saturation=self.saturation)
 
 
-class FTPOptimizer(hn.HyperOptimizer):
+class ProjectedOptimizer(hn.HyperOptimizer):
+    """An optimizer of the engine with a learned projection of every tensor, and exclusions and anchors: what FTP and TPGM share.
+
+    Args:
+        params: as `FTPOptimizer`; so for what is not said here.
+        base: the optimizer that is projected.
+        radius: the radius, learned per tensor.
+        onto: the ball.
+        exclude: what is not projected.
+        anchor: what the weights stay near.
+        saturation: derivative with respect to the radius where the projection is inactive.
+        backend: what runs the steps.
+        learn_from: which loss the radius learns from.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base: hn.Optimizer,
+        radius: hn.Learn,
+        *,
+        onto: hn.Ball,
+        exclude: Exclude,
+        anchor: Anchors,
+        saturation: hn.Saturation,
+        backend: hn.Backend,
+        learn_from: Literal["training", "validation"] = "training",
+    ) -> None:
+        if isinstance(anchor, str) and anchor != "zero":
+            raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
+        centre: hn.Anchor = "zero" if isinstance(anchor, str) else "start"
+        projected = hn.project(base, onto=onto, radius=radius, anchor=centre, saturation=saturation)
+        groups = _groups(params)
+        anchors = anchor if isinstance(anchor, Mapping) else None
+        choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, onto, saturation)
+        super().__init__(groups, choose, learn_from=learn_from, backend=backend)
+
+
+class FTPOptimizer(ProjectedOptimizer):
     """FTP around any optimizer of the engine, with exclusions and anchors; `AdamP` and `SGDP` are instances.
 
     Args:
@@ -54,6 +93,7 @@ class FTPOptimizer(hn.HyperOptimizer):
         anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time); a mapping from
             names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
+        backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
 
     Raises:
         ValueError: `k` is outside [0, 1], an entry of `exclude` matches nothing, or an anchor is missing or of another shape.
@@ -69,13 +109,10 @@ class FTPOptimizer(hn.HyperOptimizer):
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
+        backend: hn.Backend = "auto",
     ) -> None:
-        if isinstance(anchor, str) and anchor != "zero":
-            raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
-        projected = ftp_rule(base, k, anchor="zero" if isinstance(anchor, str) else "start", saturation=saturation)
-        groups = _groups(params)
-        anchors = anchor if isinstance(anchor, Mapping) else None
-        super().__init__(groups, _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, saturation))
+        how: dict[str, Any] = {"exclude": exclude, "anchor": anchor, "saturation": saturation, "backend": backend}
+        super().__init__(params, base, ftp_radius(k), onto=hn.mars, **how)
 
 
 class AdamP(FTPOptimizer):
@@ -93,6 +130,7 @@ class AdamP(FTPOptimizer):
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
+        backend: as `FTPOptimizer`.
 
     Raises:
         ValueError: as `FTPOptimizer`.
@@ -120,9 +158,10 @@ class AdamP(FTPOptimizer):
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
+        backend: hn.Backend = "auto",
     ) -> None:
         base = hn.adamw(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation)
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend)
 
 
 class SGDP(FTPOptimizer):
@@ -140,6 +179,7 @@ class SGDP(FTPOptimizer):
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
+        backend: as `FTPOptimizer`.
 
     Raises:
         ValueError: as `FTPOptimizer`.
@@ -165,9 +205,10 @@ class SGDP(FTPOptimizer):
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
+        backend: hn.Backend = "auto",
     ) -> None:
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation)
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend)
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:

@@ -39,6 +39,11 @@ def largest_norm(state: dict[str, Any]) -> Tensor:
     return norm
 
 
+def ftp_radius(k: float = 1.0, lr: float = 1e-2) -> hn.Learn:
+    """A radius as FTP learns it; arguments as of `ftp_rule`."""
+    return hn.learn(FLOOR, by=hn.adam(lr=lr), per="tensor", grad=Anneal(k), bounds=(FLOOR, largest_norm))
+
+
 def ftp_rule(
     base: hn.Optimizer,
     k: float = 1.0,
@@ -67,8 +72,7 @@ def ftp_rule(
         >>> import hyperopt_nested as hn, ftp
         >>> nested = hn.Nested(ftp.ftp_rule(hn.sgd(lr=0.1, momentum=0.9)))
     """
-    radius = hn.learn(FLOOR, by=hn.adam(lr=lr), per="tensor", grad=Anneal(k), bounds=(FLOOR, largest_norm))
-    return hn.project(base, onto=hn.mars, radius=radius, anchor=anchor, saturation=saturation)
+    return hn.project(base, onto=hn.mars, radius=ftp_radius(k, lr), anchor=anchor, saturation=saturation)
 
 
 hn.register("ftp", ftp_rule, check_with={"saturation": "exact"})

@@ -1,5 +1,6 @@
 """The demo does what it says; which method wins is no business of a test."""
 
+import dataclasses
 import sys
 from io import StringIO
 
@@ -8,6 +9,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import hyperopt_nested as hn
+from ftp import TPGM
 from ftp.__main__ import main
 from ftp.cli import app
 from ftp.demo import data, methods, report, train, tune
@@ -122,9 +125,10 @@ def test_the_table_shows_every_method_and_shift_whole(outcomes, width):
 def test_the_table_shows_mean_and_standard_error():
     names = (train.IN_DISTRIBUTION, *data.SHIFTS)
     trace = {"lr": {"group 0": [0.1]}}
-    runs = [train.Outcome(dict.fromkeys(names, value), trace) for value in (70.0, 80.0, 90.0)]
+    runs = [train.Outcome(dict.fromkeys(names, value), trace, [2.0, 4.0] * 10) for value in (70.0, 80.0, 90.0)]
     made = report.table({method.name: runs for method in methods.METHODS})
     assert set(made.columns[1].cells) == {"80.0\n±5.8"}
+    assert set(made.columns[-1].cells) == {"3"}
 
 
 def test_the_figure_is_written(outcomes, tmp_path):
@@ -149,17 +153,39 @@ def test_progress_is_reported_once_a_step():
 def test_fine_tuning_leaves_the_pretrained_network_alone_and_a_probe_its_backbone():
     start = train.pretrain(0, 1)
     before = {name: value.clone() for name, value in start.state_dict().items()}
-    probed, _ = train.fine_tune(start, methods.linear_probe(0.1), data.fine_tuning(0).train, 0, 2)
+    probed, _, _ = train.fine_tune(start, methods.linear_probe(0.1), data.fine_tuning(0).train, 0, 2)
     torch.testing.assert_close(start.state_dict(), before, rtol=0, atol=0)
     for name, value in probed.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("backbone.")
+
+
+def test_tpgm_trains_without_what_it_holds_out_and_projects_the_backbone_after_so_many_steps():
+    train_set = data.fine_tuning(0).train
+    kept, held_out = data.hold_out(train_set, 0)
+    assert rows(kept).isdisjoint(rows(held_out))
+    assert rows(kept) | rows(held_out) == rows(train_set)
+    assert held_out.labels.bincount().tolist() == [2] * 5
+    start, made, calls = train.pretrain(0, 1), [], []
+
+    def tpgm(network):
+        made.append(TPGM(network.named_parameters(), exclude=network.head))
+        made[0].register_step_post_hook(lambda *_: calls.append(1))
+        return made[0]
+
+    method = dataclasses.replace(methods.tpgm(1e-2, every=2, updates=1), tpgm=tpgm)
+    network, _, times = train.fine_tune(start, method, train_set, 0, 5)
+    assert len(calls) == 3  # after steps 2 and 4, and at the end
+    assert len(times) == 5
+    for name, radius in made[0].hypers()["radius"].items():
+        moved = network.get_parameter(name).detach() - start.get_parameter(name).detach()
+        assert hn.mars.norm(moved) <= 1.0001 * radius
 
 
 def test_the_l2_sp_penalty_holds_the_backbone_near_its_start():
     start, digits = train.pretrain(0, 1), data.fine_tuning(0).train
 
     def distance(alpha):
-        network, _ = train.fine_tune(start, methods.l2_sp(1e-2, alpha), digits, 0, 10)
+        network, _, _ = train.fine_tune(start, methods.l2_sp(1e-2, alpha), digits, 0, 10)
         return sum((p - q).square().sum().item() for p, q in zip(network.backbone.parameters(), start.backbone.parameters(), strict=True))
 
     assert distance(100.0) < distance(0.0)
@@ -179,7 +205,7 @@ def test_help_lists_the_demo_and_its_options():
     assert "--out" in text
 
 
-@pytest.mark.parametrize("module", ["typer", "sklearn", "matplotlib"])
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
 def test_a_missing_package_gives_one_line_that_says_what_to_install(module, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("ftp.cli", "ftp.demo", f"{module}."))]:
         monkeypatch.delitem(sys.modules, name)

@@ -12,7 +12,7 @@ from cases import EXACT, relative_error
 
 import ftp
 import hyperopt_nested as hn
-from ftp import SGDP, AdamP, ftp_rule
+from ftp import SGDP, TPGM, AdamP, ftp_rule
 
 GOLDEN = Path(__file__).parent / "golden"
 FTP = sorted(path.stem for path in GOLDEN.glob("ftp_*.npz"))
@@ -134,32 +134,68 @@ def test_spd(case: str) -> None:
             assert relative_error(param, data[f"param/{step}/{name}"]) < EXACT, (step, name)
 
 
-@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tpgm_*.npz")))
-def test_tpgm(case: str) -> None:
-    """TPGM projects the same fine-tuned weights again and again; the radii learn from the validation loss after each projection."""
-    config, data = load(case)
+Run = Iterator[tuple[list[torch.Tensor], dict[str, torch.Tensor]]]
+
+
+def held_out_loss(data: dict[str, torch.Tensor], params: dict[str, Any], batch: int) -> torch.Tensor:
+    hidden = torch.tanh(data[f"x/{batch}"] @ params["fc1.weight"].T + params["fc1.bias"])
+    return torch.nn.functional.cross_entropy(hidden @ params["fc2.weight"].T + params["fc2.bias"], data[f"y/{batch}"])
+
+
+def tuned_weights(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("start/"): value for key, value in data.items() if key.startswith("start/")}
+
+
+def tpgm_beside(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Run:
+    """Radii after each step of them, and the weights after one step of `TPGM`."""
+    params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
+    norm: Any = config["norm"].removesuffix("_norm")
+    opt = TPGM(params.items(), norm=norm, lr=config["learner_lr"], updates=config["radius_updates"], exclude=config["exclude"])
+    with torch.no_grad():
+        for name, value in tuned_weights(data).items():
+            params[name].copy_(value)
+    seen = []
+
+    def closure() -> torch.Tensor:
+        seen.append([opt.hypers()["radius"][name] for name in config["constrained"]])
+        loss = held_out_loss(data, params, (len(seen) - 1) % 4)
+        assert relative_error(loss.detach(), data[f"loss/{len(seen)}"]) < EXACT
+        torch.autograd.backward(loss)
+        return loss
+
+    opt.step(closure)
+    for radii in [*seen[1:], [opt.hypers()["radius"][name] for name in config["constrained"]]]:
+        yield radii, {name: p.detach() for name, p in params.items()}
+
+
+def tpgm_by_the_engine(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Run:
+    """Radii after each step of them, and the weights projected with these, by an expression of the engine."""
     ball = {"mars_norm": hn.mars, "l2_norm": hn.frobenius}[config["norm"]]
-    anchors, tuned = (
-        {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)} for prefix in ("init/", "start/")
-    )
+    anchors, tuned = starts(data), tuned_weights(data)
 
     def projected(name: str) -> hn.Optimizer:
         radius = ball.norms(tuned[name] - anchors[name]).amin().item() / 2
         by = hn.learn(radius, by=hn.adam(lr=config["learner_lr"]), per="tensor", bounds=(1e-8, ftp.largest_norm))
         return hn.project(hn.sgd(lr=0.0), onto=ball, radius=by, anchor=anchors[name], saturation="exact")
 
-    def loss(params: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
-        hidden = torch.tanh(data[f"x/{batch}"] @ params["fc1.weight"].T + params["fc1.bias"])
-        return torch.nn.functional.cross_entropy(hidden @ params["fc2.weight"].T + params["fc2.bias"], data[f"y/{batch}"])
-
     nested = hn.Nested({name: projected(name) if name in config["constrained"] else hn.sgd(lr=0.0) for name in tuned})
     st, nothing = nested.init(tuned), {name: torch.zeros_like(value) for name, value in tuned.items()}
-    for step in range(1, config["radius_updates"] + 1):
-        params, st = nested.step(tuned, nothing, st, learn=False)
-        st = nested.hyper_step(dict(torch.func.grad(loss)(params, (step - 1) % 4)), st)
-        found = nested.hypers(st)
-        radii = torch.stack([found[nested.learned_of(name)["radius"].key][name] for name in config["constrained"]])
-        assert relative_error(radii, data[f"radius/{step}"]) < EXACT, step
     params, st = nested.step(tuned, nothing, st, learn=False)
-    for name, param in params.items():
+    for step in range(config["radius_updates"]):
+        st = nested.hyper_step(torch.func.grad(held_out_loss, argnums=1)(data, params, step % 4), st)
+        params, st = nested.step(tuned, nothing, st, learn=False)
+        found = nested.hypers(st)
+        yield [found[nested.learned_of(name)["radius"].key][name] for name in config["constrained"]], params
+
+
+@pytest.mark.parametrize("run", [tpgm_beside, tpgm_by_the_engine])
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tpgm_*.npz")))
+def test_tpgm(case: str, run: Any) -> None:
+    """TPGM projects the same fine-tuned weights again and again; the radii learn from the validation loss after each projection."""
+    config, data = load(case)
+    found = list(run(config, data))
+    assert len(found) == config["radius_updates"]
+    for step, (radii, _) in enumerate(found, start=1):
+        assert relative_error(torch.stack(radii), data[f"radius/{step}"]) < EXACT, step
+    for name, param in found[-1][1].items():
         assert relative_error(param, data[f"param/{name}"]) < EXACT, name

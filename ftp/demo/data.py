@@ -61,6 +61,11 @@ def fine_tuning(seed: int, per_class: int = 10) -> FineTuning:
     return FineTuning(train, validation, test)
 
 
+def hold_out(examples: Examples, seed: int, per_class: int = 2) -> tuple[Examples, Examples]:
+    """The examples without some, and these: `per_class` of each class, drawn from `seed`."""
+    return _split(examples, test_size=per_class * CLASSES, seed=seed)
+
+
 def augment(images: Tensor, generator: Generator) -> Tensor:
     """Images changed at random in every way that `SHIFTS` knows, each by its own amount: the breadth of pre-training.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import hyperopt_nested as hn
 from ftp.demo.data import CLASSES
 from ftp.optimizers import SGDP, AdamP
+from ftp.tpgm import TPGM
 
 
 class Network(nn.Module):
@@ -53,12 +54,16 @@ class Method:
         lr: learning rate, at the start where it is learned.
         optimizer: makes the optimizer of a network.
         alpha: weight of the L2-SP penalty, alpha / 2 times the squared distance of the backbone from its start.
+        tpgm: makes what projects a network beside the optimizer; its validation images are held out from the training images.
+        every: steps of the optimizer for each projection.
     """
 
     name: str
     lr: float
     optimizer: Callable[[Network], torch.optim.Optimizer]
     alpha: float = 0.0
+    tpgm: Callable[[Network], TPGM] | None = None
+    every: int = 1
 
 
 def linear_probe(lr: float) -> Method:
@@ -96,6 +101,17 @@ def adamp(lr: float) -> Method:
     return Method("AdamP", lr, lambda network: AdamP(network.named_parameters(), lr, exclude=network.head))
 
 
+def tpgm(lr: float, every: int, updates: int) -> Method:
+    """AdamW, and after each `every` steps a projection of the backbone by TPGM, with so many updates of the radii."""
+    return Method(
+        "TPGM",
+        lr,
+        lambda network: torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0),
+        tpgm=lambda network: TPGM(network.named_parameters(), updates=updates, exclude=network.head),
+        every=every,
+    )
+
+
 def sgd(lr: float) -> Method:
     """SGD with momentum on all weights."""
     return Method("SGD", lr, lambda network: torch.optim.SGD(network.parameters(), lr, momentum=0.9))
@@ -115,6 +131,7 @@ METHODS = (
     adamw_learned(1e-3, learner_lr=0.3),
     l2_sp(1e-2, alpha=1e-3),
     adamp(1e-3),
+    tpgm(1e-2, every=10, updates=10),
     sgd(HIGH_LR),
     sgdp(HIGH_LR),
 )

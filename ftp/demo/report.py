@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,13 +19,13 @@ _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 
 
 def table(outcomes: Outcomes) -> Table:
-    """Accuracy in percent, mean and standard error over the seeds: a row a method, a column a condition."""
+    """Accuracy in percent, mean and standard error over the seeds: a row a method, a column a condition; and the time of a step."""
     seeds = len(next(iter(outcomes.values())))
     found = Table(
         title="Fine-tuned on clean digits 5 to 9: test accuracy in percent",
         caption=f"Mean ± standard error over {seeds} seed{'s' if seeds > 1 else ''}. ID: in distribution; OOD: mean of the shifts, "
-        f"which are the other columns. SGD and SGDP run at a deliberately high learning rate, {HIGH_LR:g}; the other settings are "
-        "those with the best ID accuracy on validation images.",
+        "which are the next columns; ms: median processor time of a step, TPGM's projections included. SGD and SGDP run at a "
+        f"deliberately high learning rate, {HIGH_LR:g}; the other settings are those with the best ID accuracy on validation images.",
         box=SIMPLE_HEAD,
         padding=0,
         show_lines=True,
@@ -33,6 +33,7 @@ def table(outcomes: Outcomes) -> Table:
     found.add_column("method")
     for heading in ("ID", "OOD", *SHIFTS):
         found.add_column(heading, justify="right")
+    found.add_column("ms", justify="right")
     for method in METHODS:
         runs = outcomes[method.name]
         columns = [
@@ -40,7 +41,7 @@ def table(outcomes: Outcomes) -> Table:
             [run.shifts for run in runs],
             *([run.accuracy[shift] for run in runs] for shift in SHIFTS),
         ]
-        found.add_row(f"{method.name}\n  lr {_lr(method, runs)}", *map(_cell, columns))
+        found.add_row(f"{method.name}\n  lr {_lr(method, runs)}", *map(_cell, columns), f"{_time(method, runs):.0f}")
     return found
 
 
@@ -109,6 +110,12 @@ def _lr(method: Method, runs: Sequence[Outcome]) -> str:
     if "lr" not in runs[0].trace:
         return f"{method.lr:g}"
     return f"{method.lr:g} → {mean(run.trace['lr']['group 0'][-1] for run in runs):.1g}"
+
+
+def _time(method: Method, runs: Sequence[Outcome]) -> float:
+    """Median processor time of a step in milliseconds, over all runs; steps between two projections share the time of the second."""
+    rounds = [run.times[start : start + method.every] for run in runs for start in range(0, len(run.times), method.every)]
+    return median(map(mean, rounds))
 
 
 def _cell(values: Sequence[float]) -> str:

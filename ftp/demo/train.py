@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import process_time
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import hyperopt_nested as hn
-from ftp.demo.data import Examples, augment, fine_tuning, pretraining, shifted
+from ftp.demo.data import Examples, augment, fine_tuning, hold_out, pretraining, shifted
 from ftp.demo.methods import METHODS, Method, Network
 
 IN_DISTRIBUTION = "in distribution"
@@ -37,16 +39,32 @@ class Outcome:
     Attributes:
         accuracy: share of right answers, in percent, by condition: `IN_DISTRIBUTION`, then each shift.
         trace: learned values over the steps; empty where nothing is learned.
+        times: milliseconds of processor time of each step; they differ from run to run, and play no part in comparisons.
     """
 
     accuracy: dict[str, float]
     trace: Trace
+    times: list[float] = field(compare=False)
 
     @property
     def shifts(self) -> float:
         """Mean accuracy over the shifts, in percent."""
         values = [value for name, value in self.accuracy.items() if name != IN_DISTRIBUTION]
         return sum(values) / len(values)
+
+
+class FineTuned(NamedTuple):
+    """A fine-tuned network.
+
+    Attributes:
+        network: the network.
+        trace: what its optimizer learned.
+        times: milliseconds of processor time of each step, from clearing the gradients to the new weights.
+    """
+
+    network: Network
+    trace: Trace
+    times: list[float]
 
 
 def run(seeds: Sequence[int], steps: Steps = Steps(), advance: Callable[[], None] = lambda: None) -> dict[str, list[Outcome]]:
@@ -65,8 +83,8 @@ def run(seeds: Sequence[int], steps: Steps = Steps(), advance: Callable[[], None
         start = pretrain(seed, steps.pretrain, advance)
         digits = fine_tuning(seed)
         for method in METHODS:
-            network, trace = fine_tune(start, method, digits.train, seed, steps.fine_tune, advance)
-            outcomes[method.name].append(Outcome(accuracies(network, digits.test, seed), trace))
+            tuned = fine_tune(start, method, digits.train, seed, steps.fine_tune, advance)
+            outcomes[method.name].append(Outcome(accuracies(tuned.network, digits.test, seed), tuned.trace, tuned.times))
     return outcomes
 
 
@@ -88,14 +106,24 @@ def pretrain(seed: int, steps: int, advance: Callable[[], None] = lambda: None) 
 
 def fine_tune(
     start: Network, method: Method, train: Examples, seed: int, steps: int, advance: Callable[[], None] = lambda: None
-) -> tuple[Network, Trace]:
-    """A copy of `start` with a new head, trained on `train` as they are; and the trace of what its optimizer learned."""
+) -> FineTuned:
+    """A copy of `start` with a new head, trained on `train` as they are, but for what the method holds out of them."""
     network = copy.deepcopy(start)
     network.head.load_state_dict(_network(seed).head.state_dict())
     anchors = [p.detach().clone() for p in network.backbone.parameters()]
     optimizer = method.optimizer(network)
+    tpgm = method.tpgm(network) if method.tpgm else None
+    train, held_out = hold_out(train, seed) if tpgm else (train, train)
     trace: Trace = {}
-    for batch in _batches(len(train.labels), 25, steps, torch.Generator().manual_seed(seed)):
+    times: list[float] = []
+
+    def validate() -> Tensor:
+        loss = F.cross_entropy(network(held_out.images), held_out.labels)
+        torch.autograd.backward(loss)
+        return loss
+
+    for step, batch in enumerate(_batches(len(train.labels), 25, steps, torch.Generator().manual_seed(seed)), start=1):
+        started = process_time()
         optimizer.zero_grad()
         loss = F.cross_entropy(network(train.images[batch]), train.labels[batch])
         if method.alpha:
@@ -103,12 +131,15 @@ def fine_tune(
             loss = loss + method.alpha / 2 * torch.stack(moved).sum()
         torch.autograd.backward(loss)
         optimizer.step()
+        if tpgm and (step % method.every == 0 or step == steps):
+            tpgm.step(validate)
+        times.append(1000 * (process_time() - started))
         if isinstance(optimizer, hn.HyperOptimizer):
             for hyper, values in optimizer.hypers().items():
                 for label, value in values.items():
                     trace.setdefault(hyper, {}).setdefault(label, []).append(float(value))
         advance()
-    return network, trace
+    return FineTuned(network, trace, times)
 
 
 def accuracies(network: Network, examples: Examples, seed: int) -> dict[str, float]:

@@ -19,6 +19,11 @@ CANDIDATES: dict[str, dict[str, Method]] = {
     "AdamW, learned lr": {f"learner's lr {lr:g}": methods.adamw_learned(1e-3, lr) for lr in (0.01, 0.03, 0.1, 0.3)},
     "L2-SP": {f"lr {lr:g}, alpha {alpha:g}": methods.l2_sp(lr, alpha) for lr in RATES for alpha in (1, 0.1, 0.01, 0.001)},
     "AdamP": {f"lr {lr:g}": methods.adamp(lr) for lr in RATES},
+    "TPGM": {
+        f"lr {lr:g}, {updates} updates every {every} steps": methods.tpgm(lr, every, updates)
+        for lr in RATES
+        for every, updates in ((1, 1), (10, 10))
+    },
 }
 """By method, candidates from the one that moves the weights least on."""
 
@@ -40,8 +45,8 @@ def main() -> None:
 
 def _validate(start: methods.Network, method: Method, seed: int) -> Outcome:
     digits = fine_tuning(seed)
-    network, trace = fine_tune(start, method, digits.train, seed, Steps().fine_tune)
-    return Outcome(accuracies(network, digits.validation, seed), trace)
+    tuned = fine_tune(start, method, digits.train, seed, Steps().fine_tune)
+    return Outcome(accuracies(tuned.network, digits.validation, seed), tuned.trace, tuned.times)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""`TPGM`: projections whose radii are learned from a validation loss, beside any optimizer."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import hyperopt_nested as hn
+from ftp.optimizers import Anchors, Exclude, ProjectedOptimizer
+from ftp.rule import largest_norm
+
+_SMALLEST = 1e-8
+_BALLS = {"mars": hn.mars, "l2": hn.frobenius}
+
+
+class TPGM(ProjectedOptimizer):
+    """Trainable Projected Gradient Method (arXiv 2303.10720, algorithm 1): it stands beside the optimizer that trains the model.
+
+    That one trains as ever. Now and then, after each epoch for example, `step` projects every tensor into a ball around its anchor.
+    The radii, one a tensor, are learned by Adam from a validation loss. Each starts, at the first `step`, at half of the norm by which
+    its tensor has moved by then (with "mars": half of the smallest row's), and is kept between 1e-8 and the largest norm.
+
+    Args:
+        params: `model.named_parameters()`, tensors, or groups of either, of which other values are ignored. What is frozen when this is
+            made is not projected.
+        norm: the ball: "mars", the largest row sum of absolute changes, or "l2", the Euclidean norm of the tensor.
+        lr: learning rate of the radii.
+        updates: how often a `step` evaluates the validation loss and steps the radii.
+        exclude: what is left alone, as a new head is: names, glob patterns of names, modules or tensors.
+        anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time); a mapping from
+            names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
+
+    Raises:
+        ValueError: `norm`, `lr` or `updates` is outside its domain, an entry of `exclude` matches nothing, or an anchor is missing or
+            of another shape. The message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from ftp import TPGM
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        >>> tpgm = TPGM(model.named_parameters(), updates=5, exclude=model[1])
+        >>> x, held_out = torch.randn(16, 4), torch.randn(8, 4)
+        >>> def validation():
+        ...     loss = (model(held_out) - 1).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> for epoch in range(3):
+        ...     opt.zero_grad()
+        ...     (model(x) - 1).square().mean().backward()
+        ...     opt.step()
+        ...     loss = tpgm.step(validation)
+        >>> sorted(tpgm.hypers()["radius"])
+        ['0.bias', '0.weight']
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        norm: Literal["mars", "l2"] = "mars",
+        lr: float = 1e-2,
+        updates: int = 1,
+        exclude: Exclude = (),
+        anchor: Anchors = None,
+    ) -> None:
+        if norm not in _BALLS:
+            raise ValueError(f"norm={norm!r} must be {' or '.join(map(repr, _BALLS))}")
+        if not isinstance(updates, int) or updates < 1:
+            raise ValueError(f"updates={updates!r} must be a whole number, at least 1: each steps the radii once")
+        self._norm, self._updates = norm, updates
+        radius = hn.learn(1.0, by=hn.adam(lr=lr), per="tensor", bounds=(_SMALLEST, largest_norm))
+        super().__init__(
+            params,
+            hn.sgd(lr=0.0),
+            radius,
+            onto=_BALLS[norm],
+            exclude=exclude,
+            anchor=anchor,
+            saturation="exact",
+            learn_from="validation",
+            backend="reference",  # which replaces state, so that `step` can put back what was there
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of tensors to project; other values in it are ignored, since they are meant for the optimizer that trains."""
+        super().add_param_group({"params": param_group["params"]})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Learn the radii from a validation loss, and project the weights with them.
+
+        Each of the `updates` projects the same weights, those that the model had before this call, with the present radii, and
+        steps the radii with the gradient that the validation loss has there. At the end these weights are projected once more.
+        Afterwards no tensor has a gradient. If something raises, weights and radii are what they were before.
+
+        Args:
+            closure: evaluates the validation loss of the model, calls `backward` and returns the loss. Each call may take another
+                batch. It need not clear gradients.
+
+        Returns:
+            The last loss.
+
+        Raises:
+            ValueError: there is no closure.
+        """
+        if closure is None:
+            raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
+        tuned = {p: p.detach().clone() for p in self._projected()}
+        before = {p: dict(state) for p, state in self.state.items()}
+        try:
+            self._start(tuned)
+            for _ in range(self._updates):
+                self._project(tuned)
+                with torch.enable_grad():
+                    loss = closure()
+                self.hyper_step()
+            self._project(tuned)
+        except BaseException:
+            for p, value in tuned.items():
+                p.copy_(value)
+            self.state.update(before)
+            raise
+        finally:
+            self.zero_grad()
+        return loss
+
+    def _projected(self) -> list[Tensor]:
+        """The tensors that are projected: not excluded, not frozen, and not empty."""
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in tensors if p.requires_grad and p.numel() and "rule.largest_norm" in self.state.get(p, {})]
+
+    def _start(self, tuned: dict[Tensor, Tensor]) -> None:
+        """Set the radii of tensors that were never projected."""
+        for p, value in tuned.items():
+            state = self.state[p]
+            moved = value.to(hn.state_dtype(p)) - state.get("rule.anchor", 0)
+            radius = state["hypers.radius"]
+            start = (_BALLS[self._norm].norms(moved).amin().to(radius) / 2).clamp(min=_SMALLEST)
+            state["hypers.radius"] = torch.where(state["rule.largest_norm"] == 0, start, radius)
+
+    def _project(self, tuned: dict[Tensor, Tensor]) -> None:
+        """Give the tensors the projections of `tuned`, and clear all gradients; the step of the optimizer inside is zero."""
+        self.zero_grad()
+        for p, value in tuned.items():
+            p.copy_(value)
+            p.grad = torch.zeros_like(p)
+        inspect.unwrap(hn.HyperOptimizer.step)(self)  # without the hooks of torch, which are for the whole step
+        self.zero_grad()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_norm": self._norm, "_updates": self._updates}
