@@ -71,16 +71,19 @@ class Audit:
         from matplotlib.figure import Figure
 
         hypers = list(dict.fromkeys(row.hyper for row in self.rows))
-        made = Figure(figsize=(10, 0.6 + 3 * len(hypers)), layout="constrained")
+        discounts = list(dict.fromkeys(row.discount for row in self.rows))
+        made = Figure(figsize=(10, 1 + 2.6 * len(hypers)), layout="constrained")
         grid = made.subplots(len(hypers), 2, squeeze=False, sharex=True)
         for (left, right), hyper in zip(grid, hypers, strict=True):
             for estimate in dict.fromkeys(row.estimate for row in self.rows):
                 rows = [row for row in self.rows if (row.hyper, row.estimate) == (hyper, estimate)]
-                steps = [row.steps for row in rows]
-                left.plot(steps, [row.cosine for row in rows], marker=".", label=estimate)
-                right.plot(steps, [row.magnitude for row in rows], marker=".", label=estimate)
-            left.set(ylabel=f"{hyper}: cosine", ylim=(-1.05, 1.05), xscale="log")
-            right.set(ylabel=f"{hyper}: magnitude / exact", xscale="log", yscale="log")
+                dashed = "--" if any(row.curvature == "exact" for row in rows) else "-"
+                style = {"color": f"C{discounts.index(rows[0].discount)}", "linestyle": dashed, "marker": ".", "label": estimate}
+                left.plot([row.steps for row in rows], [row.cosine for row in rows], **style)
+                right.plot([row.steps for row in rows], [row.magnitude for row in rows], **style)
+            left.set(title=f"{hyper}: cosine with exact", ylim=(-1.05, 1.05), xscale="log")
+            left.grid(axis="y", color="0.9")
+            right.set(title=f"{hyper}: magnitude / exact", xscale="log", yscale="log")
             right.axhline(1, color="0.7", zorder=0)
         for axes in grid[-1]:
             axes.set_xlabel("steps that the exact hypergradient looks through")
