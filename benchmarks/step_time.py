@@ -1,9 +1,10 @@
 """Time of one optimizer step, as a ratio to torch.optim's, measured side by side in one process.
 
 The tensors are those of a small transformer (1.2 million numbers in 52 tensors). Every round times each optimizer once, in turn;
-the table shows the median over rounds, and the interquartile range, of the ratio to `torch.optim.AdamW` (foreach) in the same round.
+the table shows the median over rounds, and the interquartile range, of the ratio to `torch.optim.AdamW` (foreach) in the same round. All
+is on one thread: with more, a busy machine slows tensors this small down by factors.
 
-A second table has whole steps of training, forward and backward too, of a smooth perceptron with each horizon, on one thread, as ratios
+A second table has whole steps of training, forward and backward too, of a smooth perceptron with each horizon, as ratios
 to a horizon of one step; and the numbers that the optimizer keeps from step to step, over those of the model.
 """
 
@@ -75,7 +76,6 @@ def optimizer_steps() -> None:
 
 
 def training_steps() -> None:
-    torch.set_num_threads(1)
     steps, kept = {}, {}
     for name, make in HORIZONS.items():
         layers = [layer for a, b in pairwise(WIDTHS) for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
@@ -115,6 +115,7 @@ def compare(steps: dict[str, Callable[[], Any]], base: str, title: str, kind: st
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     optimizer_steps()
     training_steps()
 

@@ -14,7 +14,8 @@ from hyperopt_nested.sensitivity import Raws, pull_forward
 
 Curvature = Literal["none", "exact"]
 """What becomes of the gradient's own dependence on the tensors when sensitivities are carried on: "none" leaves it out, so that no more
-than the gradient is needed; "exact" takes products with the Hessian of the loss."""
+than the gradient is needed; "exact" takes products with the Hessian of the loss. Where a learning rate is so high that training is chaotic,
+exact sensitivities grow with every step: keep the discount well below 1 then."""
 
 
 class Horizon:

@@ -35,7 +35,8 @@ class Nested:
         optimizer: one optimizer for all tensors, or a mapping from each tensor's name to its optimizer.
         memory: how the last update is remembered.
         discount: in [0, 1]; how much of what earlier updates contributed a hypergradient keeps from step to step. 0 looks through the last
-            update alone, 1 through all of them: see `Horizon`. Takes memory of the size of tensors and states a learned hyper.
+            update alone, 1 through all of them (Franceschi et al. 2017, arXiv 1703.01785); between is a discounted horizon (MetaOptimize,
+            Sharifnassab et al. 2024, arXiv 2402.02342). Takes memory of the size of tensors and states a learned hyper.
         curvature: what a horizon beyond one step makes of the model's curvature; see `Curvature`.
 
     Raises:

@@ -306,14 +306,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         return grads
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
-        """Effective value of every learned hyper, detached, on its device: nothing waits for the device until you read one.
+        """Effective value of every learned hyper, a copy, on its device: nothing waits for the device until you read one.
 
         Returns:
             By hyper ("lr"; its learner's is "lr.lr", and so on): a value per model by group ("group 0"), others by tensor name.
             Values of learners go by the key of what they learn ("model" where all tensors share it).
         """
         st = self._gather()
-        found = self._nested.hypers(st)
+        found = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
         where = {name: index for index, names in enumerate(self._keys) for name in names}
         for key, learned in self._nested.learned.items():
             found[key] = {}
@@ -322,12 +322,12 @@ class HyperOptimizer(torch.optim.Optimizer):
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
-                        found[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach()
+                        found[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach().clone()
         return found
 
     def rejected(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
-        return self._nested.rejected(self._gather())
+        return map_tree(torch.clone, self._nested.rejected(self._gather()))
 
     def evaluated(self) -> dict[str, Tensor]:
         """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.

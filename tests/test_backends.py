@@ -165,6 +165,18 @@ def test_a_gradient_now_and_then_and_frozen_tensors() -> None:
     assert_same(*ends)
 
 
+def test_values_that_were_read_stay() -> None:
+    problem = Problem(hn.sgd(lr=learned(0.01, "model")), "compile").run(1)
+    problem.schedule = None
+    lr, rejected = problem.opt.hypers()["lr"]["group 0"], problem.opt.rejected()["lr"]
+    before = float(lr)
+    problem.run(1)
+    assert float(lr) == before != float(problem.opt.hypers()["lr"]["group 0"])
+    problem.params["a"].grad = torch.full((4, 3), float("nan"))
+    problem.opt.step()
+    assert (float(rejected), float(problem.opt.rejected()["lr"])) == (0, 1)
+
+
 def test_nan_is_skipped_and_counted() -> None:
     ends = []
     for backend in ("compile", "reference"):
