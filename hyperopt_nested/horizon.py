@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
 from hyperopt_nested.ops import State, map_tree, state_dtype
-from hyperopt_nested.sensitivity import Raws, pull_forward
+from hyperopt_nested.sensitivity import Raws, pull_forward, pushforward
 
 Curvature = Literal["none", "exact"]
 """What becomes of the gradient's own dependence on the tensors when sensitivities are carried on: "none" leaves it out, so that no more
@@ -51,13 +51,13 @@ class Horizon:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
-        new, (states, _) = self._update(here, grads, rule, hypers, values)
 
-        def update(params: Raws, grads: Raws, rule: dict[str, State], hypers: dict[str, Raws]) -> tuple[Raws, dict[str, State]]:
-            new, (states, _) = self._update(params, grads, rule, hypers, values)
-            return new, states
+        def update(params: Raws, grads: Raws, rule: dict[str, State], hypers: dict[str, Raws]) -> tuple[Any, Raws]:
+            new, (states, totals) = self._update(params, grads, rule, hypers, values)
+            return (new, states), totals
 
         at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, rule), hypers
+        (new, states), _, push = pushforward(update, *at)
         found: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
         for key, moved in self._directions(hypers):
             before = {name: self._before(carried.get(key, {}), moved, here[name], rule[name]) for name, carried in memory.items()}
@@ -67,11 +67,11 @@ class Horizon:
                 other: {value: torch.full_like(raw, float(other == key and value in moved)) for value, raw in raws.items()}
                 for other, raws in hypers.items()
             }
-            tangents = along, {name: _widened(bent[name]) for name in grads}, {name: each["state"] for name, each in before.items()}, ones
-            pushed: Any = torch.func.jvp(update, at, tangents)
+            moved_states = {name: each["state"] for name, each in before.items()}
+            pushed = push(along, {name: _widened(bent[name]) for name in grads}, moved_states, ones)
             for name, carried in memory.items():
                 for value in moved & carried.get(key, {}).keys():
-                    found[name]["carried"][key][value] = {"param": pushed[1][0][name], "state": pushed[1][1][name]}
+                    found[name]["carried"][key][value] = {"param": pushed[0][name], "state": pushed[1][name]}
         return new, states, found
 
     def pull(self, _: str, grad: Tensor, memory: State, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, str, Tensor]]:

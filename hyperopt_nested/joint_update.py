@@ -24,12 +24,15 @@ class JointUpdate:
     Args:
         optimizer: one for all tensors, or a mapping from each tensor's name to its optimizer.
         learned: the learned hypers, by the id of the `learn` that declares them.
+
+    Attributes:
+        optimizers: the optimizers, each once.
     """
 
     def __init__(self, optimizer: Optimizer | Mapping[str, Optimizer], learned: Mapping[int, LearnedHyper]) -> None:
         self._optimizer = optimizer
-        each = [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values()
-        self._learned = {id(one): {name: learned[id(learn)] for name, learn in one.learned.items()} for one in each}
+        self.optimizers = list({id(one): one for one in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer.values())}.values())
+        self._learned = {id(one): {name: learned[id(learn)] for name, learn in one.learned.items()} for one in self.optimizers}
 
     def optimizer_of(self, name: str) -> Optimizer:
         """The optimizer of the tensor called `name`."""
@@ -37,7 +40,11 @@ class JointUpdate:
 
     def learned_of(self, name: str) -> dict[str, LearnedHyper]:
         """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
-        return self._learned[id(self.optimizer_of(name))]
+        return self.learned_by(self.optimizer_of(name))
+
+    def learned_by(self, optimizer: Optimizer) -> dict[str, LearnedHyper]:
+        """The learned hypers of an optimizer, by the names that its rule gives them."""
+        return self._learned[id(optimizer)]
 
     def raws_of(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
         """Raw values that a tensor uses, by learned hyper."""

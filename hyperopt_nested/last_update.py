@@ -24,7 +24,14 @@ class LastUpdate:
     """
 
     def __init__(self, update: JointUpdate, memory: Memory) -> None:
-        self._update, self._memory = update, memory
+        self._update = update
+        self._forward: dict[int, list[str]] = {}  # keys of the hypers that are remembered so, by the optimizer's id
+        self._reverse: dict[int, list[str]] = {}
+        for optimizer in update.optimizers:
+            learned = update.learned_by(optimizer).values() if memory != "none" else ()
+            forward = {each.key: kept_forward(optimizer, each.learn, memory) for each in learned}
+            self._forward[id(optimizer)] = [key for key, kept in forward.items() if kept]
+            self._reverse[id(optimizer)] = [key for key, kept in forward.items() if not kept]
 
     def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
@@ -71,10 +78,7 @@ class LastUpdate:
 
     def _kept(self, name: str, *, forward: bool) -> list[str]:
         """Learned hypers of a tensor that are remembered forward, or in reverse."""
-        if self._memory == "none":
-            return []
-        optimizer, learned = self._update.optimizer_of(name), self._update.learned_of(name).values()
-        return list(dict.fromkeys(each.key for each in learned if kept_forward(optimizer, each.learn, self._memory) == forward))
+        return (self._forward if forward else self._reverse)[id(self._update.optimizer_of(name))]
 
     def _remembered(
         self,

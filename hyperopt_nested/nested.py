@@ -74,7 +74,7 @@ class Nested:
                     by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
         self._joint = JointUpdate(optimizer, by_learn)
-        self._memory = Horizon(self._joint, discount, curvature) if discount else LastUpdate(self._joint, memory)
+        self._memory = Horizon(self._joint, discount, curvature) if discount and self.learned else LastUpdate(self._joint, memory)
 
     def optimizer_of(self, name: str) -> Optimizer:
         """The optimizer of the tensor called `name`."""

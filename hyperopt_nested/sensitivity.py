@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hyperopt_nested.ops import map_tree
 
@@ -14,11 +15,20 @@ Raws = dict[str, Tensor]
 Update = Callable[[dict[str, Raws]], tuple[Raws, Any]]
 
 
+def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:
+    """A function's value and what else it returns, and its forward derivative: from tangents, one for each argument, to the value's.
+
+    It is had as the pull-back of the pull-back: pulling v back is linear in v, so pulling tangents back through that pushes them forward.
+    In eager mode that is several times faster than `torch.func.jvp`, and exactly the same.
+    """
+    through: Any = torch.func.vjp(function, *at, has_aux=True)
+    value, pull, aux = through
+    linear: Any = torch.func.vjp(pull, tree_map(torch.zeros_like, value))
+    return value, aux, lambda *tangents: linear[1](tangents)[0]
+
+
 def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[Raws, Any, dict[str, Raws]]:
     """Do an update of many tensors, and differentiate them with respect to each learned hyper in `keys`, with a tangent of ones.
-
-    The forward derivative is had as the pull-back of the pull-back: pulling v back is linear in v, so pulling ones back through that
-    gives the Jacobian times ones. In eager mode that is several times faster than `torch.func.jvp`, and exactly the same.
 
     Args:
         update: from raw values, by learned hyper and key, to new tensors, by tensor, and anything else (states).
@@ -31,11 +41,9 @@ def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[R
     """
     if not keys:
         return *update(raws), {}
-    through: Any = torch.func.vjp(lambda chosen: update({**raws, **chosen}), {key: raws[key] for key in keys}, has_aux=True)
-    params, pull, states = through
-    linear: Any = torch.func.vjp(lambda cotangents: pull(cotangents)[0], map_tree(torch.zeros_like, params))
+    params, states, push = pushforward(lambda chosen: update({**raws, **chosen}), {key: raws[key] for key in keys})
     zeros = map_tree(torch.zeros_like, {key: raws[key] for key in keys})
-    sensitivities = {key: linear[1]({**zeros, key: map_tree(torch.ones_like, raws[key])})[0] for key in keys}
+    sensitivities = {key: push({**zeros, key: map_tree(torch.ones_like, raws[key])}) for key in keys}
     return params, states, sensitivities
 
 
