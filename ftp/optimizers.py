@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 import hyperopt_nested as hn
@@ -23,8 +24,7 @@ class _Choose:
     names: frozenset[str]
     patterns: tuple[str, ...]
     anchors: Mapping[str, Tensor] | None
-    onto: hn.Ball
-    saturation: hn.Saturation
+    how: Mapping[str, Any]
 
     def __call__(self, name: str, tensor: Tensor) -> hn.Optimizer:
         if name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns):
@@ -40,7 +40,7 @@ class _Choose:
                 "exclude a parameter that is new, such as a head"
             )
         radius = self.projected.settings["radius"]
-        return hn.project(self.base, onto=self.onto, radius=radius, anchor=anchor, saturation=self.saturation)
+        return hn.project(self.base, radius=radius, anchor=anchor, **self.how)
 
 
 class ProjectedOptimizer(hn.HyperOptimizer):
@@ -56,6 +56,9 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         saturation: derivative with respect to the radius where the projection is inactive.
         backend: what runs the steps.
         learn_from: which loss the radius learns from.
+        displacement_dtype: what the last displacement, scaled, is kept in.
+        anchor_dtype: what anchors are kept in.
+        anchor_device: where anchors are kept.
     """
 
     def __init__(
@@ -70,15 +73,20 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         saturation: hn.Saturation,
         backend: hn.Backend,
         learn_from: Literal["training", "validation"] = "training",
+        displacement_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: str | torch.device | None = None,
     ) -> None:
         if isinstance(anchor, str) and anchor != "zero":
             raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
         centre: hn.Anchor = "zero" if isinstance(anchor, str) else "start"
-        projected = hn.project(base, onto=onto, radius=radius, anchor=centre, saturation=saturation)
+        how: dict[str, Any] = {"onto": onto, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        projected = hn.project(base, radius=radius, anchor=centre, **how)
         groups = _groups(params)
         anchors = anchor if isinstance(anchor, Mapping) else None
-        choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, onto, saturation)
-        super().__init__(groups, choose, learn_from=learn_from, backend=backend)
+        choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, how)
+        self._elsewhere = frozenset() if anchor_device is None else frozenset({"anchor"})
+        super().__init__(groups, choose, learn_from=learn_from, memory_dtype=displacement_dtype, backend=backend)
 
 
 class FTPOptimizer(ProjectedOptimizer):
@@ -94,6 +102,10 @@ class FTPOptimizer(ProjectedOptimizer):
             names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
+        displacement_dtype: the dtype of the last displacement, which the radius learns from: torch.bfloat16 halves its memory, and rounds
+            the radius's gradient. None is the parameter's, or float32 if that is wider.
+        anchor_dtype: the dtype of the anchors, which are rounded to it; None is the parameter's.
+        anchor_device: where anchors are kept, and fetched from in each step: "cpu" saves a GPU's memory. None is with the parameter.
 
     Raises:
         ValueError: `k` is outside [0, 1], an entry of `exclude` matches nothing, or an anchor is missing or of another shape.
@@ -110,9 +122,13 @@ class FTPOptimizer(ProjectedOptimizer):
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
+        displacement_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: str | torch.device | None = None,
     ) -> None:
         how: dict[str, Any] = {"exclude": exclude, "anchor": anchor, "saturation": saturation, "backend": backend}
-        super().__init__(params, base, ftp_radius(k), onto=hn.mars, **how)
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        super().__init__(params, base, ftp_radius(k), onto=hn.mars, **how, **kept)
 
 
 class AdamP(FTPOptimizer):
@@ -131,6 +147,9 @@ class AdamP(FTPOptimizer):
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
+        displacement_dtype: as `FTPOptimizer`.
+        anchor_dtype: as `FTPOptimizer`.
+        anchor_device: as `FTPOptimizer`.
 
     Raises:
         ValueError: as `FTPOptimizer`.
@@ -159,9 +178,13 @@ class AdamP(FTPOptimizer):
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
+        displacement_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.adamw(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend)
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
 
 
 class SGDP(FTPOptimizer):
@@ -180,6 +203,9 @@ class SGDP(FTPOptimizer):
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
+        displacement_dtype: as `FTPOptimizer`.
+        anchor_dtype: as `FTPOptimizer`.
+        anchor_device: as `FTPOptimizer`.
 
     Raises:
         ValueError: as `FTPOptimizer`.
@@ -206,9 +232,13 @@ class SGDP(FTPOptimizer):
         anchor: Anchors = None,
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
+        displacement_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend)
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:

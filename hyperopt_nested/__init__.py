@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hyperopt_nested.audit import Audit, Bias, audit
+from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinator import Combinator, Step, combinator
 from hyperopt_nested.combinators import (
     Anchor,
@@ -18,7 +19,6 @@ from hyperopt_nested.combinators import (
     project,
     spd,
 )
-from hyperopt_nested.compiled_step import Backend
 from hyperopt_nested.functional import Functional, functional
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval

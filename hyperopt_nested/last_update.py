@@ -21,10 +21,11 @@ class LastUpdate:
     Args:
         update: the update of all tensors.
         memory: how to remember it.
+        dtype: what sensitivities are kept in; None is what tensors are computed in.
     """
 
-    def __init__(self, update: JointUpdate, memory: Memory) -> None:
-        self._update = update
+    def __init__(self, update: JointUpdate, memory: Memory, dtype: torch.dtype | None = None) -> None:
+        self._update, self._dtype = update, dtype
         self._forward: dict[int, list[str]] = {}  # keys of the hypers that are remembered so, by the optimizer's id
         self._reverse: dict[int, list[str]] = {}
         for optimizer in update.optimizers:
@@ -37,7 +38,7 @@ class LastUpdate:
         """Memory before the first update: of the structure that later ones have, with no effect."""
         found = {}
         for name, param in params.items():
-            none = {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in self._kept(name, forward=True)}
+            none = {key: torch.zeros_like(param, dtype=self._dtype or state_dtype(param)) for key in self._kept(name, forward=True)}
             totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
             raws = self._update.raws_of(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
@@ -58,7 +59,7 @@ class LastUpdate:
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
         memory: State = {}
         for name in grads:
-            sensitivity = {key: sensitivities[key][name] for key in self._kept(name, forward=True)}
+            sensitivity = {key: self._narrow(sensitivities[key][name]) for key in self._kept(name, forward=True)}
             inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
@@ -68,13 +69,16 @@ class LastUpdate:
         value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
         raws = self._update.raws_of(name, hypers)
         for key, sensitivity in memory["sensitivity"].items():
-            yield key, value[key], pull_forward(grad, sensitivity, raws[key])
+            yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), raws[key])
         if "inputs" in memory:
             inputs = memory["inputs"]
             update = self._update.of(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
             through = pull_reverse(grad, functools.partial(update.param, total=inputs.get("total")), inputs["raws"])
             for key in self._kept(name, forward=False):
                 yield key, value[key], torch.where(memory["taken"] > 0, through[key], 0)
+
+    def _narrow(self, sensitivity: Tensor) -> Tensor:
+        return sensitivity if self._dtype is None else sensitivity.to(self._dtype)
 
     def _kept(self, name: str, *, forward: bool) -> list[str]:
         """Learned hypers of a tensor that are remembered forward, or in reverse."""

@@ -26,7 +26,7 @@ def kept_forward(optimizer: Optimizer, learn: Learn, memory: Memory) -> bool:
     return memory != "reverse" and _forward_is_exact(optimizer, learn)
 
 
-def check_horizon(memory: Memory, discount: float, curvature: Curvature) -> None:
+def check_horizon(memory: Memory, discount: float, curvature: Curvature, memory_dtype: torch.dtype | None = None) -> None:
     """Refuse arguments that are none of their choices, or do not go together.
 
     Raises:
@@ -39,6 +39,10 @@ def check_horizon(memory: Memory, discount: float, curvature: Curvature) -> None
         raise ValueError(f"discount={discount!r} must be in [0, 1]: 0 looks through the last update alone, 1 through all")
     if discount and memory in ("reverse", "none"):
         raise ValueError(f"memory={memory!r} does not remember what discount={discount!r} needs: use memory='auto'")
+    if memory_dtype is not None and not memory_dtype.is_floating_point:
+        raise ValueError(f"memory_dtype={memory_dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+    if memory_dtype is not None and discount:
+        raise ValueError(f"memory_dtype={memory_dtype} is for a horizon of one step, and discount={discount!r}: leave one of them out")
     if curvature == "exact" and not discount:
         raise ValueError("curvature='exact' has no effect on a horizon of one step: give a discount in (0, 1]")
 

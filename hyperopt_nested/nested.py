@@ -38,6 +38,8 @@ class Nested:
             update alone, 1 through all of them (Franceschi et al. 2017, arXiv 1703.01785); between is a discounted horizon (MetaOptimize,
             Sharifnassab et al. 2024, arXiv 2402.02342). Takes memory of the size of tensors and states a learned hyper.
         curvature: what a horizon beyond one step makes of the model's curvature; see `Curvature`.
+        memory_dtype: the dtype of the sensitivities that forward memory keeps, one tensor of the parameter's shape a hyper; such as
+            torch.bfloat16, which rounds them to 8 bits, for half of the memory. None is the parameter's dtype, or float32 if that is wider.
 
     Raises:
         ValueError: what is asked for would not be exact for a learned hyper, or the hyper's derivative is zero wherever it exists.
@@ -60,8 +62,9 @@ class Nested:
         memory: Memory = "auto",
         discount: float = 0.0,
         curvature: Curvature = "none",
+        memory_dtype: torch.dtype | None = None,
     ) -> None:
-        check_horizon(memory, discount, curvature)
+        check_horizon(memory, discount, curvature, memory_dtype)
         self.memory, self.discount, self.curvature = memory, discount, curvature
         by_learn: dict[int, LearnedHyper] = {}
         for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values():
@@ -74,7 +77,9 @@ class Nested:
                     by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
         self._joint = JointUpdate(optimizer, by_learn)
-        self._memory = Horizon(self._joint, discount, curvature) if discount and self.learned else LastUpdate(self._joint, memory)
+        self._memory = (
+            Horizon(self._joint, discount, curvature) if discount and self.learned else LastUpdate(self._joint, memory, memory_dtype)
+        )
 
     def optimizer_of(self, name: str) -> Optimizer:
         """The optimizer of the tensor called `name`."""

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, cast, overload
-from warnings import warn
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.compiled_step import Backend, CompiledStep, compiles
+from hyperopt_nested.backends.choice import Backend, Programs, chosen
+from hyperopt_nested.backends.step import ProgramStep
 from hyperopt_nested.group import Numbers, pack, unpack, with_overrides
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.joint_update import Hessian
-from hyperopt_nested.kept_state import Ref, pairs, refs
+from hyperopt_nested.kept_state import pairs, refs
 from hyperopt_nested.learnable import Memory
 from hyperopt_nested.learned import MODEL, number
 from hyperopt_nested.nested import Nested
@@ -43,11 +43,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
         curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-
+        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Attributes:
-        backend: what runs them: "compile" or "reference".
+        backend: what runs them: "reference", "foreach", "compile" or "fused".
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
@@ -65,6 +65,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         torch.Size([])
     """
 
+    _elsewhere: frozenset[str] = frozenset()  # entries of rules' states that stay on devices of their own
+
     def __init__(
         self,
         params: Params,
@@ -74,6 +76,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         discount: float = 0.0,
         curvature: Curvature = "none",
         learn_from: Literal["training", "validation"] = "training",
+        memory_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and not callable(optimizer):
@@ -84,8 +87,8 @@ class HyperOptimizer(torch.optim.Optimizer):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
-        self._programs: dict[Any, Any] = {}
-        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature}
+        self._programs: Programs | None = None
+        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, "memory_dtype": memory_dtype}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state
@@ -163,25 +166,31 @@ class HyperOptimizer(torch.optim.Optimizer):
         for ref, leaf in pairs(found, st):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
         self._nested, self._refs, self._tracked = nested, found, list(params)
-        self._numbers, self._compiled = Numbers(), None
-        if compiles(self._backend, nested, params):
-            self._compiled = CompiledStep(nested, found, self._programs)
-        self.backend = "reference" if self._compiled is None else "compile"
+        self._numbers, self._program_step, self._devices = Numbers(), None, dict[str, torch.device]()
+        self.backend = chosen(self._backend, nested, params)
+        if self.backend != "reference":
+            self._programs = self._programs or Programs(self.backend, strict=self._backend != "auto")
+            self._program_step = ProgramStep(nested, found, self._programs)
 
-    def _look(self, owner: Mapping[str, Tensor]) -> Callable[[Ref], Tensor]:
-        """What gives the state that is kept somewhere, moved to where its tensor is."""
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """The state of each tensor, by name; moved, but for what has a place of its own, if the tensor has been."""
+        found = {}
+        for name, param, _ in self._named():
+            state = found[name] = self.state.get(param, {})
+            if self._devices.get(name) != param.device:
+                state.update({key: leaf.to(self._place(param, key)) for key, leaf in state.items()})
+                self._devices[name] = param.device
+        return found
 
-        def look(ref: Ref) -> Tensor:
-            state, device = self.state[owner[ref.name]], owner[ref.name].device
-            if state[ref.key].device != device:
-                state[ref.key] = state[ref.key].to(device)
-            found: Tensor = state[ref.key]
-            return found
-
-        return look
+    def _place(self, param: Tensor, key: str) -> torch.device:
+        """Where an entry of a tensor's state is kept."""
+        kept = key.rpartition(".")[2] in self._elsewhere and key in self.state[param]
+        found: torch.device = self.state[param][key].device if kept else param.device
+        return found
 
     def _gather(self) -> State:
-        return map_tree(self._look(self._owner()), self._refs)
+        states = self._states()
+        return map_tree(lambda ref: states[ref.name][ref.key], self._refs)
 
     def _scatter(self, st: State) -> None:
         owner = self._owner()
@@ -257,7 +266,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if unfrozen:
             self._create_state(also=unfrozen)
         now, learn = {name: params[name].detach() for name in grads}, self._learn_from == "training"
-        if self._step_compiled(now, grads, learn):
+        if self._step_by_programs(now, grads, learn):
             return loss
         new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn, hessian=hessian)
         for name, value in new.items():
@@ -266,21 +275,13 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._scatter(st)
         return loss
 
-    def _step_compiled(self, params: dict[str, Tensor], grads: dict[str, Tensor], learn: bool) -> bool:
-        """Step by compiled programs, if there are any; whether that was done."""
-        if self._compiled is None:
+    def _step_by_programs(self, params: dict[str, Tensor], grads: dict[str, Tensor], learn: bool) -> bool:
+        """Step by programs, if there are any; whether that was done."""
+        if self._program_step is None:
             return False
-        look, numbers = self._look(self._owner()), self._values(as_tensors=True)
-        try:
-            plans = self._compiled.plans(params, grads, look, numbers, learn=learn)
-        except Exception as error:
-            if self._backend == "compile":
-                raise
-            warn(f"the step can not be compiled, and runs by backend='reference': {error}", stacklevel=2)
-            self._backend = self.backend = "reference"
-            self._compiled = None
-            return False
-        self._compiled.step(plans, params, grads, look, numbers)
+        states, numbers = self._states(), self._values(as_tensors=True)
+        plans = self._program_step.plans(params, grads, states, numbers, learn=learn)
+        self._program_step.step(plans, params, grads, states, numbers)
         return True
 
     @torch.no_grad()
@@ -360,7 +361,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             handle.remove()
         for (_, p, _), index in zip(self._named(), _indices(final), strict=True):
             if index in final["state"]:  # torch has rounded these to the parameter's dtype
-                self.state[p] = {key: leaf.detach().clone().to(p.device) for key, leaf in final["state"][index].items()}
+                self.state[p] = {key: leaf.detach().clone().to(self._place(p, key)) for key, leaf in final["state"][index].items()}
 
     def _check_loadable(self, loaded: dict[str, Any]) -> None:
         if [len(g["params"]) for g in loaded["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
@@ -384,13 +385,13 @@ class HyperOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choice", "_how", "_learn_from", "_backend", "_keys", "_optimizers", "_tracked")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}  # programs are made again
+        own = ("_choice", "_elsewhere", "_how", "_learn_from", "_backend", "_keys", "_optimizers", "_tracked")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}  # programs are made again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_optimizers" in state:  # a copy or an unpickled one; torch also calls this to load a state_dict
-            self._programs = {}
+            self._programs = None
             self._create_state()
 
 

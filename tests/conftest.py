@@ -24,3 +24,10 @@ def _float64_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def quick_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are made without optimization: as they are traced, without inductor's code, or in the compiler's quickest way."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, examples: graph)
+    monkeypatch.setattr("hyperopt_nested.backends.fused.FLAGS", ("-O0",))

@@ -1,7 +1,8 @@
-"""Compiled steps do what the engine does, for every rule; they are compiled once, and wait for no value of a tensor."""
+"""Programs do what the engine does, for every rule; they are made once, and wait for no value of a tensor."""
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftp
 import hyperopt_nested as hn
-from hyperopt_nested import program
+from hyperopt_nested.backends import choice, foreach, fused
 from hyperopt_nested.testing.subject import subject
 
 Make = Callable[[str], hn.HyperOptimizer]
+BACKENDS = ["foreach", "compile", "fused"]
+ROWLESS = {"adafactor", "muon"}
+"""Rules that go neither row by row nor element by element: no native kernels."""
 
 
 def learned(value: float, per: Any = "tensor", by: float = 1e-4) -> hn.Learn:
@@ -74,31 +78,39 @@ def assert_same(found: Problem, expected: Problem) -> None:
         assert relative_error(value, wanted[name]) < EXACT, name
 
 
-@pytest.fixture
-def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs are run as they are traced, without inductor's code, which takes long to make."""
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, examples: graph)
-
-
-@pytest.mark.usefixtures("as_traced")
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("backend", BACKENDS)
 @hn.testing.every_rule("hyperopt_nested", "ftp")
-def test_programs_do_what_the_engine_does(name: str) -> None:
+def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     optimizer = all_learned(name)
     if optimizer.rule.measures:
-        with pytest.raises(ValueError, match=r"backend='compile' can not be had: .* needs a total over all tensors"):
-            Problem(optimizer, "compile")
+        with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: .* needs a total over all tensors"):
+            Problem(optimizer, backend)
         return
-    found = Problem(optimizer, "compile").run(5)
-    assert found.opt.backend == "compile"
+    if backend == "fused" and name in ROWLESS:
+        with pytest.raises(ValueError, match=r"backend='fused' can not be had: an update (makes a tensor of shape|calls)"):
+            Problem(optimizer, backend).run(1)
+        return
+    found = Problem(optimizer, backend).run(5)
+    assert found.opt.backend == backend
+    assert sorts(found.opt) == {"traced" if backend == "foreach" and name in ROWLESS else backend}
     assert_same(found, Problem(optimizer, "reference").run(5))
 
 
+def sorts(opt: hn.HyperOptimizer) -> set[str]:
+    """Which sorts of programs were made."""
+    return {key[0] for key, made in opt._programs._made.items() if not isinstance(made, Exception)}  # type: ignore[union-attr, index]
+
+
 @pytest.mark.parametrize("how", [{}, {"memory": "reverse"}], ids=["forward", "reverse"])
-@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "schedule_free_adamw", "ftp"])
-def test_compiled_programs_do_what_the_engine_does(name: str, how: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "compile") for name in ("adamw", "muon", "ftp")), *((name, "fused") for name in ("adamw", "lamb", "ftp"))],
+)
+def test_optimized_programs_do_what_the_engine_does(name: str, backend: str, how: Any) -> None:
     optimizer = subject(name).template
     optimizer = optimizer.replace(lr=learned(0.05))
-    assert_same(Problem(optimizer, "compile", **how).run(5), Problem(optimizer, "reference", **how).run(5))
+    assert_same(Problem(optimizer, backend, **how).run(5), Problem(optimizer, "reference", **how).run(5))
 
 
 def tower(per: Any) -> hn.Optimizer:
@@ -121,9 +133,86 @@ def tower(per: Any) -> hn.Optimizer:
     ],
     ids=["shared", "own", "shared, reverse", "own, reverse", "discount", "reverse", "bounds that read states"],
 )
-@pytest.mark.usefixtures("as_traced")
-def test_towers_and_memories(optimizer: hn.Optimizer, how: Any) -> None:
-    assert_same(Problem(optimizer, "compile", **how).run(5), Problem(optimizer, "reference", **how).run(5))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_towers_and_memories(optimizer: hn.Optimizer, how: Any, backend: str) -> None:
+    assert_same(Problem(optimizer, backend, **how).run(5), Problem(optimizer, "reference", **how).run(5))
+
+
+SHAPES = [(4, 3), (4, 3), (7, 3), (3, 2, 2, 2), (5,), (5,), (40,), (), (1, 6), (6, 1), (0, 3), (300, 50)]
+
+
+def layouts() -> dict[str, torch.nn.Parameter]:
+    """Tensors of many shapes, and some that do not lie row after row."""
+    generator = torch.Generator().manual_seed(0)
+    found = {f"{i}": torch.nn.Parameter(torch.randn(shape, generator=generator)) for i, shape in enumerate(SHAPES)}
+    image = torch.randn(3, 2, 4, 4, generator=generator)
+    found["channels last"] = torch.nn.Parameter(image.to(memory_format=torch.channels_last))
+    found["transposed"] = torch.nn.Parameter(torch.randn(4, 6, generator=generator).t())
+    found["every other"] = torch.nn.Parameter(torch.randn(4, 6, generator=generator)[:, ::2])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["foreach", "compile", "auto"])
+@pytest.mark.usefixtures("quick_programs")
+def test_tensors_of_all_shapes_and_layouts_together(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreach, "PIECE", 64)
+    monkeypatch.setattr(choice, "_MANY", 0)
+    ends = []
+    for each in (backend, "reference"):
+        params = {name: torch.nn.Parameter(p.detach().to(dtype)) for name, p in layouts().items()}
+        base = hn.adamw(lr=learned(1e-2, "model"), weight_decay=learned(0.1))
+        opt = ftp.FTPOptimizer(list(params.items()), base, exclude=["1", "5"], backend=each)  # type: ignore[arg-type]
+        for _ in range(4):
+            for name, p in params.items():
+                p.grad = torch.cos(p.detach() * (1 + len(name)))
+            params["2"].grad = params["2"].grad.t().contiguous().t()  # type: ignore[union-attr]
+            params["6"].grad = torch.ones(1, dtype=dtype).expand(40)
+            opt.step()
+        assert opt.backend == ("fused" if each == "auto" else each)
+        values = {f"{hyper}/{key}": value for hyper, found in opt.hypers().items() for key, value in found.items()}
+        ends.append({**{name: p.detach() for name, p in params.items()}, **values})
+    tolerance = {torch.float64: EXACT, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for name, value in ends[0].items():
+        assert relative_error(value, ends[1][name]) < tolerance, name
+
+
+@pytest.mark.parametrize("backend", ["foreach", "fused"])
+@pytest.mark.usefixtures("quick_programs")
+def test_what_is_remembered_is_what_was_before(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reverse memory copies what the same step overwrites, in tensors that are stepped in place, piece by piece, too."""
+    monkeypatch.setattr(foreach, "PIECE", 4)
+    optimizer = hn.adamw(lr=learned(0.05), beta1=learned(0.8))
+    found = Problem(optimizer, backend, (12, 5), memory="reverse").run(5)
+    assert_same(found, Problem(optimizer, "reference", (12, 5), memory="reverse").run(5))
+
+
+def test_kernels_split_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a tensor, and several tensors a batch."""
+    code = fused.code
+
+    def small(graph: Any) -> str:
+        source, sizes = code(graph), {"BLOCK": 64, "BATCH": 300}
+        for constant in sizes:
+            source = re.sub(rf"int64_t {constant} = \d+", f"int64_t {constant} = {sizes[constant]}", source)
+        return source
+
+    monkeypatch.setattr(fused, "code", small)
+    monkeypatch.setattr(fused, "FLAGS", ("-O0",))
+    ends = []
+    for backend in ("fused", "reference"):
+        params = {f"{i}": torch.nn.Parameter(torch.randn(shape)) for i, shape in enumerate([(30, 7), (5, 100), (200,), (3, 3), (9, 9)])}
+        opt = ftp.AdamP(list(params.items()), lr=1e-2, weight_decay=0.1, backend=backend)  # type: ignore[arg-type]
+        for _ in range(4):
+            for p in params.values():
+                p.grad = torch.cos(p.detach())
+            opt.step()
+        ends.append(({name: p.detach() for name, p in params.items()}, opt.hypers()["radius"]))
+        torch.manual_seed(0)
+    for name, value in ends[0][0].items():
+        assert relative_error(value, ends[1][0][name]) < EXACT, name
+        assert relative_error(ends[0][1][name], ends[1][1][name]) < EXACT, name
 
 
 class Syncs(TorchDispatchMode):
@@ -136,11 +225,12 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_thousand_steps_compile_nothing_more_and_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thousand_steps_make_nothing_more_and_wait_for_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    compiled = program.compiled
-    monkeypatch.setattr("hyperopt_nested.compiled_step.compiled", lambda *args: made.append(args) or compiled(*args))
-    problem = Problem(hn.adamw(lr=learned(0.01, "model", 1e-6)), "compile").run(1)
+    make = choice._MAKERS[backend]
+    monkeypatch.setitem(choice._MAKERS, backend, lambda *args: made.append(args) or make(*args))
+    problem = Problem(hn.adamw(lr=learned(0.01, "model", 1e-6)), backend).run(1)
     assert len(made) == 3  # of both tensors together: pull, update, and the learner's
     with Syncs() as syncs:
         problem.run(1000)
@@ -149,10 +239,12 @@ def test_a_thousand_steps_compile_nothing_more_and_wait_for_nothing(monkeypatch:
     assert problem.opt.hypers()["lr"]["group 0"] != 0.01
 
 
-def test_a_gradient_now_and_then_and_frozen_tensors() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_a_gradient_now_and_then_and_frozen_tensors(backend: str) -> None:
     ends = []
-    for backend in ("compile", "reference"):
-        problem = Problem(hn.adamw(lr=learned(0.01, "model"), weight_decay=learned(0.1)), backend)
+    for each in (backend, "reference"):
+        problem = Problem(hn.adamw(lr=learned(0.01, "model"), weight_decay=learned(0.1)), each)
         problem.params["b"].requires_grad_(False)
         for step in range(6):
             problem.gradients()
@@ -165,8 +257,10 @@ def test_a_gradient_now_and_then_and_frozen_tensors() -> None:
     assert_same(*ends)
 
 
-def test_values_that_were_read_stay() -> None:
-    problem = Problem(hn.sgd(lr=learned(0.01, "model")), "compile").run(1)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_values_that_were_read_stay(backend: str) -> None:
+    problem = Problem(hn.sgd(lr=learned(0.01, "model")), backend).run(1)
     problem.schedule = None
     lr, rejected = problem.opt.hypers()["lr"]["group 0"], problem.opt.rejected()["lr"]
     before = float(lr)
@@ -177,10 +271,12 @@ def test_values_that_were_read_stay() -> None:
     assert (float(rejected), float(problem.opt.rejected()["lr"])) == (0, 1)
 
 
-def test_nan_is_skipped_and_counted() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_nan_is_skipped_and_counted(backend: str) -> None:
     ends = []
-    for backend in ("compile", "reference"):
-        problem = Problem(hn.sgd(lr=learned(0.01, "model"), weight_decay=learned(0.1)), backend).run(2)
+    for each in (backend, "reference"):
+        problem = Problem(hn.sgd(lr=learned(0.01, "model"), weight_decay=learned(0.1)), each).run(2)
         problem.gradients()
         problem.params["a"].grad[0, 0] = float("nan")  # type: ignore[index]
         problem.opt.step()
@@ -189,15 +285,16 @@ def test_nan_is_skipped_and_counted() -> None:
     assert torch.equal(ends[0].opt.hypers()["lr"]["group 0"], ends[1].opt.hypers()["lr"]["group 0"])
 
 
-@pytest.mark.usefixtures("as_traced")
-def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_or_a_copy() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_or_a_copy(backend: str) -> None:
     optimizer = tower("model")
-    problem = Problem(optimizer, "compile").run(3)
+    problem = Problem(optimizer, backend).run(3)
     copied = copy.deepcopy(problem)
     file = io.BytesIO()
     torch.save([problem.opt.state_dict(), problem.schedule.state_dict(), problem.params], file)  # type: ignore[union-attr]
     file.seek(0)
-    resumed = Problem(optimizer, "compile")
+    resumed = Problem(optimizer, backend)
     state, schedule, params = torch.load(file, weights_only=False)
     with torch.no_grad():
         for name, p in resumed.params.items():
@@ -209,44 +306,88 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_or_a_copy() -> None:
         assert all(torch.equal(value, expected[name]) for name, value in other.run(3).values().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_tensors(dtype: torch.dtype) -> None:
-    ends = []
-    for backend in ("compile", "reference"):
-        params = {"w": torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype))}
-        opt = ftp.AdamP(list(params.items()), lr=1e-2, backend=backend)  # type: ignore[arg-type]
-        for _ in range(5):
-            params["w"].grad = torch.cos(params["w"].detach())
-            opt.step()
-        ends.append((params["w"].detach(), opt.hypers()["radius"]["w"]))
-    torch.testing.assert_close(ends[0][0], ends[1][0])
-    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-5, atol=0)
-
-
 def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1_000_000))
     assert hn.HyperOptimizer([small], hn.sgd()).backend == "reference"
-    assert hn.HyperOptimizer([large], hn.sgd()).backend == "compile"
+    assert hn.HyperOptimizer([large], hn.sgd()).backend == "fused"
     assert hn.HyperOptimizer([large], hn.sgd(), backend="reference").backend == "reference"
     assert hn.HyperOptimizer([large], hn.clip_by_global_norm(hn.sgd())).backend == "reference"
-    with pytest.raises(ValueError, match="backend='fast' must be one of 'auto', 'reference', 'compile'"):
+    with pytest.raises(ValueError, match="backend='fast' must be one of 'auto', 'reference', 'foreach', 'compile', 'fused'"):
         hn.HyperOptimizer([small], hn.sgd(), backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend='compile' can not be had: curvature='exact'"):
         hn.HyperOptimizer([small], hn.sgd(lr=learned(0.1)), backend="compile", discount=1.0, curvature="exact")
+    with pytest.raises(ValueError, match="backend='fused' can not be had: it is for the CPU, and there are tensors on meta"):
+        choice.chosen("fused", hn.Nested(hn.sgd()), {"w": torch.empty(1, device="meta"), "v": small})
+    monkeypatch.setattr(choice, "compiler_for", lambda device: False)
+    assert hn.HyperOptimizer([large], hn.sgd()).backend == "foreach"
+    for backend in ("compile", "fused"):
+        with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: there is no compiler for cpu here; install one"):
+            hn.HyperOptimizer([small], hn.sgd(), backend=backend)  # type: ignore[arg-type]
+
+
+def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for fails, before anything is changed; what is chosen is replaced, with a warning."""
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of order")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("hyperopt_nested.compiled_step.compiled", broken)
-        large.grad = torch.ones_like(large)
-        opt = hn.HyperOptimizer([large], hn.sgd(lr=0.5))
-        with pytest.warns(UserWarning, match="can not be compiled, and runs by backend='reference': out of order"):
+    for backend in ("fused", "compile"):
+        monkeypatch.setitem(choice._MAKERS, backend, broken)
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        opt = hn.HyperOptimizer([param], hn.sgd(lr=0.5), backend=backend)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"backend='{backend}' can not be had: out of order. Use backend='auto'"):
             opt.step()
+        assert torch.equal(param.detach(), torch.ones(3))
+    monkeypatch.setattr(choice, "_MANY", 0)
+    opt = hn.HyperOptimizer([param], hn.sgd(lr=0.5))
+    with pytest.warns(UserWarning, match="out of order") as warned:
         opt.step()
-        assert opt.backend == "reference"
-        assert float(large.detach()[0]) == 0.0
-    monkeypatch.setattr("hyperopt_nested.compiled_step.compiler_for", lambda device: False)
-    assert hn.HyperOptimizer([large], hn.sgd()).backend == "reference"
-    with pytest.raises(ValueError, match=r"there is no compiler for cpu here; install one"):
-        hn.HyperOptimizer([small], hn.sgd(), backend="compile")
+    assert [str(each.message) for each in warned] == [
+        f"backend='{each}' fails here, and is not used: out of order" for each in ("fused", "compile")
+    ]
+    opt.step()
+    assert sorts(opt) == {"foreach"}
+    assert float(param.detach()[0]) == 0.0
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.usefixtures("quick_programs")
+def test_what_is_kept_in_narrow_dtypes(backend: Any) -> None:
+    """Displacements and anchors in bfloat16 are rounded to it, and to nothing else."""
+    ends = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).to(torch.bfloat16).to(torch.float64))  # so is the anchor
+        opt = ftp.AdamP([("w", param)], lr=1e-2, backend=backend, displacement_dtype=dtype, anchor_dtype=dtype)
+        for _ in range(20):
+            param.grad = torch.cos(3 * param.detach())
+            opt.step()
+        kept = {key: leaf.dtype for key, leaf in opt.state[param].items() if leaf.shape == param.shape}
+        assert {key for key, found in kept.items() if found == torch.bfloat16} == (
+            {"rule.anchor", "memory.sensitivity.radius"} if dtype == torch.bfloat16 else set()
+        )
+        ends[dtype] = opt.hypers()["radius"]["w"]
+    error = relative_error(ends[torch.bfloat16], ends[torch.float64])
+    assert 0 < error < 1e-2
+
+
+def test_anchors_on_a_device_of_their_own_stay_there() -> None:
+    param = torch.nn.Parameter(torch.ones(3, 4, device="meta"))
+    opt = ftp.AdamP([("w", param)], anchor={"w": torch.ones(3, 4)}, anchor_device="cpu")
+    opt.hypers()
+    assert opt.state[param]["rule.anchor"].device.type == "cpu"
+    assert {leaf.device.type for key, leaf in opt.state[param].items() if key != "rule.anchor"} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"memory_dtype": torch.int8}, "memory_dtype=torch.int8 must be a real floating-point dtype"),
+        ({"memory_dtype": torch.bfloat16, "discount": 0.9}, "memory_dtype=torch.bfloat16 is for a horizon of one step, and discount=0.9"),
+    ],
+)
+def test_dtypes_that_can_not_be(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hn.HyperOptimizer([torch.nn.Parameter(torch.ones(3))], hn.sgd(lr=learned(0.1)), **given)
+    with pytest.raises(ValueError, match=r"anchor_dtype=torch\.int8 must be a real floating-point dtype"):
+        ftp.AdamP([torch.nn.Parameter(torch.ones(3))], anchor_dtype=torch.int8)

@@ -1,7 +1,8 @@
-"""The published programs' recorded trajectories, reproduced by the drop-in optimizers and by the pure engine."""
+"""The published programs' recorded trajectories, reproduced by the drop-in optimizers with each backend, and by the pure engine."""
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ def starts(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("init/"): value for key, value in data.items() if key.startswith("init/")}
 
 
-def drop_in(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+def drop_in(
+    config: dict[str, Any], data: dict[str, torch.Tensor], backend: Any = "reference"
+) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     """Parameters and radii after each step of AdamP or SGDP."""
     params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
     items = list(params.items())
     groups = [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
     settings = {key: config[key] for key in (*SHARED, "lr", "k") if key in config}
-    opt = {"adamp": AdamP, "sgdp": SGDP}[config["optimizer"]](groups, exclude=config["exclude"], **settings)
+    opt = {"adamp": AdamP, "sgdp": SGDP}[config["optimizer"]](groups, exclude=config["exclude"], backend=backend, **settings)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
     for step in range(1, config["steps"] + 1):
         grads = grads_at(data, step)
@@ -64,8 +67,12 @@ def pure(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tupl
         yield params, [nested.hypers(st)["radius"][name] for name in config["constrained"]]
 
 
-@pytest.mark.parametrize("run", [drop_in, pure])
+RUNS = {"reference": drop_in, "pure": pure, **{each: partial(drop_in, backend=each) for each in ("foreach", "compile", "fused")}}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("case", FTP)
+@pytest.mark.usefixtures("quick_programs")
 def test_ftp(case: str, run: Any) -> None:
     config, data = load(case)
     tolerance = 1e-4 if config["dtype"] == "float32" else EXACT
@@ -103,6 +110,23 @@ TOWERS = {
     "tower_adam_sgd": adam(beta1=learned(0.9, 1e-4, via="tanh"), beta2=learned(0.999, 1e-4, via="tanh")),
     "tower_rmsprop_alpha_sgd": rmsprop_eps_inside(lr=learned(1e-2, 1e-4)),
 }
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "compile", "fused"])
+@pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tower_*.npz")))
+@pytest.mark.usefixtures("quick_programs")
+def test_tower_by_programs(case: str, backend: Any) -> None:
+    config, data = load(case)
+    params = {name: torch.nn.Parameter(data[f"x0/{name}"]) for name in ("u", "v")}
+    opt = hn.HyperOptimizer(list(params.items()), TOWERS[case], backend=backend)
+    for step in range(1, config["steps"] + 1):
+        for name, x in params.items():
+            x.grad = data[f"A/{name}"] @ x.detach() - data[f"b/{name}"]
+        opt.step()
+        for name, x in params.items():
+            assert relative_error(x.detach(), data[f"x/{step}/{name}"]) < EXACT
+    for path, values in opt.hypers().items():
+        assert relative_error(next(iter(values.values())), data[f"hyper/{path}/{step}"]) < EXACT
 
 
 @pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("tower_*.npz")))

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
 LAYERS = ["hyper", "registry", "ops", "rule", "projections", "combinator", "sensitivity", "rules", "combinators", "learned"]
 LAYERS += ["tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "functional", "implicit", "unrolled"]
-LAYERS += ["sweep", "audit", "kept_state", "program", "compiled_step", "group", "optimizer", "testing", "cli"]
-PACKAGES = ["rules", "combinators", "testing"]
+LAYERS += ["sweep", "audit", "kept_state", "backends", "group", "optimizer", "testing", "cli"]
+PACKAGES = ["rules", "combinators", "backends", "testing"]
 
 
 def imported(path: Path) -> list[tuple[str, list[str]]]:

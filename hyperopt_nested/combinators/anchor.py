@@ -12,22 +12,38 @@ Anchor = Literal["start", "zero"] | Tensor
 of the parameter's shape, of which the state keeps a copy."""
 
 
-def keep_anchor(param: Tensor, anchor: Anchor) -> State:
-    """The anchor as a part of a tensor's state: `{"anchor": ...}` in the parameter's dtype, or nothing where it is zero.
+def keep_anchor(param: Tensor, anchor: Anchor, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> State:
+    """The anchor as a part of a tensor's state: `{"anchor": ...}`, or nothing where it is zero.
+
+    Args:
+        param: the parameter.
+        anchor: the point.
+        dtype: what it is kept in, real floating-point; None is the parameter's.
+        device: where it is kept; None is where the parameter is.
 
     Raises:
-        ValueError: `anchor` is none of the choices, or a tensor of another shape than the parameter.
+        ValueError: `anchor` is none of the choices, or a tensor of another shape than the parameter; or `dtype` is none for weights.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"anchor_dtype={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
     if isinstance(anchor, Tensor):
         if anchor.shape != param.shape:
             raise ValueError(f"anchor has shape {tuple(anchor.shape)}, the parameter {tuple(param.shape)}: they must be equal")
-        return {"anchor": anchor.detach().to(param.device, param.dtype, copy=True)}
-    if anchor not in ("start", "zero"):
+    elif anchor not in ("start", "zero"):
         raise ValueError(f"anchor={anchor!r} must be 'start', 'zero' or a tensor")
-    return {} if anchor == "zero" else {"anchor": param.detach().clone()}
+    if isinstance(anchor, str) and anchor == "zero":
+        return {}
+    point = param if isinstance(anchor, str) else anchor
+    return {"anchor": point.detach().to(device or param.device, dtype or param.dtype, copy=True)}
+
+
+def anchor_of(param: Tensor, state: State) -> Tensor | None:
+    """The anchor, where the parameter is; None if it is zero."""
+    anchor = state.get("anchor")
+    return None if anchor is None else anchor.to(param.device)
 
 
 def displacement(param: Tensor, state: State) -> Tensor:
     """Parameter minus anchor, of the parameter's shape."""
-    anchor = state.get("anchor")
+    anchor = anchor_of(param, state)
     return param if anchor is None else torch.sub(param, anchor)

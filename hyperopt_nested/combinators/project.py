@@ -2,19 +2,28 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from hyperopt_nested.combinator import Step, combinator
-from hyperopt_nested.combinators.anchor import Anchor, displacement, keep_anchor
+from hyperopt_nested.combinators.anchor import Anchor, anchor_of, displacement, keep_anchor
 from hyperopt_nested.hyper import NonNegative
 from hyperopt_nested.ops import State, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation, largest, mars
 
 
-def _init(param: Tensor, *, saturation: Saturation, anchor: Anchor = "start") -> State:
+def _init(
+    param: Tensor,
+    *,
+    saturation: Saturation,
+    anchor: Anchor = "start",
+    anchor_dtype: torch.dtype | None = None,
+    anchor_device: str | torch.device | None = None,
+) -> State:
     if saturation not in get_args(Saturation):
         raise ValueError(f"saturation={saturation!r} must be one of {', '.join(map(repr, get_args(Saturation)))}")
-    return {"largest_norm": param.new_zeros((), dtype=state_dtype(param)), **keep_anchor(param, anchor)}
+    kept = keep_anchor(param, anchor, dtype=anchor_dtype, device=anchor_device)
+    return {"largest_norm": param.new_zeros((), dtype=state_dtype(param)), **kept}
 
 
 @combinator(_init, coupling=lambda *, onto: onto.coupling, check_with={"saturation": "exact"}, radius=NonNegative(1.0))
@@ -37,6 +46,8 @@ def project(
         radius: the ball's radius, >= 0.
         onto: the ball: `mars`, `frobenius`, `row_l2` or `linf`.
         anchor: the centre: "start", the parameter's values at initialisation; "zero", which takes no memory; or a tensor.
+        anchor_dtype: what the centre is kept in, and thereby rounded to; None is the parameter's dtype.
+        anchor_device: where it is kept, and fetched from in each step: "cpu" saves a GPU's memory; None is where the parameter is.
         saturation: derivative with respect to the radius where the projection is inactive; see `Saturation`.
 
     Example:
@@ -47,5 +58,5 @@ def project(
     new = step(param, grad)
     moved = displacement(new, state)
     norms = onto.norms(moved)
-    pulled = onto.pull(new, moved, norms, radius, center=state.get("anchor"), saturation=saturation)
+    pulled = onto.pull(new, moved, norms, radius, center=anchor_of(new, state), saturation=saturation)
     return pulled, {**state, "largest_norm": largest(norms) + EPS}

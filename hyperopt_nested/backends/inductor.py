@@ -9,27 +9,36 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._triton import has_triton
 
-Function = Callable[..., Sequence[Tensor]]
+from hyperopt_nested.backends.program import Function, write_over
 
 
-def compiled(function: Function, arguments: Sequence[Tensor]) -> Function:
-    """A program that does what a function of tensors does; it may write to its arguments.
+def as_traced(function: Function, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """What a function does to its arguments, in place, for arguments of these shapes: operators of torch.func in it resolved."""
 
-    The function is traced once, with operators of torch.func in it resolved, and compiled by inductor, which caches on disk. What it
-    does must not depend on values of tensors.
+    def in_place(*given: Tensor) -> list[Tensor]:
+        write_over(given, function(*given))
+        return []
+
+    with torch.no_grad():
+        return make_fx(in_place)(*(argument.detach().clone() for argument in arguments))
+
+
+def compiled(function: Function, arguments: Sequence[Tensor]) -> Callable[..., Any]:
+    """What a function does to its arguments, in place, compiled by inductor, which caches on disk.
+
+    It is for arguments of fixed shapes, strides, dtypes and devices, without guards.
 
     Args:
-        function: of as many tensors as there are arguments, to a sequence of tensors.
-        arguments: examples; the program takes tensors of their shapes, strides, dtypes and devices. They are not changed.
+        function: what it does.
+        arguments: examples; they are not changed.
     """
     import torch._inductor  # a second or two, and of no use without this
 
     _declare_realize()
-    examples = [argument.detach().clone() for argument in arguments]
+    graph = as_traced(function, arguments)
+    _realize_numbers(graph)
     with torch.no_grad():
-        graph = make_fx(function)(*examples)
-        _realize_numbers(graph)
-        program: Function = torch._inductor.compile(graph, list[Any](examples))
+        program: Callable[..., Any] = torch._inductor.compile(graph, list[Any](arguments))
     return program
 
 

@@ -1,0 +1,1 @@
+"""What runs a step of `HyperOptimizer`: programs that are made from the engine, and do what it does, faster."""

@@ -1,0 +1,58 @@
+"""Programs as native kernels: one call steps many tensors, and passes over their memory as seldom as can be."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.backends.cpp import code
+from hyperopt_nested.backends.graph import Kind, UpdateGraph
+from hyperopt_nested.backends.layout import lying_as, sizes
+from hyperopt_nested.backends.program import Program
+
+FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
+
+
+def fused(graph: UpdateGraph) -> Program:
+    """A kernel that does a graph, for tensors of all sizes that pass `check_layout`.
+
+    It is generated as C++ and compiled by what inductor compiles with, which caches on disk.
+
+    Raises:
+        UnsupportedError: there is no C++ for it.
+    """
+    return _Kernel(graph, code(graph))
+
+
+@cache
+def _library(source: str) -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache  # takes a second or two
+
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=FLAGS, needs_vec_isa=True)
+    library.run.restype = None
+    return library
+
+
+class _Kernel:
+    def __init__(self, graph: UpdateGraph, source: str) -> None:
+        self._run = _library(source).run
+        self._elements = [i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT]
+        self._dtypes = [dtype for _, dtype in graph.inputs]
+
+    def __call__(self, batch: Sequence[Sequence[Tensor]]) -> None:
+        shapes, addresses, held = [], [], []
+        like = self._elements[-1] if self._elements else 0
+        for given in batch:
+            if [tensor.dtype for tensor in given] != self._dtypes:  # of what somebody has put into an optimizer's state
+                raise TypeError(f"a kernel for {self._dtypes} is given {[tensor.dtype for tensor in given]}")
+            grad = lying_as(given[0], given[like]) if self._elements else given[0]
+            held.append(grad)
+            shapes.append(sizes(given[like]))
+            addresses.append(grad.data_ptr())
+            addresses.extend(map(Tensor.data_ptr, given[1:]))
+        tables = [array("q", table) for table in (addresses, [rows for rows, _ in shapes], [columns for _, columns in shapes])]
+        pointers = [ctypes.c_void_p(table.buffer_info()[0]) for table in tables]
+        self._run(ctypes.c_int64(len(shapes)), *pointers, torch.get_num_threads())

@@ -1,0 +1,114 @@
+"""Graphs with less to do for each element: what is the same up to rounding, wherever nothing is infinite or NaN."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, Values
+
+
+def simplified(graph: UpdateGraph) -> UpdateGraph:
+    """A graph that does the same, with factors of numbers and rows gathered, and divisions by them made factors."""
+    return _Simplification().of(graph)
+
+
+class _Simplification:
+    def __init__(self) -> None:
+        self._value = Values()
+        self._assumed: dict[tuple[Value, Value], Value] = {}
+
+    def of(self, graph: UpdateGraph) -> UpdateGraph:
+        new: dict[Value, Value] = {}
+        for value in graph.values():
+            args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
+            new[value] = self._made(value, args)
+        return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
+
+    def _made(self, value: Value, args: Sequence[Value]) -> Value:
+        if value.kind > Kind.NUMBER and value.dtype.is_floating_point:
+            rule = getattr(self, f"_{value.op}", None)
+            found = rule(value, *args) if rule else None
+            if found is not None:
+                made: Value = found
+                return made
+        return self._value(value.op, args, value.kind, value.dtype, value.computed)
+
+    def _times(self, one: Value, other: Value, dtype: torch.dtype) -> Value:
+        """A product, of what there is more of first; of factors of smaller kind, one is made."""
+        if one.kind < other.kind:
+            one, other = other, one
+        if other.is_constant(1):
+            return one
+        if one.kind > other.kind and one.op == "mul" and one.args[1].kind < one.kind and one.dtype == dtype:
+            return self._times(one.args[0], self._times(one.args[1], other, _wide(one.args[1], other)), dtype)
+        return self._value("mul", (one, other), max(one.kind, other.kind), dtype)
+
+    def _inverse(self, value: Value) -> Value:
+        return self._value("reciprocal", (value,), value.kind, value.dtype)
+
+    def _mul(self, value: Value, one: Value, other: Value) -> Value:
+        return self._times(one, other, value.dtype)
+
+    def _div(self, value: Value, one: Value, other: Value) -> Value | None:
+        if other.kind < value.kind or value.kind == Kind.ROW:
+            return self._times(one, self._inverse(other), value.dtype)
+        if one.op == "mul" and one.args[1].kind < one.kind:
+            quotient = self._value("div", (one.args[0], other), value.kind, value.dtype)
+            return self._times(quotient, one.args[1], value.dtype)
+        return None
+
+    def _neg(self, value: Value, one: Value) -> Value | None:
+        if one.op == "mul" and one.args[1].kind < one.kind:
+            factor = one.args[1]
+            return self._times(one.args[0], self._value("neg", (factor,), factor.kind, factor.dtype), value.dtype)
+        return None
+
+    def _sub(self, value: Value, one: Value, other: Value) -> Value | None:
+        if other.op == "mul" and other.args[0] is one and other.args[1].kind < value.kind:
+            factor = other.args[1]
+            unit = self._value("constant", (1.0,), Kind.NUMBER, factor.dtype)
+            return self._times(one, self._value("sub", (unit, factor), factor.kind, factor.dtype), value.dtype)
+        return None
+
+    def _add(self, _: Value, one: Value, other: Value) -> Value | None:
+        if one.op == other.op == "where" and one.args[0] is other.args[0] and one.args[1] is other.args[2]:
+            found: Value = one.args[1]
+            return found if one.args[2].is_constant(0) and other.args[1].is_constant(0) else None
+        return None
+
+    def _where(self, value: Value, condition: Value, yes: Value, no: Value) -> Value | None:
+        """The root that has derivative zero at zero is the root of what is not negative; and what is chosen need not choose again."""
+        if yes.op == "sqrt" and no.is_constant(0) and _keeps_positive(condition, yes.args[0]):
+            return self._value("sqrt", (self._assuming(condition, yes.args[0]),), value.kind, value.dtype)
+        assumed = self._assuming(condition, yes)
+        return None if assumed is yes else self._value("where", (condition, assumed, no), value.kind, value.dtype)
+
+    def _assuming(self, condition: Value, value: Value) -> Value:
+        """A value where a condition is met; anywhere else, it may be another."""
+        if value.op in ("input", "constant") or value.op in REDUCTIONS or value.kind < condition.kind:
+            return value
+        if (condition, value) not in self._assumed:
+            self._assumed[condition, value] = self._assumed_anew(condition, value)
+        return self._assumed[condition, value]
+
+    def _assumed_anew(self, condition: Value, value: Value) -> Value:
+        if _keeps_positive(condition, value):  # so that it is the same value whether the condition is met or not
+            zero = self._value("constant", (0,), Kind.NUMBER, value.dtype)
+            return self._value("clamp", (value.args[1], zero, None), value.kind, value.dtype)
+        if value.op == "where" and value.args[0] is condition:
+            return self._assuming(condition, value.args[1])
+        args = [self._assuming(condition, arg) if isinstance(arg, Value) else arg for arg in value.args]
+        same = all(new is old for new, old in zip(args, value.args, strict=True))
+        return value if same else self._made(value, args)
+
+
+def _keeps_positive(condition: Value, value: Value) -> bool:
+    """Whether a value is another one where that is positive, which is the condition."""
+    chosen = value.op == "where" and value.args[0] is condition and condition.op == "gt"
+    return chosen and condition.args[0] is value.args[1] and condition.args[1].is_constant(0)
+
+
+def _wide(one: Value, other: Value) -> torch.dtype:
+    if one.kind == other.kind:
+        return torch.promote_types(one.dtype, other.dtype)
+    return max(one, other, key=lambda value: value.kind).dtype
