@@ -1,8 +1,12 @@
-# Each target makes .venv by itself, with pip and the pinned versions of constraints.txt.
+# Each target makes .venv by itself, with pip and the pinned versions of constraints.txt; `bench` makes .venv-bench, which also has the
+# programs that are compared with. PUBLISHED_FTP=path/to/FTP.py has it compare with the authors' program of FTP too.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
+OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
+PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
 .PHONY: demo test test-thorough lint format docs rules bench clean
 
@@ -32,14 +36,29 @@ rules: $(VENV)/.done
 	echo >> docs/reference/rules.md
 	$(BIN)/hyperopt-nested rules --markdown >> docs/reference/rules.md
 
-bench: $(VENV)/.done
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/hypergradients.py
+bench: $(BENCH)/.done
+	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
+	run optimizer_steps.py $(PUBLISHED); \
+	run memory.py $(PUBLISHED); \
+	run scaling.py; \
+	run training_steps.py; \
+	run horizons.py; \
+	run hypergradients.py; \
+	test -z "$$failed" || { echo "*** FAILED:$$failed ***"; exit 1; }
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(BENCH) site
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(BENCH)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	for each in $(OTHERS); do \
+		$(BENCH)/bin/pip install --quiet --only-binary :all: --constraint constraints.txt $$each \
+			|| echo "*** NOT INSTALLED, SO NOT COMPARED WITH: $$each ***"; \
+	done
 	touch $@

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: peak memory, times side by side, and tables that are printed and saved."""
+"""What the benchmarks measure with: peak memory, times side by side, and tables and figures that are printed and saved."""
 
 import csv
 import gc
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch._C._autograd import _ProfilerResult
@@ -25,10 +26,11 @@ class Allocations:
 
     Attributes:
         peak: most bytes, above those there before, that were allocated at one time; known when the `with` is left.
+        kept: bytes that were allocated and are still there when it is left.
     """
 
     def __init__(self) -> None:
-        self.peak = self._now = 0
+        self.peak = self.kept = 0
         self._config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())  # True: memory
 
     def __enter__(self) -> "Allocations":
@@ -37,6 +39,7 @@ class Allocations:
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.collect()
         self._add(torch.autograd._disable_profiler())
 
     def settle(self) -> None:
@@ -52,8 +55,8 @@ class Allocations:
     def _add(self, recorded: _ProfilerResult) -> None:
         for event in recorded.events():
             if event.name() == "[memory]":
-                self._now += event.nbytes()
-                self.peak = max(self.peak, self._now)
+                self.kept += event.nbytes()
+                self.peak = max(self.peak, self.kept)
 
 
 def peak(function: Callable[[], Any]) -> int:
@@ -72,6 +75,34 @@ def seconds(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
             function()
             times[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def compared(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Columns: median of seconds, as ms, and median and quartiles of the ratio to those of a base in the same rounds."""
+    low, middle, high = np.percentile(values / base, [25, 50, 75])
+    return {"ms": 1e3 * float(np.median(values)), "ratio": float(middle), "lower quartile": float(low), "upper quartile": float(high)}
+
+
+def bars(panels: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
+    """Save a figure of horizontal bars, a panel for each title, with their numbers; what is not a number is left out."""
+    shown = {title: {name: value for name, value in values.items() if value == value} for title, values in panels.items()}
+    heights = [1 + len(values) for values in shown.values()]
+    figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.6 * len(heights)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(len(shown), height_ratios=heights, squeeze=False)[:, 0], shown.items(), strict=True):
+        axes.bar_label(axes.barh(list(values), list(values.values()), color="#0072b2"), fmt="%.3g", padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def all_met(requirements: Sequence[tuple[str, float, str, bool]], path: Path) -> bool:
+    """Report requirements: what is measured, the number, its bound, and whether it is met; whether all are."""
+    report("requirements", [dict(zip(("requirement", "measured", "bound", "met"), each, strict=True)) for each in requirements], path)
+    return all(met for *_, met in requirements)
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
