@@ -173,7 +173,7 @@ def _online(
         now, st = nested.step(now, gradient(now), st, learn=False, hessian=bent)
         if step in marks:
             slope, direct = torch.func.grad(outer_loss, argnums=(0, 1))(now, st["hypers"])
-            found[step] = map_tree(torch.add, direct, nested.hypergradients(slope, st))
+            found[step] = map_tree(torch.add, direct, nested.hypergradients(now, slope, st))
     return found
 
 

@@ -74,8 +74,10 @@ class Horizon:
                     found[name]["carried"][key][value] = {"param": pushed[0][name], "state": pushed[1][name]}
         return new, states, found
 
-    def pull(self, _: str, grad: Tensor, memory: State, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value."""
+    def pull(
+        self, _: str, grad: Tensor, __: Tensor, ___: State, memory: State, hypers: Mapping[str, Raws]
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
         for key, by_value in memory["carried"].items():
             for value, each in by_value.items():
                 yield key, value, pull_forward(grad, each["param"], hypers[key][value])

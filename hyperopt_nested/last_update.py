@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.learnable import Memory, kept_forward
+from hyperopt_nested.learnable import Kind, Memory, kind_of_memory
 from hyperopt_nested.learned import number
 from hyperopt_nested.ops import State, map_tree, state_dtype
 from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse
 
 
 class LastUpdate:
-    """The memory of each tensor's last update: `sensitivity`, by learned hyper; where one needs it, `inputs`, and if they were `taken`.
+    """The memory of each tensor's last update.
+
+    It is `sensitivity`, by learned hyper; and where hypers need it, its `inputs`, or only its `numbers`, and whether it was `taken`.
 
     Args:
         update: the update of all tensors.
@@ -26,19 +28,19 @@ class LastUpdate:
 
     def __init__(self, update: JointUpdate, memory: Memory, dtype: torch.dtype | None = None) -> None:
         self._update, self._dtype = update, dtype
-        self._forward: dict[int, list[str]] = {}  # keys of the hypers that are remembered so, by the optimizer's id
-        self._reverse: dict[int, list[str]] = {}
+        self._kinds: dict[int, dict[str, Kind]] = {}  # by the optimizer's id, and the hyper's key
         for optimizer in update.optimizers:
-            learned = update.learned_by(optimizer).values() if memory != "none" else ()
-            forward = {each.key: kept_forward(optimizer, each.learn, memory) for each in learned}
-            self._forward[id(optimizer)] = [key for key, kept in forward.items() if kept]
-            self._reverse[id(optimizer)] = [key for key, kept in forward.items() if not kept]
+            learned = update.learned_by(optimizer) if memory != "none" else {}
+            kinds = self._kinds[id(optimizer)] = {}
+            for hyper, each in learned.items():  # several may be learned as one
+                kind = kind_of_memory(optimizer, hyper, each.learn, memory)
+                kinds[each.key] = kind_of_memory(optimizer, hyper, each.learn, "kept") if kinds.get(each.key, kind) != kind else kind
 
     def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
         found = {}
         for name, param in params.items():
-            none = {key: torch.zeros_like(param, dtype=self._dtype or state_dtype(param)) for key in self._kept(name, forward=True)}
+            none = {key: torch.zeros_like(param, dtype=self._dtype or state_dtype(param)) for key in self._kept(name, "forward")}
             totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
             raws = self._update.raws_of(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
@@ -50,7 +52,7 @@ class LastUpdate:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         del hessian  # one step looks through no gradient
         rule = st["rule"]
-        forward = {key for name in grads for key in self._kept(name, forward=True)}
+        forward = {key for name in grads for key in self._kept(name, "forward")}
         used = self._update.used(grads, hypers)
 
         def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
@@ -59,12 +61,14 @@ class LastUpdate:
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
         memory: State = {}
         for name in grads:
-            sensitivity = {key: self._narrow(sensitivities[key][name]) for key in self._kept(name, forward=True)}
+            sensitivity = {key: self._narrow(sensitivities[key][name]) for key in self._kept(name, "forward")}
             inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
 
-    def pull(self, name: str, grad: Tensor, memory: State, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, str, Tensor]]:
+    def pull(
+        self, name: str, grad: Tensor, param: Tensor, rule: State, memory: State, hypers: Mapping[str, Raws]
+    ) -> Iterator[tuple[str, str, Tensor]]:
         """What the gradient of a tensor adds to hypergradients: by learned hyper and by value."""
         value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
         raws = self._update.raws_of(name, hypers)
@@ -74,15 +78,21 @@ class LastUpdate:
             inputs = memory["inputs"]
             update = self._update.of(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
             through = pull_reverse(grad, functools.partial(update.param, total=inputs.get("total")), inputs["raws"])
-            for key in self._kept(name, forward=False):
+            for key in self._kept(name, "reverse"):
                 yield key, value[key], torch.where(memory["taken"] > 0, through[key], 0)
+        if "numbers" in memory:
+            numbers, taken = memory["numbers"], memory["taken"] > 0
+            state = map_tree(lambda leaf: torch.where(taken, leaf, 1) if leaf.ndim == 0 else leaf, rule)  # no step is number 0
+            through = self._update.of(name, param, grad, state, numbers["values"]).pull_late(grad, numbers["raws"])
+            for key in self._kept(name, "late"):
+                yield key, value[key], torch.where(taken, through[key], 0)
 
     def _narrow(self, sensitivity: Tensor) -> Tensor:
         return sensitivity if self._dtype is None else sensitivity.to(self._dtype)
 
-    def _kept(self, name: str, *, forward: bool) -> list[str]:
-        """Learned hypers of a tensor that are remembered forward, or in reverse."""
-        return (self._forward if forward else self._reverse)[id(self._update.optimizer_of(name))]
+    def _kept(self, name: str, kind: Kind) -> list[str]:
+        """Learned hypers of a tensor that are remembered so."""
+        return [key for key, each in self._kinds[id(self._update.optimizer_of(name))].items() if each == kind]
 
     def _remembered(
         self,
@@ -96,15 +106,20 @@ class LastUpdate:
         values: Mapping[str, float | Tensor],
         totals: Raws,
     ) -> State:
-        """Memory of one tensor's update: sensitivities, and, if a hyper needs them, its inputs.
+        """Memory of one tensor's update: sensitivities, and what hypers need of its inputs.
 
         They are copies: the caller may overwrite tensors, and torch.compile tells shared ones from others.
         """
-        if not self._kept(name, forward=False):
-            return {"sensitivity": sensitivity}
+        found: State = {"sensitivity": sensitivity}
+        late, reverse = self._kept(name, "late"), self._kept(name, "reverse")
         optimizer = self._update.optimizer_of(name)
-        numbers = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
-        inputs: State = {"param": param, "grad": grad, "state": state, "raws": raws, "values": numbers}
-        if optimizer.rule.measures:
-            inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
-        return {"sensitivity": sensitivity, "inputs": map_tree(torch.clone, inputs), "taken": torch.tensor(taken, device=param.device)}
+        given = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
+        numbers: State = {"raws": raws, "values": given}
+        if late:
+            found["numbers"] = map_tree(torch.clone, numbers)
+        if reverse:
+            inputs = {"param": param, "grad": grad, "state": state, **numbers}
+            if optimizer.rule.measures:
+                inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
+            found["inputs"] = map_tree(torch.clone, inputs)
+        return {**found, "taken": torch.tensor(taken, device=param.device)} if late or reverse else found

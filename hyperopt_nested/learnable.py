@@ -15,15 +15,22 @@ from hyperopt_nested.rule import Coupling, Learn, Optimizer
 from hyperopt_nested.sensitivity import unused
 from hyperopt_nested.tensor_update import TensorUpdate
 
-Memory = Literal["auto", "forward", "reverse", "none"]
+Memory = Literal["auto", "kept", "forward", "reverse", "none"]
 """How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
 hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
-back through it (always exact). "auto" is forward wherever that is exact. "none" remembers nothing, and so learns nothing."""
+back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers that a rule
+declares as `late`, as Adam's learning rate and decoupled weight decay: of these the effect is worked out from the tensor and the state
+that the update left, and takes no memory; tensors have to be left alone between steps. "none" remembers nothing, and so learns nothing."""
+
+Kind = Literal["late", "forward", "reverse"]
+"""How the last update's dependence on one hyper is remembered."""
 
 
-def kept_forward(optimizer: Optimizer, learn: Learn, memory: Memory) -> bool:
-    """Whether the last update is remembered by its sensitivity to this hyper."""
-    return memory != "reverse" and _forward_is_exact(optimizer, learn)
+def kind_of_memory(optimizer: Optimizer, name: str, learn: Learn, memory: Memory) -> Kind:
+    """How the last update's dependence on a learned hyper is remembered."""
+    if memory == "auto" and name in optimizer.rule.late:
+        return "late"
+    return "forward" if memory != "reverse" and _forward_is_exact(optimizer, learn) else "reverse"
 
 
 def check_horizon(memory: Memory, discount: float, curvature: Curvature, memory_dtype: torch.dtype | None = None) -> None:
@@ -102,7 +109,8 @@ def check_used(
             )
     one_step = memory != "none" and not discount
     for each in learned.values():
-        if one_step and each.key in measured and (each.learn.per != "model" or not kept_forward(optimizer, each.learn, memory)):
+        kind = kind_of_memory(optimizer, told[each.key], each.learn, memory)
+        if one_step and each.key in measured and (each.learn.per != "model" or kind != "forward"):
             raise ValueError(
                 f"{told[each.key]} enters the total over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
                 "'auto' or 'forward', or put what needs the total outermost, where it sees the raw gradients"

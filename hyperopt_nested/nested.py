@@ -73,7 +73,7 @@ class Nested:
                     check_declared(each, name, learn, memory, discount, curvature)
                     same = sum(learned.key.split("#")[0] == name for learned in by_learn.values())
                     key = f"{name}#{same + 1}" if same else name
-                    learner = Nested(learn.by, memory=memory, discount=discount)
+                    learner = Nested(learn.by, memory="kept" if memory == "auto" else memory, discount=discount)  # values may be confined
                     by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
         self._joint = JointUpdate(optimizer, by_learn)
@@ -166,7 +166,7 @@ class Nested:
                 f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
             )
         grads = self.descended(grads)
-        hypers, learners, rejected = self._learn(grads, st, learn)
+        hypers, learners, rejected = self._learn(params, grads, st, learn)
         bent = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, bent)
         new, rule = _in_dtypes_of(params, st["rule"], new, rule)
@@ -175,10 +175,11 @@ class Nested:
         memory = {**st["memory"], **memory}
         return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
 
-    def hyper_step(self, grads: Tensors, st: State) -> State:
+    def hyper_step(self, params: Tensors, grads: Tensors, st: State) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
 
         Args:
+            params: these tensors.
             grads: the gradients, by tensor.
             st: as the last step, or hyper step, made it.
 
@@ -186,7 +187,7 @@ class Nested:
             The new state.
         """
         grads = self.descended(grads)
-        hypers, learners, rejected = self._learn(grads, st, True)
+        hypers, learners, rejected = self._learn(params, grads, st, True)
         hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in hypers.items()}
         return {**st, "hypers": hypers, "learners": learners, "rejected": rejected}
 
@@ -194,10 +195,12 @@ class Nested:
         """Gradients of what is minimized."""
         return {name: -grad if self._joint.optimizer_of(name).maximize else grad for name, grad in grads.items()}
 
-    def _learn(self, grads: Tensors, st: State, learn: bool | Collection[str]) -> tuple[dict[str, Raws], dict[str, State], Raws]:
+    def _learn(
+        self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str]
+    ) -> tuple[dict[str, Raws], dict[str, State], Raws]:
         """Learned hypers, their learners and counts of what was rejected, after one step with the hypergradients that `grads` give."""
         hypers, learners, rejected = dict(st["hypers"]), dict(st["learners"]), dict(st["rejected"])
-        for key, hypergrads in self.hypergradients(grads, st).items() if learn else ():
+        for key, hypergrads in self.hypergradients(params, grads, st).items() if learn else ():
             learned = self.learned[key]
             if not isinstance(learn, bool) and key not in learn:
                 continue
@@ -221,10 +224,11 @@ class Nested:
         new, (states, _) = self._joint(params, self.descended(grads), rule, hypers, {})
         return _in_dtypes_of(params, rule, new, states)
 
-    def hypergradients(self, grads: Tensors, st: State) -> dict[str, Raws]:
+    def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Raws]:
         """Gradients pulled back through the last update onto the learned hypers, in raw coordinates; zero before the first update.
 
         Args:
+            params: the tensors that the last update made, by name.
             grads: gradients after the last update, by tensor (of what is minimized).
             st: the state that the last update made.
 
@@ -233,7 +237,8 @@ class Nested:
         """
         found: dict[str, Raws] = {key: {} for key in self.learned}
         for name, grad in grads.items():
-            for key, value, contribution in self._memory.pull(name, grad, st["memory"][name], st["hypers"]):
+            left = params[name], st["rule"][name], st["memory"][name]
+            for key, value, contribution in self._memory.pull(name, grad, *left, st["hypers"]):
                 before = found[key].get(value)
                 found[key][value] = contribution if before is None else before + contribution.to(before.device)
         return {key: raws for key, raws in found.items() if raws}

@@ -280,8 +280,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         if self._program_step is None:
             return False
         states, numbers = self._states(), self._values(as_tensors=True)
-        plans = self._program_step.plans(params, grads, states, numbers, learn=learn)
-        self._program_step.step(plans, params, grads, states, numbers)
+        prepared = self._program_step.prepare(params, grads, states, numbers, learn=learn)
+        self._program_step.step(prepared, grads, states)
         return True
 
     @torch.no_grad()
@@ -296,7 +296,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         if self._learn_from != "validation":
             raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
         grads = {name: grad for name, grad in self._grads().items() if name in self._tracked}
-        self._scatter(self._nested.hyper_step(grads, self._gather()))
+        params = {name: p.detach() for name, p, _ in self._named()}
+        self._scatter(self._nested.hyper_step(params, grads, self._gather()))
 
     def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those found, or else those that the parameters have."""

@@ -39,6 +39,7 @@ class Rule(ABC):
         coupling: the finest part of a tensor that the update treats on its own.
         flat: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
         measures: name of the total over all tensors of what `measure` returns for each, if `update` needs one.
+        late: hypers that act in `finish` alone; none where there is no such split.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rule(ABC):
     coupling: Coupling
     flat: frozenset[str] = frozenset()
     measures: str = ""
+    late: frozenset[str] = frozenset()
 
     @property
     def signature(self) -> Hashable:
@@ -59,6 +61,10 @@ class Rule(ABC):
     def measure(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
         """What this tensor adds to the total that `update` needs, shape (): only where `measures` names it. Arguments as of `update`."""
         raise NotImplementedError(f"{self.name} measures nothing")
+
+    def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        """New parameter, of the old one and the *new* state: only where `late` names hypers. Arguments as of `update`."""
+        raise NotImplementedError(f"{self.name} has no finish")
 
     @abstractmethod
     def update(
@@ -199,6 +205,8 @@ class FunctionRule(Rule):
     coupling: Coupling
     options: Mapping[str, Any] = field(default_factory=dict)
     flat: frozenset[str] = frozenset()
+    finishing: Callable[..., Tensor] | None = None
+    late: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._update_options = chosen(self.options, self.function)
@@ -215,6 +223,11 @@ class FunctionRule(Rule):
         total: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, State]:
         return self.function(param, grad, state, **hypers, **self._update_options)
+
+    def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        if self.finishing is None:
+            return super().finish(param, state, hypers)
+        return self.finishing(param, state, **chosen(hypers, self.finishing))
 
     @property
     def signature(self) -> Hashable:
@@ -237,7 +250,14 @@ def _restore(name: str, options: dict[str, Any]) -> Rule:
 
 
 def rule(
-    init: Callable[..., State] | None = None, /, *, coupling: Coupling = "tensor", flat: tuple[str, ...] = (), **hypers: Hyper
+    init: Callable[..., State] | None = None,
+    /,
+    *,
+    coupling: Coupling = "tensor",
+    flat: tuple[str, ...] = (),
+    finish: Callable[..., Tensor] | None = None,
+    late: tuple[str, ...] = (),
+    **hypers: Hyper,
 ) -> Callable[[Callable[..., tuple[Tensor, State]]], FunctionRule]:
     """Make a rule of a function, and register it under the function's name.
 
@@ -251,10 +271,14 @@ def rule(
         coupling: the finest part of a tensor that the update treats on its own. "tensor" is always right; "element" or "row",
             where true, lets hypers of that granularity be learned with less memory.
         flat: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them is refused.
+        finish: `finish(param, state, *, <hypers>) -> param`: the last part of the update, which makes the new parameter of the old one and
+            the *new* state; affine in each element of the parameter, by a factor that is not zero.
+        late: hypers that act in `finish` alone: what they have done is worked out from what the update left, so that learning them takes
+            no memory.
         **hypers: the hyper-parameters, by name: `lr=Positive(1e-4)`.
 
     Raises:
-        TypeError: declared hypers and the function's parameters do not match.
+        TypeError: declared hypers and the function's parameters do not match, or `late` names what `finish` does not take.
         ValueError: another rule has that name.
 
     Example:
@@ -275,7 +299,10 @@ def rule(
                 f"{name}: parameter {undeclared[0]!r} is neither declared as a hyper nor an option with a default; "
                 f"declare its domain, e.g. {undeclared[0]}=hn.Positive(1e-3)"
             )
-        made = FunctionRule(name, function, init, dict(hypers), coupling, options, frozenset(flat))
+        for each in late:
+            if each not in hypers or each not in _keywords(finish):
+                raise TypeError(f"{name}: late names {each!r}, which must be a hyper, and a keyword-only parameter of finish")
+        made = FunctionRule(name, function, init, dict(hypers), coupling, options, frozenset(flat), finish, frozenset(late))
         functools.update_wrapper(made, function)
         return registry.register(name, made)
 

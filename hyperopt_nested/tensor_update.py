@@ -2,7 +2,9 @@
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from hyperopt_nested.learned import LearnedHyper, number
 from hyperopt_nested.ops import State, map_tree, state_dtype
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.sensitivity import Raws, pull_reverse
 
 
 class TensorUpdate:
@@ -54,3 +56,18 @@ class TensorUpdate:
 
     def param(self, raws: Raws, total: Tensor | None) -> Tensor:
         return self(raws, total)[0]
+
+    def pull_late(self, grad: Tensor, raws: Raws) -> Raws:
+        """Pull a gradient back through the last part of an update, `Rule.finish`, given the tensor and the state that it left.
+
+        The tensor before it is worked out: `finish` is affine in it.
+        """
+        after, _, state = self._inputs
+
+        def finish(raws: Raws, param: Tensor) -> Tensor:
+            return self._rule.finish(param, state, self._hypers(raws))
+
+        linearized: Any = torch.func.vjp(functools.partial(finish, raws), torch.zeros_like(after))
+        (slope,) = linearized[1](torch.ones_like(after))
+        before = (after - linearized[0]) / slope
+        return pull_reverse(grad, functools.partial(finish, param=before), raws)

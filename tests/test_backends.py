@@ -228,8 +228,9 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_thousand_steps_make_nothing_more_and_wait_for_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make = choice._MAKERS[backend]
-    monkeypatch.setitem(choice._MAKERS, backend, lambda *args: made.append(args) or make(*args))
+    makers: dict[str, Any] = choice._COMPILED if backend == "compile" else choice._BY_GRAPH
+    make = makers[backend]
+    monkeypatch.setitem(makers, backend, lambda *args: made.append(args) or make(*args))
     problem = Problem(hn.adamw(lr=learned(0.01, "model", 1e-6)), backend).run(1)
     assert len(made) == 3  # of both tensors together: pull, update, and the learner's
     with Syncs() as syncs:
@@ -332,7 +333,7 @@ def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("out of order")
 
     for backend in ("fused", "compile"):
-        monkeypatch.setitem(choice._MAKERS, backend, broken)
+        monkeypatch.setitem(choice._BY_GRAPH if backend == "fused" else choice._COMPILED, backend, broken)
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
         opt = hn.HyperOptimizer([param], hn.sgd(lr=0.5), backend=backend)  # type: ignore[arg-type]

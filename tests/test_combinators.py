@@ -40,7 +40,7 @@ def errors(optimizer: hn.Optimizer, names: list[str], seed: int, memory: Any = "
     params, state = run(nested, params, loss, 2)
     grads = gradients(loss, params)
     new, after = nested.step(params, grads, state)
-    found = nested.hypergradients(gradients(loss, new), after)
+    found = nested.hypergradients(new, gradients(loss, new), after)
     wrong = {}
     for name in names:
         for key, raw in state["hypers"][name].items():

@@ -206,7 +206,7 @@ def tpgm_by_the_engine(config: dict[str, Any], data: dict[str, torch.Tensor]) ->
     st, nothing = nested.init(tuned), {name: torch.zeros_like(value) for name, value in tuned.items()}
     params, st = nested.step(tuned, nothing, st, learn=False)
     for step in range(config["radius_updates"]):
-        st = nested.hyper_step(torch.func.grad(held_out_loss, argnums=1)(data, params, step % 4), st)
+        st = nested.hyper_step(params, torch.func.grad(held_out_loss, argnums=1)(data, params, step % 4), st)
         params, st = nested.step(tuned, nothing, st, learn=False)
         found = nested.hypers(st)
         yield [found[nested.learned_of(name)["radius"].key][name] for name in config["constrained"]], params

@@ -32,7 +32,7 @@ def carried(problem: Problem, optimizer: hn.Optimizer, curvature: Any = "exact",
 
         hessian = product(loss, params) if curvature == "exact" else None
         params, state = nested.step(params, gradients(loss, params), state, learn=False, hessian=hessian)
-    return nested.hypergradients(gradients(lambda params: problem.loss(params, problem.held_out), params), state)
+    return nested.hypergradients(params, gradients(lambda params: problem.loss(params, problem.held_out), params), state)
 
 
 def exact(problem: Problem, optimizer: hn.Optimizer) -> dict[str, Tensors]:
@@ -73,7 +73,7 @@ def test_without_curvature_it_is_exact_where_there_is_none(make: Any, per: Any) 
     for batch in batches[:-1]:
         now, state = nested.step(now, batch, state, learn=False)
     expected = flat(hn.hypergradient(optimizer, params, batches[:-1], loss, loss, outer_batch=batches[-1]))
-    found = flat(nested.hypergradients(batches[-1], state))
+    found = flat(nested.hypergradients(now, batches[-1], state))
     assert all(relative_error(found[path], value) < 1e-12 for path, value in expected.items())
 
 
@@ -96,7 +96,7 @@ def test_the_discount_goes_from_one_step_to_all(curvature: Any) -> None:
         expected = 0.7 * (1 - 0.1 * curve * (curvature == "exact")) * expected - grad
         hessian = (lambda along: {"x": curve * along["x"]}) if curvature == "exact" else None
         params, state = nested.step(params, {"x": grad}, state, learn=False, hessian=hessian)
-    found = nested.hypergradients({"x": torch.ones(2)}, state)["lr"]["model"]
+    found = nested.hypergradients(params, {"x": torch.ones(2)}, state)["lr"]["model"]
     torch.testing.assert_close(found, expected.sum(), rtol=1e-14, atol=0)
 
 
@@ -109,7 +109,7 @@ def test_a_tiny_discount_is_nearly_one_step() -> None:
         now, state = params, nested.init(params)
         for _ in range(4):
             now, state = nested.step(now, gradients(loss, now), state, learn=False)
-        found.append(flat(nested.hypergradients(gradients(loss, now), state)))
+        found.append(flat(nested.hypergradients(now, gradients(loss, now), state)))
     assert all(relative_error(found[1][path], value) < 1e-11 for path, value in found[0].items())
 
 
@@ -133,12 +133,12 @@ def test_what_is_not_finite_begins_a_new_horizon() -> None:
     params, state = nested.step(params, gradients(loss, params), state, learn=False)
     sensitivity = state["memory"]["bias"]["carried"]["lr"]["model"]["param"]
     sensitivity[0] = float("nan")
-    assert not nested.hypergradients(gradients(loss, params), state)["lr"]["model"].isfinite()
+    assert not nested.hypergradients(params, gradients(loss, params), state)["lr"]["model"].isfinite()
     before = nested.hypers(state)["lr"]["model"]
     params, state = nested.step(params, gradients(loss, params), state)
     assert nested.hypers(state)["lr"]["model"] == before
     assert float(nested.rejected(state)["lr"]) == 1
-    assert nested.hypergradients(gradients(loss, params), state)["lr"]["model"].isfinite()
+    assert nested.hypergradients(params, gradients(loss, params), state)["lr"]["model"].isfinite()
 
 
 def test_a_tensor_without_gradient_keeps_its_sensitivities() -> None:

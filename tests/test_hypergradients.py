@@ -33,7 +33,7 @@ def errors(optimizer: hn.Optimizer, hyper: str, seed: int, steps: int, memory: A
     params, state = run(nested, params, loss, steps)
     grads = gradients(loss, params)
     new, after = nested.step(params, grads, state)
-    found = nested.hypergradients(gradients(loss, new), after)[hyper]
+    found = nested.hypergradients(new, gradients(loss, new), after)[hyper]
     assert found.keys() == state["hypers"][hyper].keys()
     expected = {key: by_differences(nested, params, grads, state, ("hypers", hyper, key), loss) for key in found}
     scale = max(float(value.abs().max()) for value in expected.values())
@@ -121,7 +121,7 @@ def test_straight_through_radius_against_its_surrogate(seed: int, radius: float)
     grads = gradients(loss, params)
     displacement = unprojected(nested, params, grads, state)
     new, after = nested.step(params, grads, state)
-    found = nested.hypergradients(gradients(loss, new), after)["radius"]
+    found = nested.hypergradients(new, gradients(loss, new), after)["radius"]
     for name in params:
         anchor, d = state["rule"][name]["anchor"], displacement[name]
         norms = hn.mars.norms(d)
@@ -139,7 +139,7 @@ def test_ftp_learns_from_the_hypergradient_of_its_radius() -> None:
     nested = hn.Nested(ftp_rule(hn.sgd(lr=0.1)))
     params, loss = problem(2, SMALL)
     params, state = run(nested, params, loss, 1)
-    grad = nested.hypergradients(gradients(loss, params), state)["radius"]["weight"]
+    grad = nested.hypergradients(params, gradients(loss, params), state)["radius"]["weight"]
     assert float(grad) < 0
     _, after = run(nested, params, loss, 1, state)
     m, v = 0.1 * grad / (1 - 0.9**2), 0.001 * grad**2 / (1 - 0.999**2)
@@ -168,11 +168,13 @@ def test_towers_against_the_whole_program(height: int, per: Any, memory: Any, se
     params, state = run(nested, params, loss, 3)
     grads = gradients(loss, params)
     new, after = nested.step(params, grads, state)
-    engine, found = nested, nested.hypergradients(gradients(loss, new), after)["lr"]
+    engine, found = nested, nested.hypergradients(new, gradients(loss, new), after)["lr"]
+    values = after["hypers"]["lr"]
     path: tuple[str, ...] = ()
     for _ in range(height - 1):
         engine, after, path = engine.learned["lr"].learner, after["learners"]["lr"], (*path, "learners", "lr")
-        found = engine.hypergradients(found, after)["lr"]
+        found = engine.hypergradients(values, found, after)["lr"]
+        values = after["hypers"]["lr"]
     for key, value in found.items():
         assert at(state, (*path, "hypers", "lr", key)).shape == value.shape
         expected = by_differences(nested, params, grads, state, (*path, "hypers", "lr", key), loss)

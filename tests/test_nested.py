@@ -192,10 +192,10 @@ def test_one_learn_for_two_hypers_of_a_rule_is_counted_once() -> None:
     for memory in ("forward", "reverse"):
         nested = hn.Nested(hn.adam(lr=0.1, beta1=both, beta2=both), memory=memory)  # type: ignore[arg-type]
         new, state = run(nested, params, loss, 3)
-        found[memory] = nested.hypergradients(gradients(loss, new), state)["beta1"]["model"]
+        found[memory] = nested.hypergradients(new, gradients(loss, new), state)["beta1"]["model"]
     apart = hn.Nested(hn.adam(lr=0.1, beta1=hn.learn(0.8, by=hn.sgd(lr=0.0)), beta2=hn.learn(0.8, by=hn.sgd(lr=0.0))))
     new, state = run(apart, params, loss, 3)
-    expected = sum(values["model"] for values in apart.hypergradients(gradients(loss, new), state).values())
+    expected = sum(values["model"] for values in apart.hypergradients(new, gradients(loss, new), state).values())
     assert relative_error(found["forward"], torch.as_tensor(expected)) < EXACT
     assert relative_error(found["reverse"], torch.as_tensor(expected)) < EXACT
 

@@ -26,7 +26,7 @@ def test_a_hyper_step_descends_the_validation_loss_as_a_function_of_the_hypers(p
         previous, grads = params, gradients(loss, params)
         last = before
         params, before = nested.step(params, grads, before, learn=False)
-    after = nested.hyper_step(gradients(validation, params), before)
+    after = nested.hyper_step(params, gradients(validation, params), before)
     for key in ("lr", "weight_decay"):
         for name, raw in before["hypers"][key].items():
             assert torch.equal(raw, last["hypers"][key][name])
@@ -57,7 +57,7 @@ def test_the_optimizer_does_what_the_engine_does() -> None:
             opt.zero_grad()
             validation(params).backward()
             opt.hyper_step()
-            st = nested.hyper_step(gradients(validation, now), st)
+            st = nested.hyper_step(now, gradients(validation, now), st)
         assert all(relative_error(params[name].detach(), now[name]) < EXACT for name in now)
         found, expected = opt.hypers(), nested.hypers(st)
         assert all(relative_error(found["lr"][name], value) < EXACT for name, value in expected["lr"].items())

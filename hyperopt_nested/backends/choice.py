@@ -1,18 +1,19 @@
 """Which programs run a step."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, Literal, get_args
 from warnings import warn
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.backends.early import with_early_writes
 from hyperopt_nested.backends.foreach import foreach
 from hyperopt_nested.backends.fused import fused
-from hyperopt_nested.backends.graph import kind_of, trace
+from hyperopt_nested.backends.graph import UpdateGraph, kind_of, trace
 from hyperopt_nested.backends.inductor import as_traced, compiled, compiler_for
 from hyperopt_nested.backends.layout import check_layout
-from hyperopt_nested.backends.program import Function, Program, UnsupportedError
+from hyperopt_nested.backends.program import Batch, Function, Program, UnsupportedError
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.nested import Nested
@@ -29,8 +30,6 @@ work in place, and are kept for the tensors that are alike.
 """
 
 _MANY = 1_000_000
-
-Made = Callable[[Function, Sequence[Tensor], Tensor], Program]
 
 
 def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
@@ -78,23 +77,26 @@ class Programs:
     def __init__(self, backend: Backend, *, strict: bool) -> None:
         sorts: dict[str, list[str]] = {"fused": ["fused", "compile"], "compile": ["compile"], "foreach": []}
         self._sorts = [backend] if strict and backend != "foreach" else [*sorts[backend], "foreach", "traced"]
-        self._made: dict[Hashable, Program | UnsupportedError] = {}
+        self._made: dict[Hashable, list[Program] | UnsupportedError] = {}
 
-    def make(self, of: Hashable, function: Function, arguments: Sequence[Tensor], param: Tensor) -> Program:
-        """A program.
+    def make(
+        self, of: Hashable, functions: Sequence[Function], arguments: Sequence[Tensor], param: Tensor, changing: Collection[int] = ()
+    ) -> list[Program]:
+        """Programs that are run one after the other.
 
         Args:
-            of: what it depends on beside the arguments.
-            function: what it does.
-            arguments: the gradient first; examples, which are not changed.
+            of: what they depend on beside the arguments.
+            functions: what each does.
+            arguments: of all, the gradient first; examples, which are not changed.
             param: the tensor.
+            changing: indices of arguments that are written to between them.
 
         Raises:
-            ValueError: there is none of the sort that was asked for.
+            ValueError: there are none of the sort that was asked for.
         """
         for sort in self._sorts:
             try:
-                return self._program(sort, of, function, arguments, param)
+                return self._programs(sort, of, functions, arguments, param, changing)
             except Exception as error:
                 if len(self._sorts) == 1:
                     raise ValueError(f"backend={sort!r} can not be had: {error}. Use backend='auto'") from error
@@ -103,20 +105,26 @@ class Programs:
                 if not isinstance(error, UnsupportedError):
                     warn(f"backend={sort!r} fails here, and is not used: {error}", stacklevel=2)
                     self._sorts = [each for each in self._sorts if each != sort]
-                    return self.make(of, function, arguments, param)
+                    return self.make(of, functions, arguments, param, changing)
         raise AssertionError
 
-    def _program(self, sort: str, of: Hashable, function: Function, arguments: Sequence[Tensor], param: Tensor) -> Program:
+    def _programs(
+        self, sort: str, of: Hashable, functions: Sequence[Function], arguments: Sequence[Tensor], param: Tensor, changing: Collection[int]
+    ) -> list[Program]:
         dtypes = tuple(argument.dtype for argument in arguments)
         key: Hashable
-        if sort in ("fused", "foreach"):
+        if sort in _BY_GRAPH:
             check_layout(arguments, param)
             key = sort, of, dtypes, tuple(kind_of(argument.shape, param.shape) for argument in arguments), param.ndim
         else:
             key = sort, of, dtypes, tuple((argument.shape, argument.stride(), argument.device) for argument in arguments)
         if key not in self._made:
             try:
-                self._made[key] = _MAKERS[sort](function, arguments, param)
+                if sort in _BY_GRAPH:
+                    graphs = [simplified(trace(function, arguments, param)) for function in functions]
+                    self._made[key] = [_BY_GRAPH[sort](graph) for graph in with_early_writes(graphs, changing)]
+                else:
+                    self._made[key] = [_each(_COMPILED[sort](function, arguments)) for function in functions]
             except UnsupportedError as error:
                 self._made[key] = error
         found = self._made[key]
@@ -126,16 +134,12 @@ class Programs:
 
 
 def _each(function: Callable[..., Any]) -> Program:
-    def program(batch: Sequence[Sequence[Tensor]]) -> None:
-        for given in batch:
-            function(*given)
+    def program(batch: Batch) -> None:
+        for row in batch.rows:
+            function(*row)
 
     return program
 
 
-_MAKERS: dict[str, Made] = {
-    "fused": lambda *of: fused(simplified(trace(*of))),
-    "foreach": lambda *of: foreach(simplified(trace(*of))),
-    "compile": lambda function, arguments, _: _each(compiled(function, arguments)),
-    "traced": lambda function, arguments, _: _each(as_traced(function, arguments)),
-}
+_BY_GRAPH: dict[str, Callable[[UpdateGraph], Program]] = {"fused": fused, "foreach": foreach}
+_COMPILED: dict[str, Callable[[Function, Sequence[Tensor]], Callable[..., Any]]] = {"compile": compiled, "traced": as_traced}

@@ -81,23 +81,19 @@ constexpr int64_t BLOCK = 8192;  // elements; rows are not split
 _DRIVER = """
 extern "C" void run(int64_t count, void* const* inputs, const int64_t* rows, const int64_t* columns, int threads) {
   struct Block { int64_t tensor, first, rows, columns; };
-  std::vector<Block> blocks;
+  std::vector<Block> by_row, flat;
   std::vector<Numbers> numbers(count);
   for (int64_t begin = 0, end; begin < count; begin = end) {  // batches that the cache holds from sweep to sweep, if a tensor does
-    blocks.clear();
+    by_row.clear();
+    flat.clear();
     int64_t size = 0;
     for (end = begin; end < count && (end == begin || size + rows[end] * columns[end] <= BATCH); end++) {
       size += rows[end] * columns[end];
-      if (BY_ROW) {
-        int64_t step = larger(1, BLOCK / larger(columns[end], 1));
-        for (int64_t row = 0; row < rows[end]; row += step)
-          blocks.push_back({end, row, smaller(step, rows[end] - row), columns[end]});
-      } else {
-        int64_t all = rows[end] * columns[end];
-        for (int64_t at = 0; at < all; at += BLOCK) blocks.push_back({end, at, 1, smaller(BLOCK, all - at)});
-      }
+      int64_t step = larger(1, BLOCK / larger(columns[end], 1)), all = rows[end] * columns[end];
+      for (int64_t row = 0; row < rows[end]; row += step)
+        by_row.push_back({end, row, smaller(step, rows[end] - row), columns[end]});
+      for (int64_t at = 0; at < all; at += BLOCK) flat.push_back({end, at, 1, smaller(BLOCK, all - at)});
     }
-    int64_t parts = blocks.size();
     int team = smaller(threads, larger(1, size / 32768));
 @SWEEPS@
   }
@@ -128,9 +124,7 @@ class _Code:
         self._numbers = [value for value in graph.values() if value.kind == Kind.NUMBER and value.op not in ("input", "constant")]
 
     def parts(self) -> Iterator[str]:
-        by_row = any(value.kind == Kind.ROW for value in self._graph.values())
         width = sum(dtype.itemsize for kind, dtype in self._graph.inputs if kind == Kind.ELEMENT)
-        yield f"constexpr bool BY_ROW = {'true' if by_row else 'false'};\n"
         yield f"constexpr int64_t BATCH = {(1 << 24) // max(width, 1)};  // elements\n"
         yield "struct Numbers {" + " ".join(f"{_type(value)} {self._name[value]};" for value in self._numbers) + "};\n"
         for at, values in enumerate(self._sweeps.numbers):
@@ -154,13 +148,14 @@ class _Code:
         each = "    for (int64_t t = begin; t < end; t++)"
         for at, sweep in enumerate(self._sweeps.sweeps):
             yield f"{each} numbers{at}({given}, numbers[t]);\n"
-            yield f"    std::vector<Part{at}> parts{at}(parts);\n"
+            blocks = "by_row" if sweep.by_row else "flat"
+            yield f"    std::vector<Part{at}> parts{at}({blocks}.size());\n"
             yield "    #pragma omp parallel for schedule(static) num_threads(team)\n"
-            yield "    for (int64_t i = 0; i < parts; i++) {\n"
-            yield "      auto b = blocks[i]; int64_t t = b.tensor;\n"
+            yield f"    for (int64_t i = 0; i < (int64_t){blocks}.size(); i++) {{\n"
+            yield f"      auto b = {blocks}[i]; int64_t t = b.tensor;\n"
             yield f"      sweep{at}({given}, numbers[t], b.first, b.rows, b.columns, parts{at}[i]);\n    }}\n"
             yield f"    for (int64_t t = begin, i = 0; t < end; t++) {{\n      Part{at} all;\n"
-            yield f"      for (; i < parts && blocks[i].tensor == t; i++) all.add(parts{at}[i]);\n"
+            yield f"      for (; i < (int64_t){blocks}.size() && {blocks}[i].tensor == t; i++) all.add(parts{at}[i]);\n"
             for total in sweep.totals:
                 name = self._name[total]
                 value = f"all.{name} / (double(rows[t]) * columns[t])" if total.op == "mean" else f"all.{name}"
@@ -187,9 +182,9 @@ class _Code:
         yield "}\n"
 
     def _loops(self, sweep: Sweep) -> Iterator[str]:
-        values, level = sweep.values, levels(sweep.values)
-        rows = [value for value in values if value.kind == Kind.ROW and value.op not in ("input", "constant")]
-        elements = [value for value in values if value.kind == Kind.ELEMENT and value.op not in ("input", "constant")]
+        level = levels(sweep)
+        rows = [value for value in sweep.computed if value.kind == Kind.ROW]
+        elements = [value for value in sweep.computed if value.kind == Kind.ELEMENT]
         used: dict[Value, int] = {}  # the last loop that reads each element
         for value in [*rows, *elements]:
             for each in value.operands:
@@ -198,7 +193,6 @@ class _Code:
         for i, at in writes.items():
             used[sweep.writes[i]] = max(used.get(sweep.writes[i], 0), at)
         kept = [value for value in elements if used.get(value, 0) > level[value]]
-        read = {value.args[0]: value for value in values if value.op == "input"}
         # what is used of numbers, once, in the dtype that it is used in
         scope = _Scope(self)
         body = [f"    const {_type(v)} {self._name[v]} = {self._expression(v, scope.read)};\n" for v in rows if level[v] == 0]
@@ -224,7 +218,7 @@ class _Code:
             if self._graph.inputs[i][0] == Kind.ROW:
                 body.append(f"    p{i}[row] = {self._stored(i, scope.read(value, value.dtype))};\n")
         yield from scope.numbers.values()
-        touched = sorted({*read, *sweep.writes})
+        touched = sorted({*sweep.sources.values(), *sweep.writes})
         for i in touched:
             qualifier = "" if i in sweep.writes else "const "
             yield f"  {qualifier}{_STORED[self._graph.inputs[i][1]]}* const base{i} = ({_STORED[self._graph.inputs[i][1]]}*)inputs[{i}];\n"
@@ -236,11 +230,11 @@ class _Code:
             kind, dtype = self._graph.inputs[i]
             qualifier = "" if i in sweep.writes else "const "
             if kind == Kind.ELEMENT:
-                offset = "(BY_ROW ? row * columns : first)"
+                offset = "row * columns" if sweep.by_row else "first"
                 yield f"    {qualifier}{_STORED[dtype]}* __restrict__ const p{i} = base{i} + {offset};\n"
             else:
                 yield f"    {qualifier}{_STORED[dtype]}* const p{i} = base{i};\n"
-        for i, value in read.items():
+        for value, i in sweep.sources.items():
             if value.kind == Kind.ROW:
                 yield f"    const {_type(value)} {self._name[value]} = load(p{i}[row]);\n"
         yield from body
@@ -248,7 +242,7 @@ class _Code:
 
     def _write_levels(self, sweep: Sweep, level: Mapping[Value, int], used: Mapping[Value, int]) -> dict[int, int]:
         """In which loop each array of elements is written: when its value is there, and nothing reads the old one any more."""
-        inputs = {value.args[0]: value for value in sweep.values if value.op == "input"}
+        inputs = {i: value for value, i in sweep.sources.items()}
         written = {i: value for i, value in sweep.writes.items() if self._graph.inputs[i][0] == Kind.ELEMENT}
         found = {i: max(level.get(value, 0), used.get(inputs[i], 0) if i in inputs else 0) for i, value in written.items()}
         for i in found:
@@ -260,8 +254,7 @@ class _Code:
         self, k: int, sweep: Sweep, level: Mapping[Value, int], writes: Mapping[int, int], kept: list[Value], scope: "_Scope"
     ) -> Iterator[str]:
         """One loop over a row: what is computed in it, summed up, kept for later loops and written."""
-        values = [value for value in sweep.values if value.kind == Kind.ELEMENT and value.op not in ("input", "constant")]
-        here = [value for value in values if level[value] == k]
+        here = [value for value in sweep.computed if value.kind == Kind.ELEMENT and level[value] == k]
         sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
         totals = [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
         stores = [i for i, at in writes.items() if at == k]
@@ -273,7 +266,7 @@ class _Code:
         ]
         lines: list[str] = []
         for value in loads:
-            source = f"load(p{value.args[0]}[j])" if value.op == "input" else f"kept_{self._name[value]}[j]"
+            source = f"load(p{sweep.sources[value]}[j])" if value in sweep.sources else f"kept_{self._name[value]}[j]"
             lines.append(f"      const {_type(value)} {self._name[value]} = {source};\n")
         for value in here:
             lines.append(f"      const {_type(value)} {self._name[value]} = {self._expression(value, scope.read)};\n")

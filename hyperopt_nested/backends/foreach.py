@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt_nested.backends.graph import POINTWISE, Kind, UpdateGraph, Value
 from hyperopt_nested.backends.layout import lying_as, sizes
-from hyperopt_nested.backends.program import Program
+from hyperopt_nested.backends.program import Batch, Program
 from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total
 from hyperopt_nested.learned import number_dtype
 
@@ -72,11 +72,11 @@ class _Foreach:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self._buffers: dict[tuple[torch.dtype, int, tuple[int, int]], Tensor] = {}
 
-    def __call__(self, batch: Sequence[Sequence[Tensor]]) -> None:
+    def __call__(self, prepared: Batch) -> None:
         like = self._elements[-1] if self._elements else 0
-        shapes = tuple(sizes(given[like]) for given in batch)
-        device = batch[0][like].device
-        batch = [[lying_as(given[0], given[like]) if self._elements else given[0], *given[1:]] for given in batch]
+        shapes = tuple(sizes(given[like]) for given in prepared.rows)
+        device = prepared.rows[0][like].device
+        batch = [[lying_as(given[0], given[like]) if self._elements else given[0], *given[1:]] for given in prepared.rows]
         if (shapes, device) not in self._pieces:
             self._pieces[shapes, device] = self._cut(shapes, device)
         pieces = self._pieces[shapes, device]
@@ -157,17 +157,12 @@ class _Steps:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.inputs = [value for value in sweep.values if value.op == "input"]
         ends = [*sweep.writes.values(), *(total.operands[0] for total in sweep.totals)]
-        uses = Counter([*(each for value in sweep.values for each in value.operands), *ends])
-        merged = {value: found for value in sweep.values if (found := _merged(value, uses))}
+        uses = Counter([*(each for value in sweep.computed for each in value.operands), *ends])
+        merged = {value: found for value in sweep.computed if (found := _merged(value, uses))}
         self.dots = {total: total.operands[0] for total in sweep.totals if _is_dot(total, uses)}
         gone = {*self.dots.values(), *(value.operands[1] for value in merged)}
-        self.operations = [
-            _Operation(value, *merged.get(value, (value.op, value.args)))
-            for value in sweep.values
-            if value.op not in ("input", "constant") and value not in gone
-        ]
+        self.operations = [_Operation(value, *merged.get(value, (value.op, value.args))) for value in sweep.computed if value not in gone]
         used = [(each, dtype) for operation in self.operations for each, dtype in zip(operation.operands, _dtypes(operation), strict=True)]
         numbers = [(value, dtype) for value, dtype in used if value is not None and value.kind == Kind.NUMBER and value.op != "constant"]
         self.numbers = list(dict.fromkeys(numbers))
@@ -181,7 +176,7 @@ class _Steps:
     def _place(self, last: Mapping[Value, int]) -> None:
         """Give each operation a buffer, or the argument that its value is written to, if that is not read any more."""
         copied = set(self.sweep.writes.values())
-        read = {value.args[0]: len(self.operations) if value in copied else last.get(value, -1) for value in self.inputs}
+        read = {i: len(self.operations) if value in copied else last.get(value, -1) for value, i in self.sweep.sources.items()}
         free: dict[torch.dtype, list[int]] = {}
         slots: dict[Value, int] = {}
         self.slots: list[torch.dtype] = []
@@ -231,7 +226,7 @@ class _Run:
 
     def do(self, piece: _Piece, steps: _Steps, buffers: Callable[[int, _Piece], Tensor]) -> None:
         """The operators of a sweep for a piece, and its writes."""
-        known: dict[Value, Any] = {value: self._load(value, piece) for value in steps.inputs}
+        known: dict[Value, Any] = {value: self._load(i, piece) for value, i in steps.sweep.sources.items()}
         columns = self._columns(piece, steps) if piece.is_pack else {}
         written: set[int] = set()
 
@@ -322,8 +317,7 @@ class _Run:
             return found[0]
         return found[piece.owners].unsqueeze(1) if piece.is_pack else found[piece.tensors[0]]
 
-    def _load(self, value: Value, piece: _Piece) -> Tensor:
-        index = value.args[0]
+    def _load(self, index: int, piece: _Piece) -> Tensor:
         views = [self._view(index, t, piece) for t in piece.tensors]
         return torch.cat(views) if piece.is_pack else views[0]
 

@@ -298,7 +298,7 @@ class _Translation:
         if name == "clamp":
             args = [*args, None, None][:3]
         computed = dtype if dtype != torch.bool or name.startswith("logical") else _compared(node)
-        args = [arg.args[0] if isinstance(arg, Value) and arg.op == "expand" else arg for arg in args]
+        args = [None if arg is None else self._unexpanded(arg) for arg in args]
         return self._cast(self._simplified(name, args, dtype, computed), kind, dtype)
 
     def _simplified(self, name: str, args: list[Any], dtype: torch.dtype, computed: torch.dtype) -> Value:
@@ -319,6 +319,12 @@ class _Translation:
         if same is not None:
             return self._cast(same, kind, dtype)
         return self._value(name, tuple(args), kind, dtype, computed)
+
+    def _unexpanded(self, value: Value) -> Value:
+        if value.op == "constant":
+            return self._value("constant", value.args, Kind.NUMBER, value.dtype)
+        found: Value = value.args[0] if value.op == "expand" else value
+        return found
 
     def _operand(self, arg: Any) -> Value:
         if isinstance(arg, Value):

@@ -1,15 +1,20 @@
 """Graphs with less to do for each element: what is the same up to rounding, wherever nothing is infinite or NaN."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, Values
 
 
-def simplified(graph: UpdateGraph) -> UpdateGraph:
-    """A graph that does the same, with factors of numbers and rows gathered, and divisions by them made factors."""
-    return _Simplification().of(graph)
+def simplified(graph: UpdateGraph, read: Mapping[int, Value] | None = None) -> UpdateGraph:
+    """A graph that does the same, with factors of numbers and rows gathered, and divisions by them made factors.
+
+    Args:
+        graph: the graph.
+        read: by index of an argument: the value in the graph that it holds already, and that is read from it.
+    """
+    return _Simplification().of(graph, {value: i for i, value in (read or {}).items()})
 
 
 class _Simplification:
@@ -17,9 +22,12 @@ class _Simplification:
         self._value = Values()
         self._assumed: dict[tuple[Value, Value], Value] = {}
 
-    def of(self, graph: UpdateGraph) -> UpdateGraph:
+    def of(self, graph: UpdateGraph, read: Mapping[Value, int]) -> UpdateGraph:
         new: dict[Value, Value] = {}
         for value in graph.values():
+            if value in read:
+                new[value] = self._value("input", (read[value],), value.kind, value.dtype)
+                continue
             args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
             new[value] = self._made(value, args)
         return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))

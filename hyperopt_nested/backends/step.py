@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hyperopt_nested.backends.choice import Programs
-from hyperopt_nested.backends.program import Program, write_over
+from hyperopt_nested.backends.program import Batch, Program, write_over
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.kept_state import Ref
 from hyperopt_nested.learned import LearnedHyper
@@ -20,11 +20,12 @@ from hyperopt_nested.ops import State
 States = Mapping[str, Mapping[str, Tensor]]
 """By tensor: what is kept with it."""
 
-Batches = dict[Program, list[list[Tensor]]]
+Numbers = Mapping[str, list[Tensor]]
+"""By tensor: what its group holds for each hyper of its optimizer, in order, shape () each."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """What to do for one tensor: programs, where the state that they take and write is kept, and which shared values they contribute to.
 
     Attributes:
@@ -42,6 +43,31 @@ class Plan:
     reached: list[tuple[str, str]]
 
 
+@dataclass
+class PreparedStep:
+    """A step of some tensors, ready to be done again and again, as long as they and their state stay where they are.
+
+    Attributes:
+        of: what it was prepared for; see `_addresses`.
+        rows: arguments of programs, by tensor: the gradient comes first.
+        pulls: what pulls gradients back onto shared values.
+        contributions: what that writes: by learned hyper and value, one for each tensor, and device.
+        learns: by learned hyper, what steps it, given the total of each value.
+        updates: what steps tensors.
+        counts: counts of what was rejected for single tensors, and where these are added.
+        held: keeps what `of` identifies.
+    """
+
+    of: list[Any]
+    rows: dict[str, list[list[Tensor]]] = field(default_factory=dict)
+    pulls: dict[Program, Batch] = field(default_factory=dict)
+    contributions: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+    learns: dict[str, Callable[[dict[str, Tensor]], None]] = field(default_factory=dict)
+    updates: dict[Program, Batch] = field(default_factory=dict)
+    counts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    held: Any = None
+
+
 class ProgramStep:
     """The step of an engine, with state that is kept elsewhere and changed in place.
 
@@ -57,70 +83,77 @@ class ProgramStep:
     def __init__(self, nested: Nested, refs: State, programs: Programs) -> None:
         self._nested, self._refs, self._programs = nested, refs, programs
         self._own = [key for key, learned in nested.learned.items() if _is_own(learned)]
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
+        self._last: PreparedStep | None = None
 
-    def plans(
-        self, params: Tensors, grads: Tensors, states: States, numbers: Mapping[str, list[Tensor]], *, learn: bool
-    ) -> dict[str, Plan]:
-        """What to do for each tensor; makes the programs that it is done with, if need be, and changes nothing.
+    def prepare(self, params: Tensors, grads: Tensors, states: States, numbers: Numbers, *, learn: bool) -> PreparedStep:
+        """What to do; makes the programs that it is done with, if need be, and changes nothing.
 
         Args:
             params: the tensors, by name.
             grads: their gradients.
             states: what is kept with each.
-            numbers: by tensor, what its group holds for each hyper of its optimizer, in order, shape () each.
+            numbers: what groups hold.
             learn: whether to step the learned hypers.
         """
-        return {name: self._plan(name, params[name], grad, numbers[name], states, learn) for name, grad in grads.items()}
+        of = _addresses(params, grads, states, numbers, learn)
+        if self._last is None or self._last.of != of:
+            self._last = self._prepared(of, params, grads, states, numbers, learn)
+        return self._last
 
-    def step(self, plans: Mapping[str, Plan], params: Tensors, grads: Tensors, states: States, numbers: Mapping[str, list[Tensor]]) -> None:
-        """One step, as `Nested.step`, by these plans; tensors and state are changed in place. Arguments as of `plans`."""
-        leaves = {name: [states[ref.name][ref.key] for ref in plan.kept] for name, plan in plans.items()}
-        counts: dict[tuple[Ref, torch.device], list[tuple[str, int]]] = {}
-        for name, plan in plans.items():
-            for i in plan.counts:
-                counts.setdefault((plan.kept[i], grads[name].device), []).append((name, i))
-        counted = {(ref, device): _kept(states, ref).new_zeros(len(found), device=device) for (ref, device), found in counts.items()}
-        for each, found in counts.items():
-            for (name, i), count in zip(found, counted[each].unbind(), strict=True):
-                leaves[name][i] = count
-        self._learn_shared(plans, grads, leaves, states)
-        updates: Batches = {}
-        for name, plan in plans.items():
-            updates.setdefault(plan.update, []).append([grads[name], *leaves[name], params[name], *numbers[name]])
-        for program, batch in updates.items():
+    def step(self, prepared: PreparedStep, grads: Tensors, states: States) -> None:
+        """One step, as `Nested.step`; tensors and state are changed in place. Arguments as of `prepare`."""
+        for name, grad in grads.items():
+            for row in prepared.rows[name]:
+                row[0] = grad
+        for program, batch in prepared.pulls.items():
             program(batch)
-        for (ref, _), new in counted.items():
-            _kept(states, ref).add_(new.sum().to(_kept(states, ref).device))
+        for key, by_value in prepared.contributions.items():
+            homes = self._refs["hypers"][key]
+            prepared.learns[key]({value: _total(parts, _kept(states, homes[value]).device) for value, parts in by_value.items()})
+        for program, batch in prepared.updates.items():
+            program(batch)
+        for counted, home in prepared.counts:
+            home.add_(counted.sum().to(home.device))
+            counted.zero_()
         for key, learned in self._nested.learned.items():
             if key not in self._own and any(map(callable, learned.learn.bounds)):
                 hypers, rule = (_map_refs(states, self._refs[part]) for part in ("hypers", "rule"))
                 _write(hypers[key], self._nested.bounded(key, hypers[key], rule, grads))
 
-    def _learn_shared(self, plans: Mapping[str, Plan], grads: Tensors, leaves: Mapping[str, list[Tensor]], states: States) -> None:
-        """Pull gradients back onto the values that tensors share, and step these."""
+    def _prepared(self, of: list[Any], params: Tensors, grads: Tensors, states: States, numbers: Numbers, learn: bool) -> PreparedStep:
+        plans = {name: self._plan(name, params[name], grad, numbers[name], states, learn) for name, grad in grads.items()}
+        made = PreparedStep(of, held=numbers)
+        leaves = {name: [_kept(states, ref) for ref in plan.kept] for name, plan in plans.items()}
+        counts: dict[tuple[Ref, torch.device], list[tuple[str, int]]] = {}
         reached: dict[tuple[str, str, torch.device], list[str]] = {}
         for name, plan in plans.items():
+            for i in plan.counts:
+                counts.setdefault((plan.kept[i], grads[name].device), []).append((name, i))
             for key, value in plan.reached:
                 reached.setdefault((key, value, grads[name].device), []).append(name)
-        found: dict[str, dict[str, list[Tensor]]] = {}
+        for (ref, device), found in counts.items():
+            counted = _kept(states, ref).new_zeros(len(found), device=device)
+            made.counts.append((counted, _kept(states, ref)))
+            for (name, i), count in zip(found, counted.unbind(), strict=True):
+                leaves[name][i] = count
         contributions: dict[tuple[str, str, str], Tensor] = {}
         for (key, value, device), names in reached.items():
             parts = _kept(states, self._refs["hypers"][key][value]).new_empty(len(names), device=device)
-            found.setdefault(key, {}).setdefault(value, []).append(parts)
+            made.contributions.setdefault(key, {}).setdefault(value, []).append(parts)
             for name, part in zip(names, parts.unbind(), strict=True):
                 contributions[name, key, value] = part
-        pulls: Batches = {}
         for name, plan in plans.items():
+            row = [grads[name], *leaves[name], params[name], *numbers[name], *(contributions[name, *each] for each in plan.reached)]
+            made.rows[name] = [row]
             if plan.pull is not None:
-                pulls.setdefault(plan.pull, []).append([grads[name], *leaves[name], *(contributions[name, *each] for each in plan.reached)])
-        for program, batch in pulls.items():
-            program(batch)
-        for key, by_value in found.items():
-            home = {value: self._refs["hypers"][key][value] for value in by_value}
-            self._learn(key, {value: _total(parts, _kept(states, home[value]).device) for value, parts in by_value.items()}, states)
+                made.rows[name].append([*row])
+                made.pulls.setdefault(plan.pull, Batch()).rows.append(made.rows[name][1])
+            made.updates.setdefault(plan.update, Batch()).rows.append(row)
+        made.learns = {key: self._learn(key, list(by_value), states) for key, by_value in made.contributions.items()}
+        return made
 
-    def _plan(self, name: str, param: Tensor, grad: Tensor, numbers: list[Tensor], states: States, learn: bool) -> Plan:
+    def _plan(self, name: str, param: Tensor, grad: Tensor, numbers: list[Tensor], states: States, learn: bool) -> _Plan:
         """The plan of a tensor, by programs that others of its class have too."""
         form = param.shape, param.stride(), param.dtype, param.device, grad.stride(), grad.dtype, learn
         if (name, form) in self._plans:
@@ -132,23 +165,25 @@ class ProgramStep:
         size = len(kept) + 1
 
         def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            found = self._nested.hypergradients(self._nested.descended({name: grad}), state(rest[: size - 1]))
-            return [None] * size + [found[key][value] for key, value in reached]
+            *leaves, param = rest[:size]
+            found = self._nested.hypergradients({name: param}, self._nested.descended({name: grad}), state(leaves))
+            return [*(None for _ in range(1 + size + len(numbers))), *(found[key][value] for key, value in reached)]
 
         def update(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
             *leaves, param = rest[:size]
-            values = dict(zip(self._nested.optimizer_of(name).settings, rest[size:], strict=True))
+            values = dict(zip(self._nested.optimizer_of(name).settings, rest[size:], strict=False))
             st = state(leaves)
             new, after = self._nested.step({name: param}, {name: grad}, st, {name: values}, learn=self._own if learn else [])
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
             return [None, *_leaves(after, self._part(name)), new[name], *(None for _ in rest[size:])]
 
         leaves = [_kept(states, ref) for ref in kept]
-        made = self._nested.optimizer_of(name).signature, learn, *(ref.key for ref in kept)
+        shared = [i for i, ref in enumerate(kept, start=1) if any(ref.key == f"hypers.{key}" for key, _ in reached)]
         contributions = [torch.empty_like(_kept(states, self._refs["hypers"][key][value])) for key, value in reached]
-        pulling = self._programs.make(("pull", *made), pull, [grad, *leaves, *contributions], param) if reached else None
-        updating = self._programs.make(("update", *made), update, [grad, *leaves, param, *numbers], param)
-        plan = self._plans[name, form] = Plan(kept, counts, pulling, updating, reached)
+        arguments = [grad, *leaves, param, *numbers, *contributions]
+        made = self._nested.optimizer_of(name).signature, learn, *(ref.key for ref in kept)
+        *pulling, updating = self._programs.make(made, [pull, update] if reached else [update], arguments, param, shared)
+        plan = self._plans[name, form] = _Plan(kept, counts, pulling[0] if pulling else None, updating, reached)
         return plan
 
     def _part(self, name: str) -> State:
@@ -162,22 +197,49 @@ class ProgramStep:
             "rejected": {key: self._refs["rejected"][key] for key in used if key in self._own},
         }
 
-    def _learn(self, key: str, grads: dict[str, Tensor], states: States) -> None:
-        """Step a hyper whose values tensors share; by a program where there is one value."""
+    def _learn(self, key: str, values: list[str], states: States) -> Callable[[dict[str, Tensor]], None]:
+        """What steps a hyper whose values tensors share, given the total of each; a program where there is one value."""
         learned = self._nested.learned[key]
         parts = {"learner": self._refs["learners"][key], "raws": self._refs["hypers"][key], "rejected": self._refs["rejected"][key]}
-        (kept, state), values = _in_order(parts), list(grads)
+        kept, state = _in_order(parts)
 
-        def step(*leaves: Tensor) -> list[Tensor | None]:
-            st, found = state(leaves[: len(kept)]), dict(zip(values, leaves[len(kept) :], strict=True))
+        def step(*given: Tensor) -> list[Tensor | None]:
+            st, found = state(given[len(values) :]), dict(zip(values, given, strict=False))
             raws, learner, rejected = learned.step(st["raws"], found, st["learner"], st["rejected"])
-            return [*_leaves({"learner": learner, "raws": raws, "rejected": rejected}, parts), *(None for _ in values)]
+            return [*(None for _ in values), *_leaves({"learner": learner, "raws": raws, "rejected": rejected}, parts)]
 
-        leaves = [*(_kept(states, ref) for ref in kept), *grads.values()]
+        leaves = [_kept(states, ref) for ref in kept]
         if len(self._refs["hypers"][key]) > 1:
-            write_over(leaves, step(*leaves))
-            return
-        self._programs.make(learned.learn, step, leaves, leaves[-1])([leaves])
+
+            def learn(totals: dict[str, Tensor]) -> None:
+                given = [*totals.values(), *leaves]
+                write_over(given, step(*given))
+
+            return learn
+        row = [torch.empty_like(leaf) for leaf in _map_refs(states, self._refs["hypers"][key]).values()] + leaves
+        (program,) = self._programs.make(learned.learn, [step], row, row[0])
+        batch = Batch([row])
+
+        def learn_one(totals: dict[str, Tensor]) -> None:
+            row[0] = totals[values[0]]
+            program(batch)
+
+        return learn_one
+
+
+def _addresses(params: Tensors, grads: Tensors, states: States, numbers: Numbers, learn: bool) -> list[Any]:
+    """What a prepared step depends on: where all is kept, and how gradients lie."""
+    found: list[Any] = [learn]
+    for name, grad in grads.items():
+        param = params[name]
+        found += name, param.data_ptr(), param.shape, param.dtype, grad.stride(), id(numbers[name])
+    for state in states.values():
+        found += map(Tensor.data_ptr, state.values())
+    return found
+
+
+def _total(parts: list[Tensor], device: torch.device) -> Tensor:
+    return functools.reduce(torch.add, [part.sum().to(device) for part in parts])
 
 
 def _in_order(refs: State) -> tuple[list[Ref], Callable[[Sequence[Tensor]], State]]:
@@ -216,10 +278,6 @@ def _only(name: str, refs: State) -> State:
         "memory": {name: refs["memory"][name]},
         "rejected": refs["rejected"],
     }
-
-
-def _total(parts: list[Tensor], device: torch.device) -> Tensor:
-    return functools.reduce(torch.add, [part.sum().to(device) for part in parts])
 
 
 def _write(tree: State, new: State) -> None:

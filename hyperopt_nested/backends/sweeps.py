@@ -18,22 +18,44 @@ class Sweep:
     Attributes:
         totals: what is summed up over all of it.
         writes: by index of an argument: what is written to it, row by row or element by element.
+        written: by index of an argument: what an earlier pass has written to it, which is read from there.
     """
 
     totals: list[Value] = field(default_factory=list)
     writes: dict[int, Value] = field(default_factory=dict)
+    written: dict[int, Value] = field(default_factory=dict)
 
     @cached_property
     def values(self) -> list[Value]:
-        """Rows and elements that are computed, each after those that it is made of; a total's operand is among them, it itself is not."""
+        """Rows and elements that are read or computed, each after those that it is made of; a total's operand is among them, it is not."""
         roots = [*(total.operands[0] for total in self.totals), *self.writes.values()]
-        return [value for value in _above(roots) if value.kind != Kind.NUMBER]
+        known = set(self.written.values())
+        found = reachable(roots, through=lambda value: value.kind != Kind.NUMBER and value not in known)
+        return [value for value in found if value.kind != Kind.NUMBER]
+
+    @cached_property
+    def sources(self) -> dict[Value, int]:
+        """What is read, with the index of the argument that holds it."""
+        known = {value: i for i, value in self.written.items()}
+        read = {value: value.args[0] for value in self.values if value.op == "input"}
+        return {value: index for value in self.values if (index := known.get(value, read.get(value))) is not None}
+
+    @cached_property
+    def computed(self) -> list[Value]:
+        """What is computed."""
+        return [value for value in self.values if value not in self.sources and value.op != "constant"]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether there is anything that there is one a row of."""
+        return any(value.kind == Kind.ROW for value in self.values)
 
 
 class Sweeps:
     """A graph in the order in which to do it: `numbers[0]`, `sweeps[0]`, `numbers[1]`, ..., then `writes`; `numbers` has one more.
 
-    All writes to rows and elements happen in the last sweep, and to numbers at the end: what is read before has to be what it was.
+    Rows and elements are written in the last sweep, since what is read before has to be what it was; or, where that touches less memory,
+    in the one before, and read from there then. Numbers are written at the end.
 
     Attributes:
         numbers: single numbers that are computed before each sweep and after the last, each after those that it is made of.
@@ -48,14 +70,50 @@ class Sweeps:
         last = max([at[value] for value in values if value.is_total or value in large.values()], default=-1)
         latest = _latest(graph, last)
         at = _earliest(values, latest)
-        self.sweeps = [Sweep([value for value in values if value.is_total and latest[value] == k]) for k in range(last + 1)]
+        self._inputs = graph.inputs
+        totals = [[value for value in values if value.is_total and latest[value] == k] for k in range(last + 1)]
+        self.sweeps = [Sweep(each) for each in totals]
         if large:
             self.sweeps[last].writes = large
+        if large and last > 0:
+            roots = [total.operands[0] for total in totals[last]]
+            early = read_back(large, [i for i, value in large.items() if at[value] < last], roots)
+            late = {i: value for i, value in large.items() if i not in early}
+            split = [*self.sweeps[: last - 1], Sweep(totals[last - 1], early), Sweep(totals[last], late, early)]
+            self.sweeps = min(self.sweeps, split, key=self._touched)
         self.numbers: list[list[Value]] = [[] for _ in range(last + 2)]
         for value in values:
             if value.kind == Kind.NUMBER and value.op not in ("input", "constant") and not value.is_total:
                 self.numbers[at[value]].append(value)
         self.writes = {i: value for i, value in graph.outputs if graph.inputs[i][0] == Kind.NUMBER}
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes an element that are read and written."""
+        return self._touched(self.sweeps)
+
+    def _touched(self, sweeps: Iterable[Sweep]) -> int:
+        indices = [i for sweep in sweeps for i in (*set(sweep.sources.values()), *sweep.writes)]
+        return sum(dtype.itemsize for kind, dtype in (self._inputs[i] for i in indices) if kind == Kind.ELEMENT)
+
+
+def read_back(outputs: Mapping[int, Value], movable: Iterable[int], roots: Iterable[Value] = ()) -> dict[int, Value]:
+    """Of writes that can be done early, those after which the rest needs nothing of what they overwrite.
+
+    Args:
+        outputs: by index of an argument: all that is written.
+        movable: which of them can be done early.
+        roots: what else is needed later.
+    """
+    early = {i: outputs[i] for i in movable}
+    while True:
+        known = set(early.values())
+        late = [*(value for i, value in outputs.items() if i not in early), *roots]
+        needed = reachable(late, through=lambda value: value.kind != Kind.NUMBER and value not in known)  # noqa: B023
+        lost = {value.args[0] for value in needed if value.op == "input" and value not in known} & early.keys()
+        if not lost:
+            return early
+        early = {i: value for i, value in early.items() if i not in lost}
 
 
 def _earliest(values: Iterable[Value], totals: Mapping[Value, int]) -> dict[Value, int]:
@@ -77,17 +135,12 @@ def _latest(graph: UpdateGraph, last: int) -> dict[Value, int]:
     return found
 
 
-def _above(roots: Iterable[Value]) -> list[Value]:
-    """Rows and elements that some are made of, as `reachable`, but not looking through numbers."""
-    return reachable(roots, through=lambda value: value.kind != Kind.NUMBER)
-
-
-def levels(values: Iterable[Value]) -> dict[Value, int]:
+def levels(sweep: Sweep) -> dict[Value, int]:
     """In which loop over a row each row or element is computed; what is one a row and made of elements, after that loop, in the next."""
     found: dict[Value, int] = {}
-    for value in values:
-        large = [each for each in value.operands if each.kind != Kind.NUMBER]
-        found[value] = max((found[each] for each in large), default=0) + is_row_total(value)
+    for value in sweep.values:
+        large = [] if value in sweep.sources else [each for each in value.operands if each.kind != Kind.NUMBER]
+        found[value] = max((found[each] for each in large), default=0) + (is_row_total(value) and value not in sweep.sources)
     return found
 
 

@@ -31,17 +31,30 @@ def _init(param: Tensor, *, amsgrad: bool = False, initial_second_moment: float 
     return {**state, "max_exp_avg_sq": second.clone()} if amsgrad else state
 
 
-def direction(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor, eps: Tensor) -> tuple[Tensor, State]:
-    """Bias-corrected first moment over the root of the second (Kingma and Ba 2015, algorithm 1)."""
+def _renewed(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor) -> State:
+    """The state after one more gradient."""
     new = moments(grad, state, beta1, beta2)
-    step, second = new["step"], new["exp_avg_sq"]
     if "max_exp_avg_sq" in state:
-        second = new["max_exp_avg_sq"] = torch.maximum(kink(state["max_exp_avg_sq"], second), second)
-    denominator = safe_sqrt(second / (1 - beta2**step)) + eps
-    return new["exp_avg"] / (1 - beta1**step) / denominator, new
+        new["max_exp_avg_sq"] = torch.maximum(kink(state["max_exp_avg_sq"], new["exp_avg_sq"]), new["exp_avg_sq"])
+    return new
 
 
-@rule(_init, coupling="element", **_HYPERS, weight_decay=NonNegative(0.0))
+def direction(state: State, beta1: Tensor, beta2: Tensor, eps: Tensor) -> Tensor:
+    """Bias-corrected first moment over the root of the second (Kingma and Ba 2015, algorithm 1)."""
+    step, second = state["step"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    found: Tensor = state["exp_avg"] / (1 - beta1**step) / (safe_sqrt(second / (1 - beta2**step)) + eps)
+    return found
+
+
+def _finish_adam(param: Tensor, state: State, *, lr: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor) -> Tensor:
+    return param - lr * direction(state, beta1, beta2, eps)
+
+
+def _finish_adamw(param: Tensor, state: State, *, lr: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, weight_decay: Tensor) -> Tensor:
+    return param - lr * weight_decay * param - lr * direction(state, beta1, beta2, eps)
+
+
+@rule(_init, coupling="element", finish=_finish_adam, late=("lr", "eps"), **_HYPERS, weight_decay=NonNegative(0.0))
 def adam(
     param: Tensor,
     grad: Tensor,
@@ -66,11 +79,11 @@ def adam(
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         initial_second_moment: where the second moment starts, >= 0.
     """
-    step, new = direction(grad + weight_decay * param, state, beta1, beta2, eps)
-    return param - lr * step, new
+    new = _renewed(grad + weight_decay * param, state, beta1, beta2)
+    return _finish_adam(param, new, lr=lr, beta1=beta1, beta2=beta2, eps=eps), new
 
 
-@rule(_init, coupling="element", **_HYPERS, weight_decay=NonNegative(1e-2))
+@rule(_init, coupling="element", finish=_finish_adamw, late=("lr", "eps", "weight_decay"), **_HYPERS, weight_decay=NonNegative(1e-2))
 def adamw(
     param: Tensor,
     grad: Tensor,
@@ -93,5 +106,5 @@ def adamw(
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         initial_second_moment: where the second moment starts, >= 0.
     """
-    step, new = direction(grad, state, beta1, beta2, eps)
-    return param - lr * weight_decay * param - lr * step, new
+    new = _renewed(grad, state, beta1, beta2)
+    return _finish_adamw(param, new, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay), new

@@ -7,7 +7,7 @@ from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
 from hyperopt_nested.ops import State, kink, zeros_like
 from hyperopt_nested.projections import frobenius
 from hyperopt_nested.rule import Learn, is_on, rule
-from hyperopt_nested.rules.adam import direction, init_moments
+from hyperopt_nested.rules.adam import direction, init_moments, moments
 
 
 def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, coefficient: Tensor | float = 1.0, eps: Tensor | float = 0.0) -> Tensor:
@@ -95,7 +95,8 @@ def lamb(
         eps: added to the root of the second moment, > 0.
         weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
     """
-    step, new = direction(grad, state, beta1, beta2, eps)
+    new = moments(grad, state, beta1, beta2)
+    step = direction(new, beta1, beta2, eps)
     step = step + weight_decay * param
     ratio = _trust_ratio(frobenius.norms(param), frobenius.norms(step))
     return param - lr * ratio * step, new

@@ -139,7 +139,7 @@ def check_ends(subject: Subject, case: Case) -> None:
                 continue
             for grads in case.grads:
                 params, st = nested.step(params, grads, st)
-            found = leaves({"param": params, "hypergradient": nested.hypergradients(case.after, st)})
+            found = leaves({"param": params, "hypergradient": nested.hypergradients(params, case.after, st)})
             for path, leaf in found.items():
                 if not bool(torch.isfinite(leaf).all()):
                     raise RuleError(f"with {name}={end!r}, {path} is not finite: {leaf}")
