@@ -16,16 +16,14 @@ import numpy as np
 import torch
 import typer
 from measure import all_met, bars, compared, report, seconds
-from sets import BOTH, BOTH_BY_TENSOR, NOTHING, SETS, Candidate, Params, adam_like, drawn, load_published, made, sgd_like, twins
+from sets import ALIKE, BOTH, BOTH_BY_TENSOR, NOTHING, SETS, Candidate, Params, adam_like, drawn, load_published, made, sgd_like, twins
 
 from hyperopt_nested.backends import fused
 
 WARM = 2  # steps after the first
 BOUNDS = {
-    "AdamP, auto": 2.2,
-    "AdamP, foreach": 4.5,
-    "SGDP, auto": 2.2,
-    "SGDP, foreach": 4.5,
+    **{f"{name}{how}, auto": 2.2 for name in ("AdamP", "SGDP") for how in ("", f", {ALIKE}")},
+    **{f"{name}{how}, foreach": 4.5 for name in ("AdamP", "SGDP") for how in ("", f", {ALIKE}")},
     f"{BOTH}, auto": 1.6,
     f"{BOTH_BY_TENSOR}, auto": 1.6,
 }
@@ -109,7 +107,7 @@ def main(
             params = drawn(SETS[of](), dtype)
             title = f"{of}, {short}, {sum(p.numel() for p in params) / 1e6:.3g} million numbers, {len(params)} tensors"
             for kind, family in (("AdamW", adam_like), ("SGD", sgd_like)):
-                rows = compare(params, family(backends, program if dtype == torch.float32 else None), rounds)
+                rows = compare(params, family(backends, program if dtype == torch.float32 else None, dtype), rounds)
                 report(title, rows, out / f"optimizer_steps_{of}_{short}_{kind.lower()}.csv")
                 ratios = {row["optimizer"]: row["ratio"] for row in rows}
                 panels[f"{of}, {short}: over fused {kind}"] = ratios

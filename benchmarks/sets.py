@@ -80,24 +80,19 @@ class Candidate:
 
     Attributes:
         make: makes it.
-        moments: tensors of a parameter's size that its rule keeps.
-        learned: hypers that are learned, each with a sensitivity, which is read for the hypergradient and then written anew.
-        anchored: whether it reads an anchor.
-        state: dtype of moments and sensitivities, if not the parameter's.
+        own: how often a tensor of the parameter's dtype is read or written: gradient, parameter, anchor, sensitivity.
+        moments: how often one of its rule's state is.
+        state: the dtype of that, if not the parameter's.
     """
 
     make: Callable[[Params], torch.optim.Optimizer]
+    own: int
     moments: int
-    learned: int = 0
-    anchored: bool = False
     state: torch.dtype | None = None
 
     def touched(self, dtype: torch.dtype) -> int:
         """Bytes a parameter that a step reads and writes, if everything is read, or written, once for each pass that needs it."""
-        own, state = dtype.itemsize, (self.state or dtype).itemsize
-        hypergradient = own + self.learned * state if self.learned else 0
-        reads = 2 * own + self.moments * state + self.anchored * own
-        return hypergradient + reads + own + (self.moments + self.learned) * state
+        return self.own * dtype.itemsize + self.moments * (self.state or dtype).itemsize
 
 
 LR, DECAY, MOMENTUM = 1e-3, 0.01, 0.9
@@ -105,42 +100,56 @@ BY = hn.sgd(lr=1e-9)  # so that values stay where they are
 ADAMW_FUSED, SGD_FUSED, ADAMW_FOREACH = "torch AdamW, fused", "torch SGD, fused", "torch AdamW, foreach"
 NOTHING, RATE = "AdamW, nothing learned", "AdamW, lr learned"
 BOTH, BOTH_BY_TENSOR = "AdamW, lr and decay learned", "AdamW, lr and decay learned per tensor"
-PUBLISHED = "published"
+PUBLISHED, ALIKE = "published", "moments in bfloat16"
+PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written
+LEARNED = {"own": 4}  # hypergradients need the parameter too; moments are renewed in that pass, and read again in the other
+PROJECTED = {
+    "own": 7
+}  # gradient and displacement are read for the radius; gradient, parameter and anchor, and parameter and displacement written
 
 
-def adam_like(backends: Sequence[str], published: ModuleType | None = None) -> dict[str, Candidate]:
+def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Candidate]:
     """By name; the first is what the others are compared with."""
 
     def nested(backend: str, lr: float | hn.Learn = LR, decay: float | hn.Learn = DECAY) -> Callable[[Params], torch.optim.Optimizer]:
         return lambda params: hn.HyperOptimizer(params, hn.adamw(lr=lr, weight_decay=decay), backend=backend)
 
+    def projected(backend: str, **how: torch.dtype) -> Callable[[Params], torch.optim.Optimizer]:
+        return lambda params: AdamP(params, lr=LR, weight_decay=DECAY, backend=backend, **how)
+
     found = {
-        ADAMW_FUSED: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True), 2),
-        ADAMW_FOREACH: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, foreach=True), 2),
+        ADAMW_FUSED: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True), **PLAIN, moments=4),
+        ADAMW_FOREACH: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, foreach=True), **PLAIN, moments=4),
     }
     model, tensor = ([hn.learn(value, by=BY, per=per) for value in (LR, DECAY)] for per in ("model", "tensor"))
     for backend in backends:
-        projected = lambda params, backend=backend: AdamP(params, lr=LR, weight_decay=DECAY, backend=backend)  # noqa: E731
-        found[f"{NOTHING}, {backend}"] = Candidate(nested(backend), 2, state=torch.float32)
-        found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), 2, 1, state=torch.float32)
-        found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), 2, 2, state=torch.float32)
-        found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), 2, 2, state=torch.float32)
-        found[f"AdamP, {backend}"] = Candidate(projected, 2, 1, True, torch.float32)
+        found[f"{NOTHING}, {backend}"] = Candidate(nested(backend), **PLAIN, moments=4, state=torch.float32)
+        found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
+        found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)
+        found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), **LEARNED, moments=6, state=torch.float32)
+        found[f"AdamP, {backend}"] = Candidate(projected(backend), **PROJECTED, moments=4, state=torch.float32)
+        if dtype == torch.bfloat16:
+            found[f"AdamP, {ALIKE}, {backend}"] = Candidate(projected(backend, state_dtype=dtype), **PROJECTED, moments=4)
     if published:
         make = lambda params: published.AdamP(_with_anchors(params), lr=LR, weight_decay=DECAY, exclude_set={}, k=1.0)  # noqa: E731
-        found[f"AdamP, {PUBLISHED}"] = Candidate(make, 2, 1, True)
+        found[f"AdamP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=4)
     return found
 
 
-def sgd_like(backends: Sequence[str], published: ModuleType | None = None) -> dict[str, Candidate]:
+def sgd_like(backends: Sequence[str], published: ModuleType | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Candidate]:
     """By name; the first is what the others are compared with."""
-    found = {SGD_FUSED: Candidate(lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True), 1)}
+
+    def projected(backend: str, **how: torch.dtype) -> Callable[[Params], torch.optim.Optimizer]:
+        return lambda params: SGDP(params, lr=LR, momentum=MOMENTUM, backend=backend, **how)
+
+    found = {SGD_FUSED: Candidate(lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True), **PLAIN, moments=2)}
     for backend in backends:
-        projected = lambda params, backend=backend: SGDP(params, lr=LR, momentum=MOMENTUM, backend=backend)  # noqa: E731
-        found[f"SGDP, {backend}"] = Candidate(projected, 1, 1, True, torch.float32)
+        found[f"SGDP, {backend}"] = Candidate(projected(backend), **PROJECTED, moments=2, state=torch.float32)
+        if dtype == torch.bfloat16:
+            found[f"SGDP, {ALIKE}, {backend}"] = Candidate(projected(backend, state_dtype=dtype), **PROJECTED, moments=2)
     if published:
         make = lambda params: published.SGDP(_with_anchors(params), lr=LR, momentum=MOMENTUM, exclude_set={}, k=1.0)  # noqa: E731
-        found[f"SGDP, {PUBLISHED}"] = Candidate(make, 1, 1, True)
+        found[f"SGDP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=2)
     return found
 
 

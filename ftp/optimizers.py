@@ -57,6 +57,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         backend: what runs the steps.
         learn_from: which loss the radius learns from.
         displacement_dtype: what the last displacement, scaled, is kept in.
+        state_dtype: what the base keeps its moments in.
         anchor_dtype: what anchors are kept in.
         anchor_device: where anchors are kept.
     """
@@ -74,6 +75,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         backend: hn.Backend,
         learn_from: Literal["training", "validation"] = "training",
         displacement_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
@@ -86,7 +88,8 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         anchors = anchor if isinstance(anchor, Mapping) else None
         choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, how)
         self._elsewhere = frozenset() if anchor_device is None else frozenset({"anchor"})
-        super().__init__(groups, choose, learn_from=learn_from, memory_dtype=displacement_dtype, backend=backend)
+        kept: dict[str, Any] = {"memory_dtype": displacement_dtype, "state_dtype": state_dtype}
+        super().__init__(groups, choose, learn_from=learn_from, backend=backend, **kept)
 
 
 class FTPOptimizer(ProjectedOptimizer):
@@ -103,7 +106,8 @@ class FTPOptimizer(ProjectedOptimizer):
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
         displacement_dtype: the dtype of the last displacement, which the radius learns from: torch.bfloat16 halves its memory, and rounds
-            the radius's gradient. None is the parameter's, or float32 if that is wider.
+            the radius's gradient. None is the parameter's.
+        state_dtype: the dtype of the moments that `base` keeps; None is the parameter's, or float32 if that is wider.
         anchor_dtype: the dtype of the anchors, which are rounded to it; None is the parameter's.
         anchor_device: where anchors are kept, and fetched from in each step: "cpu" saves a GPU's memory. None is with the parameter.
 
@@ -123,11 +127,13 @@ class FTPOptimizer(ProjectedOptimizer):
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
         how: dict[str, Any] = {"exclude": exclude, "anchor": anchor, "saturation": saturation, "backend": backend}
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         super().__init__(params, base, ftp_radius(k), onto=hn.mars, **how, **kept)
 
 
@@ -148,6 +154,7 @@ class AdamP(FTPOptimizer):
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
+        state_dtype: as `FTPOptimizer`.
         anchor_dtype: as `FTPOptimizer`.
         anchor_device: as `FTPOptimizer`.
 
@@ -179,11 +186,13 @@ class AdamP(FTPOptimizer):
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.adamw(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
 
 
@@ -204,6 +213,7 @@ class SGDP(FTPOptimizer):
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
+        state_dtype: as `FTPOptimizer`.
         anchor_dtype: as `FTPOptimizer`.
         anchor_device: as `FTPOptimizer`.
 
@@ -233,11 +243,13 @@ class SGDP(FTPOptimizer):
         saturation: hn.Saturation = "straight-through",
         backend: hn.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
 
 

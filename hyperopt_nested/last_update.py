@@ -23,7 +23,7 @@ class LastUpdate:
     Args:
         update: the update of all tensors.
         memory: how to remember it.
-        dtype: what sensitivities are kept in; None is what tensors are computed in.
+        dtype: what sensitivities are kept in; None is each tensor's own.
     """
 
     def __init__(self, update: JointUpdate, memory: Memory, dtype: torch.dtype | None = None) -> None:
@@ -40,7 +40,7 @@ class LastUpdate:
         """Memory before the first update: of the structure that later ones have, with no effect."""
         found = {}
         for name, param in params.items():
-            none = {key: torch.zeros_like(param, dtype=self._dtype or state_dtype(param)) for key in self._kept(name, "forward")}
+            none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._kept(name, "forward")}
             totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
             raws = self._update.raws_of(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
@@ -61,7 +61,8 @@ class LastUpdate:
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
         memory: State = {}
         for name in grads:
-            sensitivity = {key: self._narrow(sensitivities[key][name]) for key in self._kept(name, "forward")}
+            dtype = self._dtype or params[name].dtype
+            sensitivity = {key: sensitivities[key][name].to(dtype) for key in self._kept(name, "forward")}
             inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
@@ -86,9 +87,6 @@ class LastUpdate:
             through = self._update.of(name, param, grad, state, numbers["values"]).pull_late(grad, numbers["raws"])
             for key in self._kept(name, "late"):
                 yield key, value[key], torch.where(taken, through[key], 0)
-
-    def _narrow(self, sensitivity: Tensor) -> Tensor:
-        return sensitivity if self._dtype is None else sensitivity.to(self._dtype)
 
     def _kept(self, name: str, kind: Kind) -> list[str]:
         """Learned hypers of a tensor that are remembered so."""

@@ -33,7 +33,13 @@ def kind_of_memory(optimizer: Optimizer, name: str, learn: Learn, memory: Memory
     return "forward" if memory != "reverse" and _forward_is_exact(optimizer, learn) else "reverse"
 
 
-def check_horizon(memory: Memory, discount: float, curvature: Curvature, memory_dtype: torch.dtype | None = None) -> None:
+def check_horizon(
+    memory: Memory,
+    discount: float,
+    curvature: Curvature,
+    memory_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> None:
     """Refuse arguments that are none of their choices, or do not go together.
 
     Raises:
@@ -46,8 +52,9 @@ def check_horizon(memory: Memory, discount: float, curvature: Curvature, memory_
         raise ValueError(f"discount={discount!r} must be in [0, 1]: 0 looks through the last update alone, 1 through all")
     if discount and memory in ("reverse", "none"):
         raise ValueError(f"memory={memory!r} does not remember what discount={discount!r} needs: use memory='auto'")
-    if memory_dtype is not None and not memory_dtype.is_floating_point:
-        raise ValueError(f"memory_dtype={memory_dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+    for name, dtype in (("memory_dtype", memory_dtype), ("state_dtype", state_dtype)):
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{name}={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
     if memory_dtype is not None and discount:
         raise ValueError(f"memory_dtype={memory_dtype} is for a horizon of one step, and discount={discount!r}: leave one of them out")
     if curvature == "exact" and not discount:

@@ -17,7 +17,7 @@ from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
 from hyperopt_nested.last_update import LastUpdate
 from hyperopt_nested.learnable import Memory, check_declared, check_horizon, check_used
 from hyperopt_nested.learned import LearnedHyper
-from hyperopt_nested.ops import State, evaluated, map_tree
+from hyperopt_nested.ops import State, evaluated, in_dtype, map_tree
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.sensitivity import Raws
 
@@ -39,7 +39,9 @@ class Nested:
             Sharifnassab et al. 2024, arXiv 2402.02342). Takes memory of the size of tensors and states a learned hyper.
         curvature: what a horizon beyond one step makes of the model's curvature; see `Curvature`.
         memory_dtype: the dtype of the sensitivities that forward memory keeps, one tensor of the parameter's shape a hyper; such as
-            torch.bfloat16, which rounds them to 8 bits, for half of the memory. None is the parameter's dtype, or float32 if that is wider.
+            torch.bfloat16, which rounds them to 8 bits, for half of the memory. None is the parameter's dtype, as of its gradient.
+        state_dtype: the dtype of what rules keep of a parameter's shape, such as Adam's moments; with torch.bfloat16, what torch.optim does
+            with parameters in bfloat16, small updates of a moment are lost. None is the parameter's dtype, or float32 if that is wider.
 
     Raises:
         ValueError: what is asked for would not be exact for a learned hyper, or the hyper's derivative is zero wherever it exists.
@@ -63,9 +65,10 @@ class Nested:
         discount: float = 0.0,
         curvature: Curvature = "none",
         memory_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        check_horizon(memory, discount, curvature, memory_dtype)
-        self.memory, self.discount, self.curvature = memory, discount, curvature
+        check_horizon(memory, discount, curvature, memory_dtype, state_dtype)
+        self.memory, self.discount, self.curvature, self._state_dtype = memory, discount, curvature, state_dtype
         by_learn: dict[int, LearnedHyper] = {}
         for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values():
             for name, learn in each.learned.items():
@@ -118,7 +121,7 @@ class Nested:
             if (id(optimizer), param.ndim) not in checked:
                 checked.add((id(optimizer), param.ndim))
                 check_used(optimizer, self.learned_of(name), name, param, self.memory, self.discount)
-            rule[name] = optimizer.rule.init(param, optimizer.settings)
+            rule[name] = in_dtype(optimizer.rule.init(param, optimizer.settings), param, self._state_dtype)
             for learned in self.learned_of(name).values():
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:

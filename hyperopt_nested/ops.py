@@ -86,6 +86,17 @@ def evaluated(param: Tensor, state: State) -> Tensor:
     return evaluated(param, state["base"]) if "base" in state else param
 
 
+def in_dtype(state: State, param: Tensor, dtype: torch.dtype | None) -> State:
+    """A rule's state with tensors of the parameter's shape in another dtype, all but anchors; None leaves it as it is."""
+
+    def cast(key: str, leaf: Any) -> Any:
+        if isinstance(leaf, dict):
+            return in_dtype(leaf, param, dtype)
+        return leaf.to(dtype) if leaf.is_floating_point() and leaf.shape == param.shape and key != "anchor" else leaf
+
+    return state if dtype is None else {key: cast(key, leaf) for key, leaf in state.items()}
+
+
 def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:
     """Apply `function` leaf by leaf to trees of one structure."""
     return {

@@ -44,6 +44,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         memory_dtype: the dtype of what forward memory keeps; see `Nested`.
+        state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Attributes:
@@ -77,6 +78,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         curvature: Curvature = "none",
         learn_from: Literal["training", "validation"] = "training",
         memory_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and not callable(optimizer):
@@ -88,7 +90,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
         self._programs: Programs | None = None
-        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, "memory_dtype": memory_dtype}
+        kept = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
+        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **kept}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state

@@ -54,7 +54,11 @@ _FUNCTIONS: dict[str, str] = {
 _HEADER = """\
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -75,6 +79,23 @@ template <typename T, typename Bits> static inline T chosen(bool c, T x, T y) {
 static inline float choose(bool c, float x, float y) { return chosen<float, uint32_t>(c, x, y); }
 static inline double choose(bool c, double x, double y) { return chosen<double, uint64_t>(c, x, y); }
 
+// a copy, past the cache if that can not hold it anyway: else what is written would be read first
+template <typename T> static inline void put(T* to, const T* from, int64_t count, bool past) {
+#ifdef __AVX__
+  if (past) {
+    int64_t j = 0;
+    for (; j < count && (uintptr_t(to + j) & 63); j++) to[j] = from[j];
+    for (constexpr int64_t line = 64 / sizeof(T); j + line <= count; j += line)
+      for (int64_t half = 0; half < line; half += line / 2)
+        _mm256_stream_si256((__m256i*)(to + j + half), _mm256_loadu_si256((const __m256i*)(from + j + half)));
+    for (; j < count; j++) to[j] = from[j];
+    return;
+  }
+#endif
+  std::memcpy(to, from, count * sizeof(T));
+}
+
+constexpr int64_t CACHE = 1 << 25;  // bytes
 constexpr int64_t BLOCK = 8192;  // elements; rows are not split
 """
 
@@ -83,6 +104,9 @@ extern "C" void run(int64_t count, void* const* inputs, const int64_t* rows, con
   struct Block { int64_t tensor, first, rows, columns; };
   std::vector<Block> by_row, flat;
   std::vector<Numbers> numbers(count);
+  int64_t elements = 0;
+  for (int64_t t = 0; t < count; t++) elements += rows[t] * columns[t];
+  const bool past = elements * WIDTH > CACHE;
   for (int64_t begin = 0, end; begin < count; begin = end) {  // batches that the cache holds from sweep to sweep, if a tensor does
     by_row.clear();
     flat.clear();
@@ -125,7 +149,8 @@ class _Code:
 
     def parts(self) -> Iterator[str]:
         width = sum(dtype.itemsize for kind, dtype in self._graph.inputs if kind == Kind.ELEMENT)
-        yield f"constexpr int64_t BATCH = {(1 << 24) // max(width, 1)};  // elements\n"
+        yield f"constexpr int64_t WIDTH = {max(width, 1)};  // bytes an element\n"
+        yield "constexpr int64_t BATCH = CACHE / 2 / WIDTH;  // elements\n"
         yield "struct Numbers {" + " ".join(f"{_type(value)} {self._name[value]};" for value in self._numbers) + "};\n"
         for at, values in enumerate(self._sweeps.numbers):
             yield f"static void numbers{at}(void* const* inputs, Numbers& n) {{\n"
@@ -153,7 +178,7 @@ class _Code:
             yield "    #pragma omp parallel for schedule(static) num_threads(team)\n"
             yield f"    for (int64_t i = 0; i < (int64_t){blocks}.size(); i++) {{\n"
             yield f"      auto b = {blocks}[i]; int64_t t = b.tensor;\n"
-            yield f"      sweep{at}({given}, numbers[t], b.first, b.rows, b.columns, parts{at}[i]);\n    }}\n"
+            yield f"      sweep{at}({given}, numbers[t], b.first, b.rows, b.columns, past, parts{at}[i]);\n    }}\n"
             yield f"    for (int64_t t = begin, i = 0; t < end; t++) {{\n      Part{at} all;\n"
             yield f"      for (; i < (int64_t){blocks}.size() && {blocks}[i].tensor == t; i++) all.add(parts{at}[i]);\n"
             for total in sweep.totals:
@@ -176,7 +201,7 @@ class _Code:
             for name, op in names
         )
         yield "}\n};\n"
-        given = f"void* const* inputs, const Numbers& n, int64_t first, int64_t rows, int64_t columns, Part{at}& part"
+        given = f"void* const* inputs, const Numbers& n, int64_t first, int64_t rows, int64_t columns, bool past, Part{at}& part"
         yield f"static void sweep{at}({given}) {{\n"
         yield from self._loops(sweep)
         yield "}\n"
@@ -222,9 +247,11 @@ class _Code:
         for i in touched:
             qualifier = "" if i in sweep.writes else "const "
             yield f"  {qualifier}{_STORED[self._graph.inputs[i][1]]}* const base{i} = ({_STORED[self._graph.inputs[i][1]]}*)inputs[{i}];\n"
-        for value in kept:
-            yield f"  thread_local std::vector<{_type(value)}> store_{self._name[value]}; store_{self._name[value]}.resize(columns);\n"
-            yield f"  {_type(value)}* __restrict__ const kept_{self._name[value]} = store_{self._name[value]}.data();\n"
+        rows_kept = {f"kept_{self._name[value]}": _type(value) for value in kept}
+        rows_kept |= {f"out{i}": _STORED[self._graph.inputs[i][1]] for i in writes if i in self._only_written(sweep)}
+        for name, type_ in rows_kept.items():
+            yield f"  thread_local std::vector<{type_}> store_{name}; store_{name}.resize(columns);\n"
+            yield f"  {type_}* __restrict__ const {name} = store_{name}.data();\n"
         yield "  for (int64_t row = first; row < first + rows; row++) {\n"
         for i in touched:
             kind, dtype = self._graph.inputs[i]
@@ -239,6 +266,10 @@ class _Code:
                 yield f"    const {_type(value)} {self._name[value]} = load(p{i}[row]);\n"
         yield from body
         yield "  }\n"
+
+    def _only_written(self, sweep: Sweep) -> set[int]:
+        """Arrays that a sweep writes, and does not read."""
+        return {i for i in sweep.writes if self._graph.inputs[i][1] != torch.bool} - {*sweep.sources.values()}
 
     def _write_levels(self, sweep: Sweep, level: Mapping[Value, int], used: Mapping[Value, int]) -> dict[int, int]:
         """In which loop each array of elements is written: when its value is there, and nothing reads the old one any more."""
@@ -295,7 +326,10 @@ class _Code:
                 after.append(f"    {part} += {name};\n")
         for i in stores:
             value = sweep.writes[i]
-            lines.append(f"      p{i}[j] = {self._stored(i, scope.read(value, value.dtype))};\n")
+            to = f"out{i}" if i in self._only_written(sweep) else f"p{i}"
+            lines.append(f"      {to}[j] = {self._stored(i, scope.read(value, value.dtype))};\n")
+            if to != f"p{i}":
+                after.append(f"    put(p{i}, out{i}, columns, past);\n")
         if lines:
             yield from before
             yield f"    #pragma omp simd {' '.join(clauses)}\n"
