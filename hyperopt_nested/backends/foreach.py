@@ -1,6 +1,6 @@
 """Programs of torch's own operators: many small tensors at once, and large ones piece by piece while the cache holds them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value, Values
+from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value
 from hyperopt_nested.backends.layout import lying_as, sizes
-from hyperopt_nested.backends.operations import Operation, Part, Plan, Slot, Work, operation
+from hyperopt_nested.backends.operations import Operation, Part, Plan, Slot, Work, copied, operation
 from hyperopt_nested.backends.program import Program
 from hyperopt_nested.backends.sweeps import Sweeps
 from hyperopt_nested.learned import number_dtype
@@ -29,28 +29,30 @@ def foreach(graph: UpdateGraph) -> Program:
 
 
 @dataclass
-class _Piece:
-    """Rows of tensors that one operator works on at once.
+class _Pack:
+    """Tensors of equal columns that are put together, or one that is cut into pieces.
 
     Attributes:
-        tensors: which tensors of the batch; several only if all of each is here.
-        first: the first row of a single tensor.
-        rows: rows of each tensor that are here.
+        tensors: which tensors of the batch.
+        rows: of each.
         columns: of all of them.
+        step: rows that one operator works on at once.
     """
 
     tensors: list[int]
-    first: int
     rows: list[int]
     columns: int
+    step: int
 
     @property
-    def is_pack(self) -> bool:
-        return len(self.tensors) > 1
+    def is_one(self) -> bool:
+        return len(self.tensors) == 1
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
-        return sum(self.rows), self.columns
+    def pieces(self) -> list[int]:
+        """Rows of each piece."""
+        rows = sum(self.rows)
+        return [min(self.step, rows - at) for at in range(0, rows, self.step)]
 
     @cached_property
     def owners(self) -> Tensor:
@@ -60,18 +62,18 @@ class _Piece:
 
 @dataclass
 class _Cut:
-    """All tensors of a batch, cut into pieces.
+    """All tensors of a batch.
 
     Attributes:
-        pieces: of them.
+        packs: of them.
     """
 
-    pieces: list[_Piece]
+    packs: list[_Pack]
 
     @cached_property
     def owners(self) -> Tensor:
-        """Which tensor each part of a total is of: one a row of a pack, and one for any other piece."""
-        return torch.cat([piece.owners if piece.is_pack else torch.tensor(piece.tensors) for piece in self.pieces])
+        """Which tensor each part of a total is of: one a piece of a tensor, and one a row of tensors that are together."""
+        return torch.cat([torch.tensor(pack.tensors * len(pack.pieces)) if pack.is_one else pack.owners for pack in self.packs])
 
 
 class _Foreach:
@@ -92,23 +94,24 @@ class _Foreach:
         run = _Run(self._graph, batch, shapes, self._buffer)
         for at, (sweep, steps) in enumerate(zip(self._sweeps.sweeps, self._steps, strict=True)):
             run.do_numbers(self._numbers[at])
+            run.read(steps.numbers)
             cut = self._cut(shapes, device, whole=steps.only_reads)
-            for piece in cut.pieces:
-                run.do(piece, steps)
+            for pack in cut.packs:
+                run.do(pack, steps)
             run.finish(sweep.totals, cut.owners)
         run.do_numbers(self._numbers[-1])
         run.write_numbers(self._sweeps.writes)
 
-    def _buffer(self, slot: Slot, piece: _Piece, device: torch.device) -> Tensor:
+    def _buffer(self, slot: Slot, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Memory for what an operator computes of a piece."""
-        key = slot, piece.shape
+        key = slot, shape
         if key not in self._buffers:
-            size = piece.shape[0] * piece.shape[1]
+            size = shape[0] * shape[1]
             memory = self._memory.get(slot)
             if memory is None or memory.numel() < size:
                 memory = self._memory[slot] = torch.empty(size, dtype=slot[0], device=device)
                 self._buffers = {each: view for each, view in self._buffers.items() if each[0] != slot}
-            self._buffers[key] = memory[:size].view(piece.shape)
+            self._buffers[key] = memory[:size].view(shape)
         return self._buffers[key]
 
     def _cut(self, shapes: tuple[tuple[int, int], ...], device: torch.device, *, whole: bool) -> _Cut:
@@ -119,46 +122,48 @@ class _Foreach:
         return self._cuts[key]
 
 
-def _cut(shapes: Sequence[tuple[int, int]], small: int, large: int | None) -> list[_Piece]:
-    """Tensors of equal columns together, if they have no more elements than `small`; others into pieces of about `large`, if given."""
-    pieces: list[_Piece] = []
+def _cut(shapes: Sequence[tuple[int, int]], small: int, large: int | None) -> list[_Pack]:
+    """Tensors of equal columns together, if they have no more elements than `small`; others in pieces of about `large`, if given."""
+    packs: list[_Pack] = []
     order = sorted(range(len(shapes)), key=lambda t: shapes[t][1])
     for columns, group in groupby(order, key=lambda t: shapes[t][1]):
-        pack: list[int] = []
-        size = 0
+        together: list[int] = []
         for t in group:
             rows = shapes[t][0]
             if rows * columns > small:
-                step = max(1, large // columns) if large else rows
-                pieces += [_Piece([t], at, [min(step, rows - at)], columns) for at in range(0, rows, step)]
+                packs.append(_Pack([t], [rows], columns, max(1, large // columns) if large else rows))
                 continue
-            if pack and size + rows * columns > PIECE:
-                pieces.append(_Piece(pack, 0, [shapes[each][0] for each in pack], columns))
-                pack, size = [], 0
-            pack.append(t)
-            size += rows * columns
-        if pack:
-            pieces.append(_Piece(pack, 0, [shapes[each][0] for each in pack], columns))
-    return pieces
+            if together and (sum(shapes[each][0] for each in together) + rows) * columns > PIECE:
+                packs.append(_together(together, shapes))
+                together = []
+            together.append(t)
+        if together:
+            packs.append(_together(together, shapes))
+    return packs
+
+
+def _together(tensors: list[int], shapes: Sequence[tuple[int, int]]) -> _Pack:
+    rows = [shapes[t][0] for t in tensors]
+    return _Pack(tensors, rows, shapes[tensors[0]][1], sum(rows))
 
 
 class _Steps:
     """Plans for one sweep, by what its numbers choose."""
 
     def __init__(self, graph: UpdateGraph, work: Work) -> None:
-        self._value = Values()
-        self._work = work.given({}, self._value)
+        self._work = work.given({})
         self._in_place = {i: graph.inputs[i][1] for i in work.writes if graph.inputs[i][0] == Kind.ELEMENT}
         self._plans: dict[Any, Plan] = {}
+        self.numbers = self._work.numbers
         self.conditions = self._work.conditions(Kind.NUMBER)
-        self.only_reads = Plan(self._work, self._value, {}, looking=False).only_reads
+        self.only_reads = Plan(self._work, {}, looking=False).only_reads
 
-    def plan(self, outcomes: tuple[bool | None, ...], *, in_place: bool, looking: bool) -> Plan:
+    def plan(self, outcomes: tuple[bool | None, ...], *, alone: bool, looking: bool) -> Plan:
         """The plan where conditions that are numbers are met for all, none or some tensors."""
-        key = outcomes, in_place, looking
+        key = outcomes, alone, looking
         if key not in self._plans:
-            work = self._work.given(dict(zip(self.conditions, outcomes, strict=True)), self._value)
-            self._plans[key] = Plan(work, self._value, self._in_place if in_place else {}, looking=looking)
+            work = self._work.given(dict(zip(self.conditions, outcomes, strict=True)))
+            self._plans[key] = Plan(work, self._in_place if alone else {}, looking=looking)
         return self._plans[key]
 
 
@@ -170,7 +175,7 @@ class _Run:
         graph: UpdateGraph,
         batch: Sequence[Sequence[Tensor]],
         shapes: Sequence[tuple[int, int]],
-        buffer: Callable[[Slot, _Piece, torch.device], Tensor],
+        buffer: Callable[[Slot, tuple[int, int], torch.device], Tensor],
     ) -> None:
         self._graph, self._batch, self._shapes, self._buffer = graph, batch, shapes, buffer
         self._device = batch[0][0].device
@@ -183,51 +188,63 @@ class _Run:
     def do_numbers(self, operations: Sequence[Operation]) -> None:
         for each in operations:
             found = each.run(*(None if arg is None else self._number(arg) for arg in each.operands))
-            self._numbers[each.value] = torch.as_tensor(found, dtype=each.value.dtype, device=self._device).reshape(-1)
+            if not isinstance(found, Tensor) or found.dtype != each.value.dtype or found.ndim != 1:
+                found = torch.as_tensor(found, dtype=each.value.dtype, device=self._device).reshape(-1)
+            self._numbers[each.value] = found
 
-    def do(self, piece: _Piece, steps: _Steps) -> None:
-        """The operators of a sweep for a piece, and its writes."""
-        outcomes = tuple(self._outcome(condition, piece) for condition in steps.conditions)
-        plan = steps.plan(outcomes, in_place=not piece.is_pack, looking=self._on_cpu)
-        views = {value.args[0]: self._views(value.args[0], piece) for value in plan.inputs}
-        known: dict[Value | None, Any] = {None: None}
-        for value in plan.inputs:
-            known[value] = torch.cat(views[value.args[0]]) if piece.is_pack else views[value.args[0]][0]
-        part = plan.first
-        self._compute(part, piece, known, views)
-        if part.conditions:
-            met = [(int(torch.count_nonzero(known[each])), known[each].numel()) for each in part.conditions]
-            part = plan.rest(tuple(count == rows if count in (0, rows) else None for count, rows in met))
-            self._compute(part, piece, known, views)
-        for total, operand in part.work.totals.items():
-            if total in part.dots:
-                factors = [known[each] for each in part.dots[total]]
-                found = torch.linalg.vecdot(*factors) if piece.is_pack else torch.dot(*(each.reshape(-1) for each in factors))
+    def do(self, pack: _Pack, steps: _Steps) -> None:
+        """The operators of a sweep for tensors, piece by piece, and its writes."""
+        outcomes = tuple(self._outcome(condition, pack) for condition in steps.conditions)
+        plan = steps.plan(outcomes, alone=pack.is_one, looking=self._on_cpu and pack.is_one)
+        views = {i: self._views(i, pack) for i in plan.arguments}
+        numbers: dict[Part, dict[Value | None, Any]] = {}
+        for k, rows in enumerate(pack.pieces):
+            shape = rows, pack.columns
+            if pack.is_one:
+                arguments = {i: pieces[k] for i, pieces in views.items()}
             else:
-                shape = piece.shape if operand.kind == Kind.ELEMENT else (piece.shape[0], 1)
-                whole = torch.as_tensor(known[operand], dtype=operand.dtype, device=self._device).expand(shape)
-                reduce: Callable[..., Tensor] = torch.amax if total.op == "amax" else torch.sum
-                found = reduce(whole, -1) if piece.is_pack else reduce(whole)
-            self._sums.setdefault(total, []).append(found)
-        for i, value in part.copies:
-            _store(views.get(i) or self._views(i, piece), known[value], piece)
+                arguments = {value.args[0]: torch.cat(views[value.args[0]]) for value in plan.inputs}
+            known: dict[Value | None, Any] = {None: None, **{value: arguments[value.args[0]] for value in plan.inputs}}
+            part = plan.first
+            for last in (not part.conditions, True):
+                if part not in numbers:
+                    numbers[part] = self._numbers_in(part, pack)
+                known |= numbers[part]
+                self._compute(part, known, arguments, shape)
+                if last:
+                    break
+                met = [(int(torch.count_nonzero(known[each])), known[each].numel()) for each in part.conditions]
+                part = plan.rest(tuple(count == every if count in (0, every) else None for count, every in met))
+            self._sum(part, known, shape, each_row=not pack.is_one)
+            for i, value in part.copies:
+                if pack.is_one:
+                    copied(known[value], arguments[i])
+                else:
+                    whole = _expanded(known[value], value.dtype, (rows, views[i][0].shape[1]), self._device)
+                    torch._foreach_copy_(views[i], torch.split_with_sizes(whole, pack.rows))
 
-    def _compute(self, part: Part, piece: _Piece, known: dict[Value | None, Any], views: dict[int, list[Tensor]]) -> None:
-        known |= self._numbers_in(part, piece)
+    def _compute(self, part: Part, known: dict[Value | None, Any], arguments: Mapping[int, Tensor], shape: tuple[int, int]) -> None:
         for each in part.operations:
             args = [known[operand] for operand in each.operands]
             place = each.place
             if place is None:
                 found = each.run(*args)
                 known[each.value] = found if found.dtype == each.value.dtype else found.to(each.value.dtype)
-                continue
-            if isinstance(place, int):
-                if place not in views:
-                    views[place] = self._views(place, piece)
-                out = views[place][0]
             else:
-                out = self._buffer(place, piece, self._device)
-            known[each.value] = each.run(*args, out=out)
+                out = arguments[place] if isinstance(place, int) else self._buffer(place, shape, self._device)
+                known[each.value] = each.run(*args, out=out)
+
+    def _sum(self, part: Part, known: Mapping[Value | None, Any], shape: tuple[int, int], *, each_row: bool) -> None:
+        """The totals of a piece, or of each of its rows."""
+        for total, operand in part.work.totals.items():
+            if total in part.dots:
+                factors = [known[each] for each in part.dots[total]]
+                found = torch.linalg.vecdot(*factors) if each_row else torch.dot(*(each.reshape(-1) for each in factors))
+            else:
+                whole = _expanded(known[operand], operand.dtype, shape if operand.kind == Kind.ELEMENT else (shape[0], 1), self._device)
+                reduce: Callable[..., Tensor] = torch.amax if total.op == "amax" else torch.sum
+                found = reduce(whole, -1) if each_row else reduce(whole)
+            self._sums.setdefault(total, []).append(found)
 
     def finish(self, totals: Sequence[Value], owners: Tensor) -> None:
         """Put together what pieces have summed up."""
@@ -241,12 +258,11 @@ class _Run:
             self._numbers[total] = whole.to(total.dtype)
 
     def write_numbers(self, writes: dict[int, Value]) -> None:
-        if writes:
-            new = {i: self._number(value) for i, value in writes.items()}
-            for i, value in new.items():
-                leaves = [given[i] for given in self._batch]
-                filled = value if isinstance(value, Tensor) else torch.full((1,), value, dtype=leaves[0].dtype)
-                torch._foreach_copy_(leaves, [each.reshape(leaves[0].shape) for each in filled.expand(len(leaves)).unbind()])
+        new = {i: self._number(value) for i, value in writes.items()}
+        for i, value in new.items():
+            leaves = [given[i] for given in self._batch]
+            filled = value if isinstance(value, Tensor) else torch.full((1,), value, dtype=leaves[0].dtype)
+            torch._foreach_copy_(leaves, filled.reshape(-1, *leaves[0].shape).expand(len(leaves), *leaves[0].shape).unbind())
 
     def _number(self, value: Value) -> Any:
         """A number for each tensor, shape (tensors,); or one for all, shape (1,); or a constant."""
@@ -261,58 +277,64 @@ class _Run:
                 self._numbers[value] = leaves[0].reshape(1) if shared else torch.stack([leaf.reshape(()) for leaf in leaves])
         return self._numbers[value]
 
+    def read(self, values: Sequence[Value]) -> None:
+        """Take numbers as Python's, most of them at once, unless that waits for a device."""
+        if not self._on_cpu:
+            return
+        new = [value for value in dict.fromkeys(map(_uncast, values)) if value not in self._lists]
+        exact = [value for value in new if value.dtype.is_floating_point or value.dtype == torch.bool]  # are the same in a wide dtype
+        for together in (exact, *([value] for value in new if value not in exact)):
+            if together:
+                numbers = torch.stack([self._number(value).expand(len(self._batch)) for value in together])
+                self._lists |= dict(zip(together, numbers.tolist(), strict=True))
+
     def _list(self, value: Value) -> list[Any]:
         """A number as Python's, for each tensor."""
+        value = _uncast(value)
         if value not in self._lists:
-            exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
-            found = self._number(value.args[0] if exact else value).tolist()  # in float64, whatever it is needed in
-            self._lists[value] = found if len(found) == len(self._batch) else found * len(self._batch)
+            self.read([value])
         return self._lists[value]
 
-    def _outcome(self, condition: Value, piece: _Piece) -> bool | None:
-        """Whether a condition is met for all tensors of a piece; None is for some."""
+    def _outcome(self, condition: Value, pack: _Pack) -> bool | None:
+        """Whether a condition is met for all of some tensors, or none; None is for some."""
         if not self._on_cpu:
             return None
-        met = {bool(self._list(condition)[t]) for t in piece.tensors}
+        met = {bool(self._list(condition)[t]) for t in pack.tensors}
         return met.pop() if len(met) == 1 else None
 
-    def _numbers_in(self, part: Part, piece: _Piece) -> dict[Value | None, Any]:
-        """The numbers that a part needs, as Python's, tensors of shape (), or columns, one for each row of a pack."""
+    def _numbers_in(self, part: Part, pack: _Pack) -> dict[Value | None, Any]:
+        """The numbers that a part needs, as Python's, tensors of shape (), or columns, one for each row of several tensors."""
         found: dict[Value | None, Any] = {}
         columns: dict[torch.dtype, list[Value]] = {}
         for value in part.numbers:
             if value.op == "constant":
                 found[value] = value.args[0]
-            elif piece.is_pack and self._number(value).shape[0] > 1:
+            elif not pack.is_one and self._number(_uncast(value)).shape[0] > 1:
                 columns.setdefault(value.dtype, []).append(value)
             elif self._on_cpu:
-                found[value] = self._list(value)[piece.tensors[0]]
+                found[value] = self._list(value)[pack.tensors[0]]
             else:
-                found[value] = self._number(value)[piece.tensors[0] if self._number(value).shape[0] > 1 else 0]
+                found[value] = self._number(value)[pack.tensors[0] if self._number(value).shape[0] > 1 else 0]
         for dtype, values in columns.items():
             if (part, dtype) not in self._stacked:
-                self._stacked[part, dtype] = torch.stack([self._number(value) for value in values])
-            taken = self._stacked[part, dtype][:, piece.owners].unsqueeze(2)
+                self._stacked[part, dtype] = torch.stack([self._number(_uncast(value)) for value in values]).to(dtype)
+            taken = self._stacked[part, dtype][:, pack.owners].unsqueeze(2)
             found |= dict(zip(values, taken.unbind(), strict=True))
         return found
 
-    def _views(self, index: int, piece: _Piece) -> list[Tensor]:
-        """Rows of an argument, for each tensor of a piece, shape (rows, columns), or (rows, 1) where it has one a row."""
-        columns = piece.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
-        tensors = [self._batch[t][index] for t in piece.tensors]
-        first = piece.first * columns
-        return [
-            tensor.as_strided((rows, columns), (columns, 1), tensor.storage_offset() + first)
-            for tensor, rows in zip(tensors, piece.rows, strict=True)
-        ]
+    def _views(self, index: int, pack: _Pack) -> list[Tensor]:
+        """Rows of an argument, for each tensor, or each piece of one, shape (rows, columns), or (rows, 1) where it has one a row."""
+        columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
+        tensors = [self._batch[t][index] for t in pack.tensors]
+        found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
+        return [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
 
 
-def _store(views: list[Tensor], value: Any, piece: _Piece) -> None:
-    """Write a value to rows of an argument."""
-    if piece.is_pack:
-        whole = torch.as_tensor(value, dtype=views[0].dtype, device=views[0].device).expand(piece.shape[0], views[0].shape[1])
-        torch._foreach_copy_(views, torch.split_with_sizes(whole, piece.rows))
-    elif isinstance(value, Tensor):
-        views[0].copy_(value)
-    else:
-        views[0].fill_(value)
+def _uncast(value: Value) -> Value:
+    """A number before it is converted to where it is used, if that can be done later, or need not be."""
+    exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
+    return value.args[0] if exact else value
+
+
+def _expanded(value: Any, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device).expand(shape)

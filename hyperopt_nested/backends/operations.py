@@ -50,13 +50,24 @@ class Work:
         """Rows and elements, each after those that it is made of."""
         return [value for value in reachable(self.ends, through=_is_large) if _is_large(value)]
 
+    @cached_property
+    def numbers(self) -> list[Value]:
+        """Numbers that these are made of."""
+        found = dict.fromkeys(each for value in self.values for each in value.operands)
+        return [each for each in found if each.kind == Kind.NUMBER and each.op != "constant"]
+
     def conditions(self, kind: Kind) -> list[Value]:
         """Numbers or rows that choose between elements."""
         found = [value.args[0] for value in self.values if value.op == "where" and value.kind == Kind.ELEMENT]
         return list(dict.fromkeys(each for each in found if each.kind == kind and each.op != "constant"))
 
-    def given(self, choices: Choices, value: Values) -> "Work":
-        """The same, where it is known what is chosen; operands are converted once, to the dtype that they are computed in."""
+    def given(self, choices: Choices) -> "Work":
+        """The same, where it is known what is chosen; operands are converted once, to the dtype that they are computed in.
+
+        What is the same is the same object, and what is not is none that was there before, even if it is made in the same way: an
+        argument that it is made of may have been overwritten, or have not.
+        """
+        value = Values()
         new: dict[Value, Value] = {}
 
         def fit(arg: Value, kind: Kind, dtype: torch.dtype) -> Value:
@@ -68,21 +79,20 @@ class Work:
 
         for old in self.values:
             args = [new.get(arg, arg) if isinstance(arg, Value) else arg for arg in old.args]
-            if old.op in ("input", "constant"):
-                new[old] = old
-            elif old.op == "where" and (chosen := choices.get(args[0])) is not None:
+            if old.op == "where" and (chosen := choices.get(args[0])) is not None:
                 new[old] = fit(args[1] if chosen else args[2], old.kind, old.dtype)
-            elif old.op == "add" and any(map(_is_zero, args)) and not all(map(_is_zero, args)):
+                continue
+            if old.op == "add" and sum(map(_is_zero, args)) == 1:
                 new[old] = fit(args[0] if _is_zero(args[1]) else args[1], old.kind, old.dtype)
-            elif old.op in POINTWISE:
+                continue
+            if old.op in POINTWISE:
                 dtypes = [torch.bool if old.op == "where" and i == 0 else old.computed for i in range(len(args))]
-                wide = [
-                    fit(arg, arg.kind, dtype) if isinstance(arg, Value) and arg.op != "constant" else arg
-                    for arg, dtype in zip(args, dtypes, strict=True)
-                ]
-                new[old] = value(old.op, wide, old.kind, old.dtype, old.computed)
-            else:
-                new[old] = value(old.op, args, old.kind, old.dtype, old.computed)
+                pairs = zip(args, dtypes, strict=True)
+                args = [fit(arg, arg.kind, dtype) if isinstance(arg, Value) and arg.op != "constant" else arg for arg, dtype in pairs]
+            elif is_row_total(old) and args[0].op == "constant":
+                args = [fit(args[0], Kind.ELEMENT, old.args[0].dtype)]
+            same = all(arg is before for arg, before in zip(args, old.args, strict=True))
+            new[old] = old if same else value(old.op, args, old.kind, old.dtype, old.computed)
         totals = {total: new.get(each, each) for total, each in self.totals.items()}
         return Work(totals, {i: new.get(each, each) for i, each in self.writes.items()})
 
@@ -141,20 +151,21 @@ class Plan:
 
     Args:
         work: what is to be done.
-        value: makes values.
         in_place: dtypes of arguments that may be written to while a piece is worked on, by index.
         looking: whether conditions of rows may be looked at, which waits for a device.
 
     Attributes:
         inputs: arguments that are read.
+        arguments: indices of those, and of what is written to.
         first: operators to begin with.
     """
 
-    def __init__(self, work: Work, value: Values, in_place: Mapping[int, torch.dtype], *, looking: bool) -> None:
-        self._value, self._in_place = value, in_place
+    def __init__(self, work: Work, in_place: Mapping[int, torch.dtype], *, looking: bool) -> None:
+        self._in_place = in_place
         self._slots: list[Slot] = []
         self._rest: dict[tuple[bool | None, ...], Part] = {}
         self.inputs = [each for each in work.values if each.op == "input"]
+        self.arguments = list(dict.fromkeys([*(each.args[0] for each in self.inputs), *work.writes]))
         self.first = self._part(Part(work, conditions=work.conditions(Kind.ROW) if looking else []))
 
     @property
@@ -166,7 +177,7 @@ class Plan:
         """The operators after the first, where the conditions are met in all, no or some rows."""
         if outcomes not in self._rest:
             choices = dict(zip(self.first.conditions, outcomes, strict=True))
-            self._rest[outcomes] = self._part(Part(self.first.work.given(choices, self._value), dict(self.first.places)))
+            self._rest[outcomes] = self._part(Part(self.first.work.given(choices), dict(self.first.places)))
         return self._rest[outcomes]
 
     def _part(self, part: Part) -> Part:
@@ -323,7 +334,7 @@ def operation(value: Value, merged: _Merged | None = None) -> Operation:
     if is_row_total(value):
         return Operation(value, value.args, partial(getattr(torch, value.op), dim=-1, keepdim=True))
     if value.op in ("cast", "expand"):
-        return Operation(value, value.args, _copied if value.kind == Kind.ELEMENT else partial(torch.as_tensor, dtype=value.dtype))
+        return Operation(value, value.args, copied if value.kind == Kind.ELEMENT else partial(torch.as_tensor, dtype=value.dtype))
     if value.op == "clamp":
         return Operation(value, value.args, _clamped)
     run = torch.true_divide if value.op == "div" else getattr(torch, value.op)
@@ -340,7 +351,8 @@ def _with_tensors(run: Callable[..., Any], dtypes: Sequence[torch.dtype], *args:
     return run(*first, *args[len(first) :], **out)
 
 
-def _copied(value: Any, out: Tensor) -> Tensor:
+def copied(value: Any, out: Tensor) -> Tensor:
+    """A tensor filled with another, or with a number of Python."""
     return out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
 
 
