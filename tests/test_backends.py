@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ftp
 import hyperopt_nested as hn
 from hyperopt_nested.backends import choice, foreach, fused
+from hyperopt_nested.backends.graph import trace
+from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.testing.subject import subject
 
 Make = Callable[[str], hn.HyperOptimizer]
@@ -392,3 +395,54 @@ def test_dtypes_that_can_not_be(given: Any, message: str) -> None:
         hn.HyperOptimizer([torch.nn.Parameter(torch.ones(3))], hn.sgd(lr=learned(0.1)), **given)
     with pytest.raises(ValueError, match=r"anchor_dtype=torch\.int8 must be a real floating-point dtype"):
         ftp.AdamP([torch.nn.Parameter(torch.ones(3))], anchor_dtype=torch.int8)
+
+
+def drawn_function(seed: int) -> Callable[..., list[Any]]:
+    """A function of three matrices and two numbers, to what is to be written to them, with choices by rows and by numbers."""
+    draw = random.Random(seed)
+    picks = [(draw.randrange(9), *(draw.random() for _ in range(3))) for _ in range(12)]
+    ends = [draw.random() for _ in range(3)]
+
+    def function(grad: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor) -> list[Any]:
+        found = [grad, one, other]
+        rows = [each.abs().sum(1, keepdim=True) > bound for each in (grad, one)]
+        for op, *where in picks:
+            x, y, z = (found[int(at * len(found))] for at in where)
+            made = [
+                lambda x, y, z: x * scale + y,
+                lambda x, y, z: x - y * z,
+                lambda x, y, z: y - (x / (z.abs() + 1)) * scale,
+                lambda x, y, z: torch.where(rows[0], x, y),
+                lambda x, y, z: torch.where(rows[1], x + y * z, y),
+                lambda x, y, z: torch.where(scale > 0, x, y + z),
+                lambda x, y, z: x * y.abs().sum(1, keepdim=True).add(1).reciprocal(),
+                lambda x, y, z: z + (x * scale) * y,
+                lambda x, y, z: torch.where(scale > 0, z, 0.0) + x.clamp(min=0).sqrt(),
+            ]
+            found.append(made[op](x, y, z))
+        return [None, *(0.5 * found[-1 - int(at * 8)] for at in ends[:2]), None, found[-1 - int(ends[2] * 8)].abs().sum()]
+
+    return function
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["alone", "together"])
+@pytest.mark.parametrize("seed", range(25))
+def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that choose one way, the other, or both; numbers that choose; results that are written over what is read."""
+    monkeypatch.setattr(foreach, "SMALL", small)
+    monkeypatch.setattr(foreach, "PIECE", 6 if small == 0 else 1 << 16)
+    function, generator = drawn_function(seed), torch.Generator().manual_seed(seed)
+
+    def arguments(scale: float) -> list[torch.Tensor]:
+        size = torch.tensor([0.1, 0.1, 0.1, 10.0, 10.0, 10.0, 0.1]).unsqueeze(1)  # pieces are of two rows
+        matrices = [size * torch.randn(7, 3, generator=generator) for _ in range(3)]
+        return [*matrices, torch.tensor(scale), torch.tensor(3.0)]
+
+    program = foreach.foreach(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
+    for scales in ((0.5, 0.7), (-0.5, -0.7), (0.5, -0.7)):
+        batch = [arguments(scale) for scale in scales]
+        wanted = [function(*given) for given in batch]
+        program(batch)
+        for given, expected in zip(batch, wanted, strict=True):
+            for found, value in zip(given, expected, strict=True):
+                assert value is None or relative_error(found, value) < EXACT

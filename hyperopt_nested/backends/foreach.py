@@ -1,9 +1,7 @@
 """Programs of torch's own operators: many small tensors at once, and large ones piece by piece while the cache holds them."""
 
-import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -11,21 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import POINTWISE, Kind, UpdateGraph, Value
+from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value
 from hyperopt_nested.backends.layout import lying_as, sizes
+from hyperopt_nested.backends.operations import Operation, Part, Plan, Slot, Work, copied, operation
 from hyperopt_nested.backends.program import Batch, Program
-from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total
+from hyperopt_nested.backends.sweeps import Sweeps
 from hyperopt_nested.learned import number_dtype
 
 PIECE = 1 << 19
 """Elements that one operator works on, on the CPU."""
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(torch, name) for name in POINTWISE - {"div"}},
-    "div": torch.true_divide,
-    "addcmul": torch.addcmul,
-    "subcmul": functools.partial(torch.addcmul, value=-1),
-}
+SMALL = 1 << 16
+"""Elements of the largest tensors that are put together, on the CPU: that takes copies."""
 
 
 def foreach(graph: UpdateGraph) -> Program:
@@ -34,28 +29,30 @@ def foreach(graph: UpdateGraph) -> Program:
 
 
 @dataclass
-class _Piece:
-    """Rows of tensors that one operator works on at once.
+class _Pack:
+    """Tensors of equal columns that are put together, or one that is cut into pieces.
 
     Attributes:
-        tensors: which tensors of the batch; several only if all of each is here.
-        first: the first row of a single tensor.
-        rows: rows of each tensor that are here.
+        tensors: which tensors of the batch.
+        rows: of each.
         columns: of all of them.
+        step: rows that one operator works on at once.
     """
 
     tensors: list[int]
-    first: int
     rows: list[int]
     columns: int
+    step: int
 
     @property
-    def is_pack(self) -> bool:
-        return len(self.tensors) > 1
+    def is_one(self) -> bool:
+        return len(self.tensors) == 1
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
-        return sum(self.rows), self.columns
+    def pieces(self) -> list[int]:
+        """Rows of each piece."""
+        rows = sum(self.rows)
+        return [min(self.step, rows - at) for at in range(0, rows, self.step)]
 
     @cached_property
     def owners(self) -> Tensor:
@@ -63,303 +60,281 @@ class _Piece:
         return torch.repeat_interleave(torch.tensor(self.tensors), torch.tensor(self.rows))
 
 
+@dataclass
+class _Cut:
+    """All tensors of a batch.
+
+    Attributes:
+        packs: of them.
+    """
+
+    packs: list[_Pack]
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Which tensor each part of a total is of: one a piece of a tensor, and one a row of tensors that are together."""
+        return torch.cat([torch.tensor(pack.tensors * len(pack.pieces)) if pack.is_one else pack.owners for pack in self.packs])
+
+
 class _Foreach:
     def __init__(self, graph: UpdateGraph) -> None:
         self._graph, self._sweeps = graph, Sweeps(graph)
         self._elements = [i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT]
-        self._steps = [_Steps(sweep) for sweep in self._sweeps.sweeps]
-        self._pieces: dict[Any, list[_Piece]] = {}
-        self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._buffers: dict[tuple[torch.dtype, int, tuple[int, int]], Tensor] = {}
+        self._numbers = [[operation(value) for value in values] for values in self._sweeps.numbers]
+        self._steps = [_Steps(graph, Work.of(sweep)) for sweep in self._sweeps.sweeps]
+        self._cuts: dict[Any, _Cut] = {}
+        self._memory: dict[Slot, Tensor] = {}
+        self._buffers: dict[tuple[Slot, tuple[int, int]], Tensor] = {}
 
-    def __call__(self, prepared: Batch) -> None:
+    def __call__(self, given: Batch) -> None:
         like = self._elements[-1] if self._elements else 0
-        shapes = tuple(sizes(given[like]) for given in prepared.rows)
-        device = prepared.rows[0][like].device
-        batch = [[lying_as(given[0], given[like]) if self._elements else given[0], *given[1:]] for given in prepared.rows]
-        if (shapes, device) not in self._pieces:
-            self._pieces[shapes, device] = self._cut(shapes, device)
-        pieces = self._pieces[shapes, device]
-        run = _Run(self._graph, batch, shapes)
-        for at, sweep in enumerate(self._sweeps.sweeps):
-            run.do_numbers(self._sweeps.numbers[at])
-            buffers = functools.partial(self._buffer, self._steps[at].slots, device)
-            for piece in pieces:
-                run.do(piece, self._steps[at], buffers)
-            run.finish(sweep)
-        run.do_numbers(self._sweeps.numbers[-1])
+        shapes = tuple(sizes(row[like]) for row in given.rows)
+        device = given.rows[0][like].device
+        batch = [[lying_as(row[0], row[like]) if self._elements else row[0], *row[1:]] for row in given.rows]
+        run = _Run(self._graph, batch, shapes, self._buffer)
+        for at, (sweep, steps) in enumerate(zip(self._sweeps.sweeps, self._steps, strict=True)):
+            run.do_numbers(self._numbers[at])
+            run.read(steps.numbers)
+            cut = self._cut(shapes, device, whole=steps.only_reads)
+            for pack in cut.packs:
+                run.do(pack, steps)
+            run.finish(sweep.totals, cut.owners)
+        run.do_numbers(self._numbers[-1])
         run.write_numbers(self._sweeps.writes)
 
-    def _buffer(self, dtypes: Sequence[torch.dtype], device: torch.device, slot: int, piece: _Piece) -> Tensor:
+    def _buffer(self, slot: Slot, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Memory for what an operator computes of a piece."""
-        key = dtypes[slot], slot, piece.shape
+        key = slot, shape
         if key not in self._buffers:
-            size = piece.shape[0] * piece.shape[1]
-            whole = self._memory.get((dtypes[slot], slot))
-            if whole is None or whole.numel() < size:
-                whole = self._memory[dtypes[slot], slot] = torch.empty(max(size, PIECE), dtype=dtypes[slot], device=device)
-                self._buffers = {each: view for each, view in self._buffers.items() if each[:2] != key[:2]}
-            self._buffers[key] = whole[:size].view(piece.shape)
+            size = shape[0] * shape[1]
+            memory = self._memory.get(slot)
+            if memory is None or memory.numel() < size:
+                memory = self._memory[slot] = torch.empty(size, dtype=slot[0], device=device)
+                self._buffers = {each: view for each, view in self._buffers.items() if each[0] != slot}
+            self._buffers[key] = memory[:size].view(shape)
         return self._buffers[key]
 
-    def _cut(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[_Piece]:
-        """Tensors of equal columns together, while they are small; large ones, on the CPU, into pieces."""
-        pieces: list[_Piece] = []
-        order = sorted(range(len(shapes)), key=lambda t: shapes[t][1])
-        for columns, group in groupby(order, key=lambda t: shapes[t][1]):
-            pack: list[int] = []
-            size = 0
-            for t in group:
-                elements = shapes[t][0] * columns
-                if elements > PIECE // 2:
-                    pieces += self._split(t, *shapes[t]) if device.type == "cpu" else [_Piece([t], 0, [shapes[t][0]], columns)]
-                    continue
-                if pack and size + elements > PIECE:
-                    pieces.append(self._pack(pack, shapes))
-                    pack, size = [], 0
-                pack.append(t)
-                size += elements
-            if pack:
-                pieces.append(self._pack(pack, shapes))
-        return pieces
-
-    def _pack(self, tensors: list[int], shapes: Sequence[tuple[int, int]]) -> _Piece:
-        return _Piece(tensors, 0, [shapes[t][0] for t in tensors], shapes[tensors[0]][1])
-
-    def _split(self, t: int, rows: int, columns: int) -> list[_Piece]:
-        step = max(1, PIECE // columns)
-        return [_Piece([t], at, [min(step, rows - at)], columns) for at in range(0, rows, step)]
+    def _cut(self, shapes: tuple[tuple[int, int], ...], device: torch.device, *, whole: bool) -> _Cut:
+        key = shapes, device, whole
+        if key not in self._cuts:
+            cpu = device.type == "cpu"
+            self._cuts[key] = _Cut(_cut(shapes, min(SMALL, PIECE) if cpu else PIECE // 2, None if whole or not cpu else PIECE))
+        return self._cuts[key]
 
 
-@dataclass
-class _Operation:
-    """One operator on a piece.
+def _cut(shapes: Sequence[tuple[int, int]], small: int, large: int | None) -> list[_Pack]:
+    """Tensors of equal columns together, if they have no more elements than `small`; others in pieces of about `large`, if given."""
+    packs: list[_Pack] = []
+    order = sorted(range(len(shapes)), key=lambda t: shapes[t][1])
+    for columns, group in groupby(order, key=lambda t: shapes[t][1]):
+        together: list[int] = []
+        for t in group:
+            rows = shapes[t][0]
+            if rows * columns > small:
+                packs.append(_Pack([t], [rows], columns, max(1, large // columns) if large else rows))
+                continue
+            if together and (sum(shapes[each][0] for each in together) + rows) * columns > PIECE:
+                packs.append(_together(together, shapes))
+                together = []
+            together.append(t)
+        if together:
+            packs.append(_together(together, shapes))
+    return packs
 
-    Attributes:
-        value: what it computes.
-        name: torch's name.
-        operands: its arguments; None is one that is left out.
-        slot: which buffer it writes to; -1 is memory of its own.
-        index: the argument that it writes to directly, if a piece is of one tensor; -1 is none.
-        dead: values that are of no more use.
-    """
 
-    value: Value
-    name: str
-    operands: tuple[Value | None, ...]
-    slot: int = -1
-    index: int = -1
-    dead: list[Value] = field(default_factory=list)
+def _together(tensors: list[int], shapes: Sequence[tuple[int, int]]) -> _Pack:
+    rows = [shapes[t][0] for t in tensors]
+    return _Pack(tensors, rows, shapes[tensors[0]][1], sum(rows))
 
 
 class _Steps:
-    """The operators of one sweep, in order, with buffers for what they compute: allocating would cost more than computing."""
+    """Plans for one sweep, by what its numbers choose."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        ends = [*sweep.writes.values(), *(total.operands[0] for total in sweep.totals)]
-        uses = Counter([*(each for value in sweep.computed for each in value.operands), *ends])
-        merged = {value: found for value in sweep.computed if (found := _merged(value, uses))}
-        self.dots = {total: total.operands[0] for total in sweep.totals if _is_dot(total, uses)}
-        gone = {*self.dots.values(), *(value.operands[1] for value in merged)}
-        self.operations = [_Operation(value, *merged.get(value, (value.op, value.args))) for value in sweep.computed if value not in gone]
-        used = [(each, dtype) for operation in self.operations for each, dtype in zip(operation.operands, _dtypes(operation), strict=True)]
-        numbers = [(value, dtype) for value, dtype in used if value is not None and value.kind == Kind.NUMBER and value.op != "constant"]
-        self.numbers = list(dict.fromkeys(numbers))
-        kept = {*ends, *(each for dot in self.dots.values() for each in dot.operands)}
-        last = {each: i for i, operation in enumerate(self.operations) for each in operation.operands if each is not None}
-        for value, i in last.items():
-            if value not in kept and value.kind != Kind.NUMBER and value.op != "constant":
-                self.operations[i].dead.append(value)
-        self._place(last)
+    def __init__(self, graph: UpdateGraph, work: Work) -> None:
+        self._work = work.given({})
+        self._in_place = {i: graph.inputs[i][1] for i in work.writes if graph.inputs[i][0] == Kind.ELEMENT}
+        self._plans: dict[Any, Plan] = {}
+        self.numbers = self._work.numbers
+        self.conditions = self._work.conditions(Kind.NUMBER)
+        self.only_reads = Plan(self._work, {}, looking=False).only_reads
 
-    def _place(self, last: Mapping[Value, int]) -> None:
-        """Give each operation a buffer, or the argument that its value is written to, if that is not read any more."""
-        copied = set(self.sweep.writes.values())
-        read = {i: len(self.operations) if value in copied else last.get(value, -1) for value, i in self.sweep.sources.items()}
-        free: dict[torch.dtype, list[int]] = {}
-        slots: dict[Value, int] = {}
-        self.slots: list[torch.dtype] = []
-        for i, operation in enumerate(self.operations):
-            for value in operation.dead:
-                if slots.get(value, -1) >= 0:
-                    free.setdefault(value.dtype, []).append(slots[value])
-            if operation.value.kind != Kind.ELEMENT:
-                continue
-            if not free.get(operation.value.dtype):
-                free.setdefault(operation.value.dtype, []).append(len(self.slots))
-                self.slots.append(operation.value.dtype)
-            operation.slot = slots[operation.value] = free[operation.value.dtype].pop()
-            targets = [index for index, value in self.sweep.writes.items() if value is operation.value and read.get(index, -1) <= i]
-            operation.index = targets[0] if targets else -1
-
-
-def _merged(value: Value, uses: Mapping[Value, int]) -> tuple[str, tuple[Value, ...]] | None:
-    """An operator of torch that does two of a graph's at once: a product that is added."""
-    if value.kind == Kind.ELEMENT and value.op in ("add", "sub"):
-        one, other = value.args
-        if other.op == "mul" and uses[other] == 1 and one.kind == other.kind == Kind.ELEMENT and value.dtype == one.dtype == other.dtype:
-            return f"{value.op}cmul", (one, *other.args)
-    return None
-
-
-def _is_dot(total: Value, uses: Mapping[Value, int]) -> bool:
-    operand = total.operands[0]
-    same = operand.op == "mul" and uses[operand] == 1 and len({each.dtype for each in (operand, *operand.args)}) == 1
-    return total.op == "sum" and same and all(each.kind == Kind.ELEMENT for each in operand.args)
+    def plan(self, outcomes: tuple[bool | None, ...], *, alone: bool, looking: bool) -> Plan:
+        """The plan where conditions that are numbers are met for all, none or some tensors."""
+        key = outcomes, alone, looking
+        if key not in self._plans:
+            work = self._work.given(dict(zip(self.conditions, outcomes, strict=True)))
+            self._plans[key] = Plan(work, self._in_place if alone else {}, looking=looking)
+        return self._plans[key]
 
 
 class _Run:
     """One call: the values of numbers, one a tensor, and what is summed up for each tensor."""
 
-    def __init__(self, graph: UpdateGraph, batch: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, int]]) -> None:
-        self._graph, self._batch, self._shapes = graph, batch, shapes
+    def __init__(
+        self,
+        graph: UpdateGraph,
+        batch: Sequence[Sequence[Tensor]],
+        shapes: Sequence[tuple[int, int]],
+        buffer: Callable[[Slot, tuple[int, int], torch.device], Tensor],
+    ) -> None:
+        self._graph, self._batch, self._shapes, self._buffer = graph, batch, shapes, buffer
         self._device = batch[0][0].device
-        self._numbers: dict[Any, Any] = {}
-        self._stacked: dict[tuple[_Steps, torch.dtype], Tensor] = {}
-        self._sums: dict[Value, list[tuple[Tensor | int, Tensor]]] = {}
+        self._on_cpu = self._device.type == "cpu"
+        self._numbers: dict[Value, Tensor] = {}
+        self._lists: dict[Value, list[Any]] = {}
+        self._stacked: dict[tuple[Part, torch.dtype], Tensor] = {}
+        self._sums: dict[Value, list[Tensor]] = {}
 
-    def do_numbers(self, values: Sequence[Value]) -> None:
-        for value in values:
-            found = _computed(value.op, [arg and self._number(arg) for arg in value.args], value.dtype)
-            self._numbers[value] = torch.as_tensor(found, dtype=value.dtype, device=self._device).reshape(-1)
+    def do_numbers(self, operations: Sequence[Operation]) -> None:
+        for each in operations:
+            found = each.run(*(None if arg is None else self._number(arg) for arg in each.operands))
+            if not isinstance(found, Tensor) or found.dtype != each.value.dtype or found.ndim != 1:
+                found = torch.as_tensor(found, dtype=each.value.dtype, device=self._device).reshape(-1)
+            self._numbers[each.value] = found
 
-    def do(self, piece: _Piece, steps: _Steps, buffers: Callable[[int, _Piece], Tensor]) -> None:
-        """The operators of a sweep for a piece, and its writes."""
-        known: dict[Value, Any] = {value: self._load(i, piece) for value, i in steps.sweep.sources.items()}
-        columns = self._columns(piece, steps) if piece.is_pack else {}
-        written: set[int] = set()
-
-        def find(value: Value, dtype: torch.dtype) -> Any:
-            if value.op == "constant":
-                return value.args[0]
-            if value.kind != Kind.NUMBER:
-                return known[value]
-            return columns[value, dtype] if (value, dtype) in columns else self._number_in(value, piece, dtype)
-
-        for operation in steps.operations:
-            value = operation.value
-            args = [each and find(each, dtype) for each, dtype in zip(operation.operands, _dtypes(operation), strict=True)]
-            if is_row_total(value):
-                whole = torch.as_tensor(args[0], dtype=value.dtype).expand(piece.shape)
-                known[value] = getattr(torch, value.op)(whole, -1, keepdim=True)
-            elif operation.index >= 0 and not piece.is_pack:
-                known[value] = _computed(operation.name, args, value.dtype, self._view(operation.index, piece.tensors[0], piece))
-                written.add(operation.index)
+    def do(self, pack: _Pack, steps: _Steps) -> None:
+        """The operators of a sweep for tensors, piece by piece, and its writes."""
+        outcomes = tuple(self._outcome(condition, pack) for condition in steps.conditions)
+        plan = steps.plan(outcomes, alone=pack.is_one, looking=self._on_cpu and pack.is_one)
+        views = {i: self._views(i, pack) for i in plan.arguments}
+        numbers: dict[Part, dict[Value | None, Any]] = {}
+        for k, rows in enumerate(pack.pieces):
+            shape = rows, pack.columns
+            if pack.is_one:
+                arguments = {i: pieces[k] for i, pieces in views.items()}
             else:
-                known[value] = _computed(operation.name, args, value.dtype, buffers(operation.slot, piece) if operation.slot >= 0 else None)
-            for each in operation.dead:
-                del known[each]
-        for total in steps.sweep.totals:
-            if total in steps.dots:
-                operands = [known[each] for each in steps.dots[total].operands]
-                found = torch.linalg.vecdot(*operands) if piece.is_pack else torch.dot(*(each.reshape(-1) for each in operands))
+                arguments = {value.args[0]: torch.cat(views[value.args[0]]) for value in plan.inputs}
+            known: dict[Value | None, Any] = {None: None, **{value: arguments[value.args[0]] for value in plan.inputs}}
+            part = plan.first
+            for last in (not part.conditions, True):
+                if part not in numbers:
+                    numbers[part] = self._numbers_in(part, pack)
+                known |= numbers[part]
+                self._compute(part, known, arguments, shape)
+                if last:
+                    break
+                met = [(int(torch.count_nonzero(known[each])), known[each].numel()) for each in part.conditions]
+                part = plan.rest(tuple(count == every if count in (0, every) else None for count, every in met))
+            self._sum(part, known, shape, each_row=not pack.is_one)
+            for i, value in part.copies:
+                if pack.is_one:
+                    copied(known[value], arguments[i])
+                else:
+                    whole = _expanded(known[value], value.dtype, (rows, views[i][0].shape[1]), self._device)
+                    torch._foreach_copy_(views[i], torch.split_with_sizes(whole, pack.rows))
+
+    def _compute(self, part: Part, known: dict[Value | None, Any], arguments: Mapping[int, Tensor], shape: tuple[int, int]) -> None:
+        for each in part.operations:
+            args = [known[operand] for operand in each.operands]
+            place = each.place
+            if place is None:
+                found = each.run(*args)
+                known[each.value] = found if found.dtype == each.value.dtype else found.to(each.value.dtype)
             else:
-                operand = total.operands[0]
-                found = torch.as_tensor(find(operand, operand.dtype), dtype=operand.dtype)
-                found = found.expand(piece.shape if operand.kind == Kind.ELEMENT else (piece.shape[0], 1))
+                out = arguments[place] if isinstance(place, int) else self._buffer(place, shape, self._device)
+                known[each.value] = each.run(*args, out=out)
+
+    def _sum(self, part: Part, known: Mapping[Value | None, Any], shape: tuple[int, int], *, each_row: bool) -> None:
+        """The totals of a piece, or of each of its rows."""
+        for total, operand in part.work.totals.items():
+            if total in part.dots:
+                factors = [known[each] for each in part.dots[total]]
+                found = torch.linalg.vecdot(*factors) if each_row else torch.dot(*(each.reshape(-1) for each in factors))
+            else:
+                whole = _expanded(known[operand], operand.dtype, shape if operand.kind == Kind.ELEMENT else (shape[0], 1), self._device)
                 reduce: Callable[..., Tensor] = torch.amax if total.op == "amax" else torch.sum
-                found = reduce(found, -1) if piece.is_pack else reduce(found)
-            self._sums.setdefault(total, []).append((piece.owners if piece.is_pack else piece.tensors[0], found))
-        for i, value in sorted(steps.sweep.writes.items(), key=lambda write: write[1].op != "input"):  # copies of what is overwritten first
-            if i not in written:
-                self._store(i, find(value, value.dtype), piece)
+                found = reduce(whole, -1) if each_row else reduce(whole)
+            self._sums.setdefault(total, []).append(found)
 
-    def finish(self, sweep: Sweep) -> None:
+    def finish(self, totals: Sequence[Value], owners: Tensor) -> None:
         """Put together what pieces have summed up."""
-        for total in sweep.totals:
-            found = self._sums.pop(total)
-            parts = torch.cat([part.reshape(-1) for _, part in found]).to(number_dtype(self._device))
-            where = torch.cat([owner if isinstance(owner, Tensor) else torch.tensor([owner]) for owner, _ in found]).to(self._device)
+        for total in totals:
+            parts = torch.cat([part.reshape(-1) for part in self._sums.pop(total)]).to(number_dtype(self._device))
             start = parts.new_full((len(self._batch),), -torch.inf if total.op == "amax" else 0)
+            where = owners.to(self._device)
             whole = start.scatter_reduce(0, where, parts, "amax") if total.op == "amax" else start.index_add(0, where, parts)
             if total.op == "mean":
                 whole = whole / torch.tensor([rows * columns for rows, columns in self._shapes], device=self._device)
             self._numbers[total] = whole.to(total.dtype)
 
     def write_numbers(self, writes: dict[int, Value]) -> None:
-        if writes:
-            new = {i: self._number(value) for i, value in writes.items()}
-            for i, value in new.items():
-                leaves = [given[i] for given in self._batch]
-                filled = value if isinstance(value, Tensor) else torch.full((1,), value, dtype=leaves[0].dtype)
-                torch._foreach_copy_(leaves, [each.reshape(leaves[0].shape) for each in filled.expand(len(leaves)).unbind()])
+        new = {i: self._number(value) for i, value in writes.items()}
+        for i, value in new.items():
+            leaves = [given[i] for given in self._batch]
+            filled = value if isinstance(value, Tensor) else torch.full((1,), value, dtype=leaves[0].dtype)
+            torch._foreach_copy_(leaves, filled.reshape(-1, *leaves[0].shape).expand(len(leaves), *leaves[0].shape).unbind())
 
     def _number(self, value: Value) -> Any:
         """A number for each tensor, shape (tensors,); or one for all, shape (1,); or a constant."""
         if value.op == "constant":
             return value.args[0]
-        if value not in self._numbers:  # an input
-            leaves = [given[value.args[0]] for given in self._batch]
-            shared = all(leaf is leaves[0] for leaf in leaves)
-            self._numbers[value] = leaves[0].reshape(1) if shared else torch.stack([leaf.reshape(()) for leaf in leaves])
+        if value not in self._numbers:  # an input, or one that a plan needs in another dtype
+            if value.op == "cast":
+                self._numbers[value] = self._number(value.args[0]).to(value.dtype)
+            else:
+                leaves = [given[value.args[0]] for given in self._batch]
+                shared = all(leaf is leaves[0] for leaf in leaves)
+                self._numbers[value] = leaves[0].reshape(1) if shared else torch.stack([leaf.reshape(()) for leaf in leaves])
         return self._numbers[value]
 
-    def _columns(self, piece: _Piece, steps: _Steps) -> dict[tuple[Value, torch.dtype], Tensor]:
-        """The numbers that a pack needs, one for each of its rows, all taken at once."""
-        found: dict[tuple[Value, torch.dtype], Tensor] = {}
-        for dtype in {dtype for _, dtype in steps.numbers}:
-            keys = [(value, each) for value, each in steps.numbers if each == dtype and self._number(value).shape[0] > 1]
-            if keys:
-                if (steps, dtype) not in self._stacked:
-                    self._stacked[steps, dtype] = torch.stack([self._number(value) for value, _ in keys]).to(dtype)
-                taken = self._stacked[steps, dtype][:, piece.owners].unsqueeze(2)
-                found |= dict(zip(keys, taken.unbind(), strict=True))
+    def read(self, values: Sequence[Value]) -> None:
+        """Take numbers as Python's, most of them at once, unless that waits for a device."""
+        if not self._on_cpu:
+            return
+        new = [value for value in dict.fromkeys(map(_uncast, values)) if value not in self._lists]
+        exact = [value for value in new if value.dtype.is_floating_point or value.dtype == torch.bool]  # are the same in a wide dtype
+        for together in (exact, *([value] for value in new if value not in exact)):
+            if together:
+                numbers = torch.stack([self._number(value).expand(len(self._batch)) for value in together])
+                self._lists |= dict(zip(together, numbers.tolist(), strict=True))
+
+    def _list(self, value: Value) -> list[Any]:
+        """A number as Python's, for each tensor."""
+        value = _uncast(value)
+        if value not in self._lists:
+            self.read([value])
+        return self._lists[value]
+
+    def _outcome(self, condition: Value, pack: _Pack) -> bool | None:
+        """Whether a condition is met for all of some tensors, or none; None is for some."""
+        if not self._on_cpu:
+            return None
+        met = {bool(self._list(condition)[t]) for t in pack.tensors}
+        return met.pop() if len(met) == 1 else None
+
+    def _numbers_in(self, part: Part, pack: _Pack) -> dict[Value | None, Any]:
+        """The numbers that a part needs, as Python's, tensors of shape (), or columns, one for each row of several tensors."""
+        found: dict[Value | None, Any] = {}
+        columns: dict[torch.dtype, list[Value]] = {}
+        for value in part.numbers:
+            if value.op == "constant":
+                found[value] = value.args[0]
+            elif not pack.is_one and self._number(_uncast(value)).shape[0] > 1:
+                columns.setdefault(value.dtype, []).append(value)
+            elif self._on_cpu:
+                found[value] = self._list(value)[pack.tensors[0]]
+            else:
+                found[value] = self._number(value)[pack.tensors[0] if self._number(value).shape[0] > 1 else 0]
+        for dtype, values in columns.items():
+            if (part, dtype) not in self._stacked:
+                self._stacked[part, dtype] = torch.stack([self._number(_uncast(value)) for value in values]).to(dtype)
+            taken = self._stacked[part, dtype][:, pack.owners].unsqueeze(2)
+            found |= dict(zip(values, taken.unbind(), strict=True))
         return found
 
-    def _number_in(self, value: Value, piece: _Piece, dtype: torch.dtype) -> Any:
-        """A number, or a column of them, one for each row of a piece."""
-        key = value, dtype
-        if key not in self._numbers:
-            self._numbers[key] = self._number(value).to(dtype)
-        found = self._numbers[key]
-        if found.shape[0] == 1:
-            return found[0]
-        return found[piece.owners].unsqueeze(1) if piece.is_pack else found[piece.tensors[0]]
-
-    def _load(self, index: int, piece: _Piece) -> Tensor:
-        views = [self._view(index, t, piece) for t in piece.tensors]
-        return torch.cat(views) if piece.is_pack else views[0]
-
-    def _view(self, index: int, t: int, piece: _Piece) -> Tensor:
-        """Rows of an argument, shape (rows, columns), or (rows, 1) where it has one a row."""
-        rows, columns = self._shapes[t]
-        tensor = self._batch[t][index]
-        if self._graph.inputs[index][0] == Kind.ROW:
-            columns = 1
-        found = tensor.as_strided((rows, columns), (columns, 1), tensor.storage_offset())
-        return found if piece.is_pack else found[piece.first : piece.first + piece.rows[0]]
-
-    def _store(self, index: int, value: Any, piece: _Piece) -> None:
-        views = [self._view(index, t, piece) for t in piece.tensors]
-        if piece.is_pack:
-            torch._foreach_copy_(views, [*value.expand(sum(piece.rows), views[0].shape[1]).split(piece.rows)])
-        elif isinstance(value, Tensor):
-            views[0].copy_(value)
-        else:
-            views[0].fill_(value)
+    def _views(self, index: int, pack: _Pack) -> list[Tensor]:
+        """Rows of an argument, for each tensor, or each piece of one, shape (rows, columns), or (rows, 1) where it has one a row."""
+        columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
+        tensors = [self._batch[t][index] for t in pack.tensors]
+        found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
+        return [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
 
 
-def _dtypes(operation: _Operation) -> Sequence[torch.dtype]:
-    """The dtypes in which an operation takes its operands."""
-    value = operation.value
-    return [torch.bool if operation.name == "where" and i == 0 else value.computed for i in range(len(operation.operands))]
+def _uncast(value: Value) -> Value:
+    """A number before it is converted to where it is used, if that can be done later, or need not be."""
+    exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
+    return value.args[0] if exact else value
 
 
-def _computed(name: str, args: Sequence[Any], dtype: torch.dtype, out: Tensor | None = None) -> Any:
-    """What an operator makes of tensors and constants, in a dtype; written to `out`, if that is given."""
-    if name in ("cast", "expand"):
-        if out is not None:
-            return out.copy_(args[0]) if isinstance(args[0], Tensor) else out.fill_(args[0])
-        return args[0].to(dtype) if isinstance(args[0], Tensor) else args[0]
-    scalars = (
-        2 if name == "clamp" else 1 if name in ("add", "sub", "mul", "div", "pow", "gt", "ge", "lt", "le", "eq", "ne", "remainder") else 0
-    )
-    first = len(args) - scalars  # torch takes constants in the last places only
-    given = [torch.tensor(arg, dtype=dtype) if i < first and isinstance(arg, (int, float)) else arg for i, arg in enumerate(args)]
-    if name == "clamp" and any(isinstance(end, Tensor) for end in given[1:]):
-        given[1:] = [torch.tensor(end, dtype=dtype) if isinstance(end, (int, float)) else end for end in given[1:]]
-    if out is not None:
-        return _OPERATORS[name](*given, out=out)
-    found = _OPERATORS[name](*given)
-    return found if found.dtype == dtype else found.to(dtype)
+def _expanded(value: Any, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device).expand(shape)
