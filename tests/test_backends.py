@@ -387,6 +387,7 @@ def test_anchors_on_a_device_of_their_own_stay_there() -> None:
     ("given", "message"),
     [
         ({"memory_dtype": torch.int8}, "memory_dtype=torch.int8 must be a real floating-point dtype"),
+        ({"state_dtype": torch.int8}, "state_dtype=torch.int8 must be a real floating-point dtype"),
         ({"memory_dtype": torch.bfloat16, "discount": 0.9}, "memory_dtype=torch.bfloat16 is for a horizon of one step, and discount=0.9"),
     ],
 )
@@ -446,3 +447,34 @@ def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, small: int, mo
         for given, expected in zip(batch, wanted, strict=True):
             for found, value in zip(given, expected, strict=True):
                 assert value is None or relative_error(found, value) < EXACT
+
+
+@pytest.mark.parametrize("columns", [1024, 999])
+def test_tensors_that_no_cache_holds(columns: int) -> None:
+    """What is only written goes past the cache then, whole lines at a time."""
+    ends = {}
+    for backend in ("fused", "reference"):
+        param = torch.nn.Parameter(torch.randn(1200, columns, generator=torch.Generator().manual_seed(0)))
+        opt = ftp.SGDP([("w", param)], lr=1e-2, momentum=0.9, backend=backend)  # type: ignore[arg-type]
+        for _ in range(3):
+            param.grad = torch.cos(param.detach())
+            opt.step()
+        ends[backend] = param.detach(), opt.hypers()["radius"]["w"], opt.state[param]["memory.sensitivity.radius"]
+    for found, expected in zip(*ends.values(), strict=True):
+        assert relative_error(found, expected) < EXACT
+
+
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_moments_in_a_dtype_of_their_own(backend: Any) -> None:
+    ends = {}
+    for dtype in (torch.float32, None):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        opt = ftp.SGDP([("w", param)], lr=1e-2, momentum=0.9, backend=backend, state_dtype=dtype)
+        for _ in range(20):
+            param.grad = torch.cos(3 * param.detach())
+            opt.step()
+        kept = {key: leaf.dtype for key, leaf in opt.state[param].items() if leaf.shape == param.shape}
+        assert {key for key, found in kept.items() if found == torch.float32} == ({"rule.base.momentum_buffer"} if dtype else set())
+        ends[dtype] = param.detach()
+    assert 0 < relative_error(ends[torch.float32], ends[None]) < 1e-6

@@ -235,3 +235,33 @@ def test_bad_calls_are_named() -> None:
         nested.init({"w": torch.ones(1, dtype=torch.int64)})
     with pytest.raises(ValueError, match="memory='backward' must be one of"):
         hn.Nested(hn.sgd(), memory="backward")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_late_hypers_take_no_memory(dtype: torch.dtype) -> None:
+    """Adam's rate and decoupled decay are learned, as they are with memory, from what the update left."""
+    values = {}
+    for memory in ("auto", "kept"):
+        params, loss = problem(3)
+        params = {name: p.to(dtype) for name, p in params.items()}
+        lr, decay = (hn.learn(value, by=hn.sgd(lr=1e-3)) for value in (0.05, 0.2))
+        nested = hn.Nested(hn.adamw(lr=lr, weight_decay=decay), memory=memory)  # type: ignore[arg-type]
+        st = nested.init(params)
+        for _ in range(5):
+            grads = {name: g.to(dtype) for name, g in gradients(loss, {name: p.double() for name, p in params.items()}).items()}
+            params, st = nested.step(params, grads, st)
+        kept = sum(leaf.numel() for each in st["memory"].values() for leaf in each["sensitivity"].values())
+        assert kept == (0 if memory == "auto" else 2 * sum(p.numel() for p in params.values()))
+        values[memory] = torch.stack([nested.hypers(st)[key]["model"] for key in ("lr", "weight_decay")])
+    start = torch.tensor([0.05, 0.2])
+    moved = (values["kept"] - start).abs()
+    assert (moved > 0).all()
+    assert ((values["auto"] - values["kept"]).abs() < (1e-5 if dtype == torch.float32 else 0.05) * moved).all()
+
+
+def test_late_names_what_finish_takes() -> None:
+    with pytest.raises(TypeError, match="late names 'lr', which must be a hyper, and a keyword-only parameter of finish"):
+
+        @hn.rule(finish=lambda param, state: param, late=("lr",), lr=hn.Positive(0.1))
+        def without(param: torch.Tensor, grad: torch.Tensor, state: Any, *, lr: torch.Tensor) -> Any:
+            return param - lr * grad, state
