@@ -16,6 +16,7 @@ import ftp
 import hyperopt_nested as hn
 from hyperopt_nested.backends import choice, foreach, fused
 from hyperopt_nested.backends.graph import trace
+from hyperopt_nested.backends.program import Batch
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.testing.subject import subject
 
@@ -443,7 +444,7 @@ def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, small: int, mo
     for scales in ((0.5, 0.7), (-0.5, -0.7), (0.5, -0.7)):
         batch = [arguments(scale) for scale in scales]
         wanted = [function(*given) for given in batch]
-        program(batch)
+        program(Batch(batch))
         for given, expected in zip(batch, wanted, strict=True):
             for found, value in zip(given, expected, strict=True):
                 assert value is None or relative_error(found, value) < EXACT

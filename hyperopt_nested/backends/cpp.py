@@ -150,7 +150,8 @@ class _Code:
     def parts(self) -> Iterator[str]:
         width = sum(dtype.itemsize for kind, dtype in self._graph.inputs if kind == Kind.ELEMENT)
         yield f"constexpr int64_t WIDTH = {max(width, 1)};  // bytes an element\n"
-        yield "constexpr int64_t BATCH = CACHE / 2 / WIDTH;  // elements\n"
+        batch = "CACHE / 2 / WIDTH" if len(self._sweeps.sweeps) > 1 else "INT64_MAX"
+        yield f"constexpr int64_t BATCH = {batch};  // elements\n"
         yield "struct Numbers {" + " ".join(f"{_type(value)} {self._name[value]};" for value in self._numbers) + "};\n"
         for at, values in enumerate(self._sweeps.numbers):
             yield f"static void numbers{at}(void* const* inputs, Numbers& n) {{\n"
@@ -214,10 +215,13 @@ class _Code:
         for value in [*rows, *elements]:
             for each in value.operands:
                 used[each] = max(used.get(each, 0), level[value] - is_row_total(value))
+        for value in elements:
+            if _is_read(value, sweep):  # again, rather than kept
+                used[value.operands[0]] = max(used.get(value.operands[0], 0), used.get(value, 0))
         writes = self._write_levels(sweep, level, used)
         for i, at in writes.items():
             used[sweep.writes[i]] = max(used.get(sweep.writes[i], 0), at)
-        kept = [value for value in elements if used.get(value, 0) > level[value]]
+        kept = [value for value in elements if used.get(value, 0) > level[value] and not _is_read(value, sweep)]
         # what is used of numbers, once, in the dtype that it is used in
         scope = _Scope(self)
         body = [f"    const {_type(v)} {self._name[v]} = {self._expression(v, scope.read)};\n" for v in rows if level[v] == 0]
@@ -297,7 +301,8 @@ class _Code:
         ]
         lines: list[str] = []
         for value in loads:
-            source = f"load(p{sweep.sources[value]}[j])" if value in sweep.sources else f"kept_{self._name[value]}[j]"
+            read = value.operands[0] if _is_read(value, sweep) else value
+            source = f"load(p{sweep.sources[read]}[j])" if read in sweep.sources else f"kept_{self._name[value]}[j]"
             lines.append(f"      const {_type(value)} {self._name[value]} = {source};\n")
         for value in here:
             lines.append(f"      const {_type(value)} {self._name[value]} = {self._expression(value, scope.read)};\n")
@@ -392,6 +397,12 @@ class _Scope:
             self.numbers.setdefault(key, f"  const {_COMPUTED[dtype]} {name} = {self._code._number(value, dtype)};\n")
             return name
         return name if _COMPUTED[dtype] == _type(value) else f"{_COMPUTED[dtype]}({name})"
+
+
+def _is_read(value: Value, sweep: Sweep) -> bool:
+    """Whether it is what an argument holds, in another dtype, to which C++ converts it."""
+    cast = value.op == "cast" and value.dtype != torch.bfloat16
+    return cast and value not in sweep.sources and value.operands[0] in sweep.sources
 
 
 def _type(value: Value) -> str:

@@ -143,12 +143,12 @@ class ProgramStep:
             made.contributions.setdefault(key, {}).setdefault(value, []).append(parts)
             for name, part in zip(names, parts.unbind(), strict=True):
                 contributions[name, key, value] = part
-        for name, plan in plans.items():
+        for name, plan in reversed(plans.items()):  # updates begin with what the cache still holds of pulling back
             row = [grads[name], *leaves[name], params[name], *numbers[name], *(contributions[name, *each] for each in plan.reached)]
             made.rows[name] = [row]
             if plan.pull is not None:
                 made.rows[name].append([*row])
-                made.pulls.setdefault(plan.pull, Batch()).rows.append(made.rows[name][1])
+                made.pulls.setdefault(plan.pull, Batch()).rows.insert(0, made.rows[name][1])
             made.updates.setdefault(plan.update, Batch()).rows.append(row)
         made.learns = {key: self._learn(key, list(by_value), states) for key, by_value in made.contributions.items()}
         return made
