@@ -90,8 +90,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
         self._programs: Programs | None = None
-        kept = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
-        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **kept}
+        dtypes = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
+        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **dtypes}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
         self._tracked: list[str] = []  # names of the tensors that have state
@@ -229,8 +229,8 @@ class HyperOptimizer(torch.optim.Optimizer):
                     off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
                     on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
                     switched[id(old)] = old, old.replace(**on) if on else old
+                    changed = changed or bool(on)
                 self._optimizers[name] = switched[id(old)][1]
-                changed = changed or self._optimizers[name] is not old
         if changed:
             self._create_state()
 
@@ -280,12 +280,10 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _step_by_programs(self, params: dict[str, Tensor], grads: dict[str, Tensor], learn: bool) -> bool:
         """Step by programs, if there are any; whether that was done."""
-        if self._program_step is None:
-            return False
-        states, numbers = self._states(), self._values(as_tensors=True)
-        prepared = self._program_step.prepare(params, grads, states, numbers, learn=learn)
-        self._program_step.step(prepared, grads, states)
-        return True
+        if self._program_step is not None:
+            states, numbers = self._states(), self._values(as_tensors=True)
+            self._program_step.step(self._program_step.prepare(params, grads, states, numbers, learn=learn), grads, states)
+        return self._program_step is not None
 
     @torch.no_grad()
     def hyper_step(self) -> None:
@@ -299,8 +297,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if self._learn_from != "validation":
             raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
         grads = {name: grad for name, grad in self._grads().items() if name in self._tracked}
-        params = {name: p.detach() for name, p, _ in self._named()}
-        self._scatter(self._nested.hyper_step(params, grads, self._gather()))
+        self._scatter(self._nested.hyper_step({name: p.detach() for name, p, _ in self._named()}, grads, self._gather()))
 
     def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those found, or else those that the parameters have."""

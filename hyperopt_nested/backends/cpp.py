@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from hyperopt_nested.backends.cpp_text import DRIVER, HEADER
 from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value
 from hyperopt_nested.backends.program import UnsupportedError
 from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total, levels
@@ -51,79 +52,6 @@ _FUNCTIONS: dict[str, str] = {
     "logical_not": "!{0}",
 }
 
-_HEADER = """\
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
-static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
-static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-static inline float load(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-template <typename T> static inline T load(T x) { return x; }
-static inline uint16_t narrow(float x) {
-  uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return (x != x ? 0x7fc00000 : rounded) >> 16;
-}
-static inline float round16(float x) { return load(narrow(x)); }
-static inline uint16_t upper(float x) { return __builtin_bit_cast(uint32_t, x) >> 16; }  // of what is rounded already
-
-// what does not change in a loop chooses by bits: of a condition, the compiler makes a branch, and no vectors
-template <typename T, typename Bits> static inline T chosen(bool c, T x, T y) {
-  const Bits mask = -Bits(c);
-  return __builtin_bit_cast(T, (__builtin_bit_cast(Bits, x) & mask) | (__builtin_bit_cast(Bits, y) & ~mask));
-}
-static inline float choose(bool c, float x, float y) { return chosen<float, uint32_t>(c, x, y); }
-static inline double choose(bool c, double x, double y) { return chosen<double, uint64_t>(c, x, y); }
-
-// a copy, past the cache if that can not hold it anyway: else what is written would be read first
-template <typename T> static inline void put(T* to, const T* from, int64_t count, bool past) {
-#ifdef __AVX__
-  if (past) {
-    int64_t j = 0;
-    for (; j < count && (uintptr_t(to + j) & 63); j++) to[j] = from[j];
-    for (constexpr int64_t line = 64 / sizeof(T); j + line <= count; j += line)
-      for (int64_t half = 0; half < line; half += line / 2)
-        _mm256_stream_si256((__m256i*)(to + j + half), _mm256_loadu_si256((const __m256i*)(from + j + half)));
-    for (; j < count; j++) to[j] = from[j];
-    return;
-  }
-#endif
-  std::memcpy(to, from, count * sizeof(T));
-}
-
-constexpr int64_t CACHE = 1 << 25;  // bytes
-constexpr int64_t BLOCK = 8192;  // elements; rows are not split
-"""
-
-_DRIVER = """
-extern "C" void run(int64_t count, void* const* inputs, const int64_t* rows, const int64_t* columns, int threads) {
-  struct Block { int64_t tensor, first, rows, columns; };
-  std::vector<Block> by_row, flat;
-  std::vector<Numbers> numbers(count);
-  int64_t elements = 0;
-  for (int64_t t = 0; t < count; t++) elements += rows[t] * columns[t];
-  const bool past = elements * WIDTH > CACHE;
-  for (int64_t begin = 0, end; begin < count; begin = end) {  // batches that the cache holds from sweep to sweep, if a tensor does
-    by_row.clear();
-    flat.clear();
-    int64_t size = 0;
-    for (end = begin; end < count && (end == begin || size + rows[end] * columns[end] <= BATCH); end++) {
-      size += rows[end] * columns[end];
-      int64_t step = larger(1, BLOCK / larger(columns[end], 1)), all = rows[end] * columns[end];
-      for (int64_t row = 0; row < rows[end]; row += step)
-        by_row.push_back({end, row, smaller(step, rows[end] - row), columns[end]});
-      for (int64_t at = 0; at < all; at += BLOCK) flat.push_back({end, at, 1, smaller(BLOCK, all - at)});
-    }
-    int team = smaller(threads, larger(1, size / 32768));
-@SWEEPS@
-  }
-}
-"""
-
 
 def code(graph: UpdateGraph) -> str:
     """C++ of a graph, with a function `run(count, inputs, rows, columns, threads)`.
@@ -136,7 +64,7 @@ def code(graph: UpdateGraph) -> str:
     for _, dtype in graph.inputs:
         if dtype not in _STORED:
             raise UnsupportedError(f"there is no {dtype} in C++ here")
-    return _HEADER + "".join(_Code(graph).parts())
+    return HEADER + "".join(_Code(graph).parts())
 
 
 class _Code:
@@ -166,7 +94,7 @@ class _Code:
         for i in self._sweeps.writes:
             yield f"  {self._at(i)}[0] = {self._stored(i, f'w{i}')};\n"
         yield "}\n"
-        yield _DRIVER.replace("@SWEEPS@", "".join(self._steps()))
+        yield DRIVER.replace("@SWEEPS@", "".join(self._steps()))
 
     def _steps(self) -> Iterator[str]:
         """What the driver does with a batch of tensors."""
