@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -103,9 +104,7 @@ BOTH, BOTH_BY_TENSOR = "AdamW, lr and decay learned", "AdamW, lr and decay learn
 PUBLISHED, ALIKE = "published", "moments in bfloat16"
 PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written
 LEARNED = {"own": 4}  # hypergradients need the parameter too; moments are renewed in that pass, and read again in the other
-PROJECTED = {
-    "own": 7
-}  # gradient and displacement are read for the radius; gradient, parameter and anchor, and parameter and displacement written
+PROJECTED = {"own": 7}  # gradient and displacement are read; then gradient, parameter and anchor; parameter and displacement are written
 
 
 def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Candidate]:
@@ -113,9 +112,6 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
 
     def nested(backend: str, lr: float | hn.Learn = LR, decay: float | hn.Learn = DECAY) -> Callable[[Params], torch.optim.Optimizer]:
         return lambda params: hn.HyperOptimizer(params, hn.adamw(lr=lr, weight_decay=decay), backend=backend)
-
-    def projected(backend: str, **how: torch.dtype) -> Callable[[Params], torch.optim.Optimizer]:
-        return lambda params: AdamP(params, lr=LR, weight_decay=DECAY, backend=backend, **how)
 
     found = {
         ADAMW_FUSED: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True), **PLAIN, moments=4),
@@ -127,9 +123,7 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
         found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), **LEARNED, moments=6, state=torch.float32)
-        found[f"AdamP, {backend}"] = Candidate(projected(backend), **PROJECTED, moments=4, state=torch.float32)
-        if dtype == torch.bfloat16:
-            found[f"AdamP, {ALIKE}, {backend}"] = Candidate(projected(backend, state_dtype=dtype), **PROJECTED, moments=4)
+        found |= _projected(partial(AdamP, lr=LR, weight_decay=DECAY), backend, dtype, moments=4)
     if published:
         make = lambda params: published.AdamP(_with_anchors(params), lr=LR, weight_decay=DECAY, exclude_set={}, k=1.0)  # noqa: E731
         found[f"AdamP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=4)
@@ -139,17 +133,22 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
 def sgd_like(backends: Sequence[str], published: ModuleType | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Candidate]:
     """By name; the first is what the others are compared with."""
 
-    def projected(backend: str, **how: torch.dtype) -> Callable[[Params], torch.optim.Optimizer]:
-        return lambda params: SGDP(params, lr=LR, momentum=MOMENTUM, backend=backend, **how)
-
     found = {SGD_FUSED: Candidate(lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True), **PLAIN, moments=2)}
     for backend in backends:
-        found[f"SGDP, {backend}"] = Candidate(projected(backend), **PROJECTED, moments=2, state=torch.float32)
-        if dtype == torch.bfloat16:
-            found[f"SGDP, {ALIKE}, {backend}"] = Candidate(projected(backend, state_dtype=dtype), **PROJECTED, moments=2)
+        found |= _projected(partial(SGDP, lr=LR, momentum=MOMENTUM), backend, dtype, moments=2)
     if published:
         make = lambda params: published.SGDP(_with_anchors(params), lr=LR, momentum=MOMENTUM, exclude_set={}, k=1.0)  # noqa: E731
         found[f"SGDP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=2)
+    return found
+
+
+def _projected(make: "partial[AdamP] | partial[SGDP]", backend: str, dtype: torch.dtype, moments: int) -> dict[str, Candidate]:
+    """As it is, and in bfloat16 also with moments as torch's optimizers keep them."""
+    name = make.func.__name__
+    found = {f"{name}, {backend}": Candidate(partial(make, backend=backend), **PROJECTED, moments=moments, state=torch.float32)}
+    if dtype == torch.bfloat16:
+        alike = partial(make, backend=backend, state_dtype=dtype)
+        found[f"{name}, {ALIKE}, {backend}"] = Candidate(alike, **PROJECTED, moments=moments)
     return found
 
 

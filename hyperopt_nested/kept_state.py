@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -39,8 +40,8 @@ def refs(nested: Learner, st: State, home: str) -> State:
     return walk(nested, st, lambda name: name, "")
 
 
-def pairs(refs: State, tree: State) -> Iterator[tuple[Ref, Tensor]]:
-    """Each leaf of `tree`, with where it is kept."""
+def pairs(refs: State, tree: State) -> Iterator[tuple[Any, Tensor]]:
+    """Each leaf of `tree`, with that of another tree of its structure; such as where it is kept."""
     for key, ref in refs.items():
         if isinstance(ref, dict):
             yield from pairs(ref, tree[key])

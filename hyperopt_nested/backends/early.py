@@ -30,11 +30,7 @@ def with_early_writes(graphs: Sequence[UpdateGraph], changing: Collection[int]) 
     moved = replace(first, outputs=(*first.outputs, *early.items()))
     rest = replace(last, outputs=tuple((i, value) for i, value in last.outputs if i not in early))
     found = [simplified(moved), simplified(rest, early)]
-    return min([first, last], found, key=lambda pair: sum(map(_cost, pair)))
-
-
-def _cost(graph: UpdateGraph) -> int:
-    return Sweeps(graph).bytes_touched
+    return min([first, last], found, key=lambda pair: sum(Sweeps(graph).bytes_touched for graph in pair))
 
 
 def _waits_for_nothing(value: Value, changing: Collection[int]) -> bool:

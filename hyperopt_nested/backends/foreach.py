@@ -151,7 +151,7 @@ class _Steps:
     """Plans for one sweep, by what its numbers choose."""
 
     def __init__(self, graph: UpdateGraph, work: Work) -> None:
-        self._work = work.given({})
+        self._work = work
         self._in_place = {i: graph.inputs[i][1] for i in work.writes if graph.inputs[i][0] == Kind.ELEMENT}
         self._plans: dict[Any, Plan] = {}
         self.numbers = self._work.numbers

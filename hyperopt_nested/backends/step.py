@@ -1,7 +1,7 @@
 """Steps by programs, in place: what is done to one tensor is traced from the engine, and made into programs for many tensors."""
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hyperopt_nested.backends.choice import Programs
 from hyperopt_nested.backends.program import Batch, Program, write_over
 from hyperopt_nested.joint_update import Tensors
-from hyperopt_nested.kept_state import Ref
+from hyperopt_nested.kept_state import Ref, pairs
 from hyperopt_nested.learned import LearnedHyper
 from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State
+from hyperopt_nested.ops import State, map_tree
 
 States = Mapping[str, Mapping[str, Tensor]]
 """By tensor: what is kept with it."""
@@ -118,7 +118,7 @@ class ProgramStep:
             counted.zero_()
         for key, learned in self._nested.learned.items():
             if key not in self._own and any(map(callable, learned.learn.bounds)):
-                hypers, rule = (_map_refs(states, self._refs[part]) for part in ("hypers", "rule"))
+                hypers, rule = (_gathered(states, self._refs[part]) for part in ("hypers", "rule"))
                 _write(hypers[key], self._nested.bounded(key, hypers[key], rule, grads))
 
     def _prepared(self, of: list[Any], params: Tensors, grads: Tensors, states: States, numbers: Numbers, learn: bool) -> PreparedStep:
@@ -143,13 +143,15 @@ class ProgramStep:
             made.contributions.setdefault(key, {}).setdefault(value, []).append(parts)
             for name, part in zip(names, parts.unbind(), strict=True):
                 contributions[name, key, value] = part
-        for name, plan in reversed(plans.items()):  # updates begin with what the cache still holds of pulling back
+        for name, plan in plans.items():
             row = [grads[name], *leaves[name], params[name], *numbers[name], *(contributions[name, *each] for each in plan.reached)]
             made.rows[name] = [row]
             if plan.pull is not None:
                 made.rows[name].append([*row])
-                made.pulls.setdefault(plan.pull, Batch()).rows.insert(0, made.rows[name][1])
+                made.pulls.setdefault(plan.pull, Batch()).rows.append(made.rows[name][1])
             made.updates.setdefault(plan.update, Batch()).rows.append(row)
+        # backwards: updates begin with what the cache still holds of pulling back
+        made.updates = {program: Batch(batch.rows[::-1]) for program, batch in reversed(made.updates.items())}
         made.learns = {key: self._learn(key, list(by_value), states) for key, by_value in made.contributions.items()}
         return made
 
@@ -216,7 +218,7 @@ class ProgramStep:
                 write_over(given, step(*given))
 
             return learn
-        row = [torch.empty_like(leaf) for leaf in _map_refs(states, self._refs["hypers"][key]).values()] + leaves
+        row = [torch.empty_like(leaf) for leaf in _gathered(states, self._refs["hypers"][key]).values()] + leaves
         (program,) = self._programs.make(learned.learn, [step], row, row[0])
         batch = Batch([row])
 
@@ -260,7 +262,7 @@ def _in_order(refs: State) -> tuple[list[Ref], Callable[[Sequence[Tensor]], Stat
 
 def _leaves(tree: State, refs: State) -> list[Tensor]:
     """Leaves of a tree, in the order of `_in_order(refs)`."""
-    found = dict(_both(refs, tree))
+    found = dict(pairs(refs, tree))
     return [found[ref] for ref in _in_order(refs)[0]]
 
 
@@ -282,24 +284,14 @@ def _only(name: str, refs: State) -> State:
 
 def _write(tree: State, new: State) -> None:
     """Write new leaves over those of a tree, where they are others."""
-    for old, leaf in _both(tree, new):
+    for old, leaf in pairs(tree, new):
         if leaf is not old:
             old.copy_(leaf)
-
-
-def _both(tree: State, new: State) -> Iterator[tuple[Any, Tensor]]:
-    for key, leaf in tree.items():
-        if isinstance(leaf, dict):
-            yield from _both(leaf, new[key])
-        else:
-            yield leaf, new[key]
 
 
 def _kept(states: States, ref: Ref) -> Tensor:
     return states[ref.name][ref.key]
 
 
-def _map_refs(states: States, refs: Any) -> Any:
-    if isinstance(refs, dict):
-        return {key: _map_refs(states, ref) for key, ref in refs.items()}
-    return _kept(states, refs)
+def _gathered(states: States, refs: State) -> State:
+    return map_tree(functools.partial(_kept, states), refs)
