@@ -479,3 +479,45 @@ def test_moments_in_a_dtype_of_their_own(backend: Any) -> None:
         assert {key for key, found in kept.items() if found == torch.float32} == ({"rule.base.momentum_buffer"} if dtype else set())
         ends[dtype] = param.detach()
     assert 0 < relative_error(ends[torch.float32], ends[None]) < 1e-6
+
+
+@pytest.mark.parametrize("columns", [1, 2, 33])
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32], ids=["narrow", "mixed"])
+def test_kernels_round_to_bfloat16_as_torch_does(kept: torch.dtype, columns: int) -> None:
+    """To the nearest, ties to even; and a NaN stays one, whatever bits it has."""
+
+    def function(grad: torch.Tensor, param: torch.Tensor, state: torch.Tensor, scale: torch.Tensor) -> list[Any]:
+        largest = grad.float().amax(1, keepdim=True)
+        return [None, (state.float() * scale).to(param.dtype), torch.where(largest > 1, param.float() * scale, grad.float()).to(kept), None]
+
+    def arguments() -> list[torch.Tensor]:
+        every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16)
+        grad, param, state = (every[torch.randperm(len(every), generator=generator)][: 900 * columns] for _ in range(3))
+        odd = torch.tensor([0x7FFFFFFF, -1, -0x800000, 0x7F800000], dtype=torch.int32).view(torch.float32)
+        kinds = [param, grad, state] if kept == torch.bfloat16 else [param, grad, torch.cat([odd, state.float()[4:]])]
+        return [*(each.reshape(900, columns).clone() for each in kinds), torch.tensor(1 + 2.0**-8)]
+
+    generator = torch.Generator().manual_seed(0)
+    given = arguments()
+    wanted = function(*given)
+    program = fused.fused(simplified(trace(function, given, given[1])))
+    program(Batch([given]))
+    for found, value in zip(given, wanted, strict=True):
+        if value is not None:
+            torch.testing.assert_close(found, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 4001])
+def test_kernels_of_bfloat16_alone(columns: int) -> None:
+    """They go two neighbours at a time, and keep what a row's other loops need."""
+    ends = {}
+    for backend in ("fused", "reference"):
+        start = torch.randn(700, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+        param = torch.nn.Parameter(start)
+        opt = ftp.SGDP([("w", param)], lr=0.1, momentum=0.9, backend=backend, state_dtype=torch.bfloat16)  # type: ignore[arg-type]
+        for _ in range(4):
+            param.grad = torch.cos(param.detach())
+            opt.step()
+        ends[backend] = param.detach() - start, opt.hypers()["radius"]["w"], opt.state[param]["rule.base.momentum_buffer"]
+    for found, expected in zip(*ends.values(), strict=True):
+        assert relative_error(found, expected) < 1e-2

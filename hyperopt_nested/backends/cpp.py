@@ -64,7 +64,8 @@ def code(graph: UpdateGraph) -> str:
     for _, dtype in graph.inputs:
         if dtype not in _STORED:
             raise UnsupportedError(f"there is no {dtype} in C++ here")
-    return HEADER + "".join(_Code(graph).parts())
+    rounds = any(value.dtype == torch.bfloat16 for value in graph.values())
+    return f"constexpr bool ROUNDS = {str(rounds).lower()};  // to bfloat16\n" + HEADER + "".join(_Code(graph).parts())
 
 
 class _Code:
@@ -221,34 +222,56 @@ class _Code:
         sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
         totals = [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
         stores = [i for i, at in writes.items() if at == k]
+
+        def stored(value: Value) -> Value:
+            """What an argument holds of a value that is read from it."""
+            return value.operands[0] if _is_read(value, sweep) else value
+
         wanted = {*[each for value in [*here, *sums, *totals] for each in value.operands], *[sweep.writes[i] for i in stores]}
         loads = [
             value
             for value in sweep.values
             if value in wanted and value.kind == Kind.ELEMENT and value not in here and value.op != "constant"
         ]
-        lines: list[str] = []
-        for value in loads:
-            read = value.operands[0] if _is_read(value, sweep) else value
-            source = f"load(p{sweep.sources[read]}[j])" if read in sweep.sources else f"kept_{self._name[value]}[j]"
-            lines.append(f"      const {_type(value)} {self._name[value]} = {source};\n")
-        for value in here:
-            lines.append(f"      const {_type(value)} {self._name[value]} = {self._expression(value, scope.read)};\n")
-            if value in kept:
-                lines.append(f"      kept_{self._name[value]}[j] = {self._name[value]};\n")
+        paired = self._is_paired(sweep)
+        pairs = sorted({sweep.sources[each] for each in map(stored, loads) if paired and each in sweep.sources})
+        to = {i: f"out{i}" if i in self._only_written(sweep) else f"p{i}" for i in stores}
         before, clauses, after = [], [], []
+
+        def body(half: str = "") -> Iterator[str]:
+            """What is done to an element, or to the first or second of two neighbours."""
+            kept_at = "columns / 2 + j" if half == "second" else "j"
+            for value in loads:
+                i = sweep.sources.get(stored(value))
+                source = f"kept_{self._name[value]}[{kept_at}]" if i is None else f"load(p{i}[j])"
+                source = f"load_{half}(pair{i})" if half and i is not None else source
+                yield f"      const {_type(value)} {self._name[value]} = {source};\n"
+            for value in here:
+                yield f"      const {_type(value)} {self._name[value]} = {self._expression(value, scope.read)};\n"
+                if value in kept:
+                    yield f"      kept_{self._name[value]}[{kept_at}] = {self._name[value]};\n"
+            for total in [*sums, *totals]:
+                name, given = f"s_{self._name[total]}", scope.read(total.operands[0], total.operands[0].dtype)
+                if total.op == "amax":
+                    yield f"      {name} = {given} > {name} ? {given} : {name}; nan_{name} |= {given} != {given};\n"
+                else:
+                    yield f"      {name} += {given};\n"
+            for i in stores:
+                given = scope.read(sweep.writes[i], sweep.writes[i].dtype)
+                if half:
+                    yield f"      {half}{i} = {given};\n"
+                else:
+                    yield f"      {to[i]}[j] = {self._stored(i, given)};\n"
+
         for total in [*sums, *totals]:
-            name, given = f"s_{self._name[total]}", scope.read(total.operands[0], total.operands[0].dtype)
-            kind = _type(total.operands[0])
+            name, kind = f"s_{self._name[total]}", _type(total.operands[0])
             if total.op == "amax":
                 before.append(f"    {kind} {name} = -INFINITY;\n    int nan_{name} = 0;\n")
                 clauses += [f"reduction(max: {name})", f"reduction(|: nan_{name})"]
-                lines.append(f"      {name} = {given} > {name} ? {given} : {name}; nan_{name} |= {given} != {given};\n")
                 found = f"nan_{name} ? NAN : {name}"
             else:
                 before.append(f"    {kind} {name} = 0;\n")
                 clauses.append(f"reduction(+: {name})")
-                lines.append(f"      {name} += {given};\n")
                 found = f"{name} / columns" if total.op == "mean" and total in sums else name
             part = f"part.{self._name[total]}"
             if total in sums:
@@ -257,19 +280,26 @@ class _Code:
                 after.append(f"    {part} = (nan_{name} || {name} > {part}) ? ({found}) : {part};\n")
             else:
                 after.append(f"    {part} += {name};\n")
-        for i in stores:
-            value = sweep.writes[i]
-            to = f"out{i}" if i in self._only_written(sweep) else f"p{i}"
-            lines.append(f"      {to}[j] = {self._stored(i, scope.read(value, value.dtype))};\n")
-            if to != f"p{i}":
-                after.append(f"    put(p{i}, out{i}, columns, past);\n")
-        if lines:
-            yield from before
-            yield f"    #pragma omp simd {' '.join(clauses)}\n"
-            yield "    for (int64_t j = 0; j < columns; j++) {\n"
-            yield from lines
-            yield "    }\n"
-            yield from after
+        after += [f"    put(p{i}, {to[i]}, columns, past);\n" for i in stores if to[i] != f"p{i}"]
+        if not (here or sums or totals or stores):
+            return
+        yield from before
+        yield f"    #pragma omp simd {' '.join(clauses)}\n"
+        if not paired:
+            yield from ["    for (int64_t j = 0; j < columns; j++) {\n", *body(), "    }\n", *after]
+            return
+        yield "    for (int64_t j = 0; j < columns / 2; j++) {\n"
+        yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
+        yield from (f"      float first{i}, second{i};\n" for i in stores)
+        for half in ("first", "second"):
+            yield from ["      {\n", *body(half), "      }\n"]
+        yield from (f"      ((Pair*){to[i]})[j] = pair(first{i}, second{i});\n" for i in stores)
+        yield from ["    }\n    if (columns % 2) {\n      const int64_t j = columns - 1;\n", *body(), "    }\n", *after]
+
+    def _is_paired(self, sweep: Sweep) -> bool:
+        """Whether loops go two neighbours at a time: if all arrays of elements are bfloat16; where others are too, it takes shuffles."""
+        touched = {self._graph.inputs[i] for i in (*sweep.sources.values(), *sweep.writes)}
+        return {dtype for kind, dtype in touched if kind == Kind.ELEMENT} == {torch.bfloat16}
 
     def _expression(self, value: Value, operand: Callable[[Value, torch.dtype], str]) -> str:
         """C++ of one value, of its dtype, given how to write an operand in a dtype."""

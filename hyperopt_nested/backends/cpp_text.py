@@ -4,6 +4,7 @@ HEADER = """\
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -12,13 +13,24 @@ HEADER = """\
 static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 static inline float load(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-template <typename T> static inline T load(T x) { return x; }
-static inline uint16_t narrow(float x) {
-  uint32_t bits = __builtin_bit_cast(uint32_t, x), rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return (x != x ? 0x7fc00000 : rounded) >> 16;
+template <typename T> static inline T load(T x) {
+  if constexpr (ROUNDS && std::is_floating_point_v<T>) return x != x ? T(NAN) : x;
+  return x;
 }
-static inline float round16(float x) { return load(narrow(x)); }
+// bfloat16, which a NaN stays through if it is read from that, or by `load`: no carry gets as far as its sign then
+static inline float round16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return __builtin_bit_cast(float, (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
 static inline uint16_t upper(float x) { return __builtin_bit_cast(uint32_t, x) >> 16; }  // of what is rounded already
+
+// two neighbours at once: each is where vectors of floats have it after one operation, where widening takes several
+typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
+static inline float load_first(Pair x) { return __builtin_bit_cast(float, x << 16); }
+static inline float load_second(Pair x) { return __builtin_bit_cast(float, x & 0xffff0000u); }
+static inline Pair pair(float first, float second) {
+  return __builtin_bit_cast(uint32_t, first) >> 16 | __builtin_bit_cast(uint32_t, second);
+}
 
 // what does not change in a loop chooses by bits: of a condition, the compiler makes a branch, and no vectors
 template <typename T, typename Bits> static inline T chosen(bool c, T x, T y) {
