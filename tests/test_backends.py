@@ -521,3 +521,54 @@ def test_kernels_of_bfloat16_alone(columns: int) -> None:
         ends[backend] = param.detach() - start, opt.hypers()["radius"]["w"], opt.state[param]["rule.base.momentum_buffer"]
     for found, expected in zip(*ends.values(), strict=True):
         assert relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["alone", "together"])
+def test_arguments_that_change_places(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreach, "SMALL", small)
+    function = lambda grad, one, other, third: [None, other, third, one]  # noqa: E731
+    given = [torch.randn(3, 4) for _ in range(4)]
+    wanted = [given[i].clone() for i in (0, 2, 3, 1)]
+    foreach.foreach(simplified(trace(function, given, given[1])))(Batch([given]))
+    assert all(map(torch.equal, given, wanted))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        self.of[name] = self.of.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+ADAMS: dict[str, Callable[..., hn.HyperOptimizer]] = {
+    "adam": lambda params, backend: hn.HyperOptimizer(params, hn.adam(lr=0.1, eps=1e-3), backend=backend),
+    "adamw": lambda params, backend: hn.HyperOptimizer(params, hn.adamw(lr=0.1, eps=1e-3, weight_decay=0.1), backend=backend),
+    "lr learned": lambda params, backend: hn.HyperOptimizer(params, hn.adamw(lr=learned(0.1)), backend=backend),
+    "betas learned": lambda params, backend: hn.HyperOptimizer(params, hn.adam(beta1=learned(0.8), beta2=learned(0.9)), backend=backend),
+    "projected": lambda params, backend: ftp.AdamP(params, lr=0.1, eps=1e-3, weight_decay=0.1, backend=backend),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ADAMS)
+def test_what_torch_has_one_operator_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of Adam, on large tensors without a compiler, if nothing else needs what is computed on the way."""
+    monkeypatch.setattr(foreach, "SMALL", 0)
+    ends: dict[str, list[torch.Tensor]] = {}
+    with Calls() as calls:
+        for backend in ("foreach", "reference"):
+            param = torch.nn.Parameter(torch.linspace(-1, 1, 600).reshape(20, 30).to(dtype))
+            opt = ADAMS[name]([("w", param)], backend)
+            for _ in range(5):
+                param.grad = torch.cos(3 * param.detach())
+                opt.step()
+            ends[backend] = [param.detach(), *(leaf for leaf in opt.state[param].values() if leaf.numel() == 600)]
+    assert calls.of.get("_fused_adamw_", 0) == (0 if name in ("lr learned", "betas learned") else 5)
+    for found, expected in zip(*ends.values(), strict=True):
+        assert relative_error(found, expected) < (EXACT if dtype == torch.float64 else 1e-2)

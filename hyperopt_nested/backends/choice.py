@@ -78,6 +78,7 @@ class Programs:
         sorts: dict[str, list[str]] = {"fused": ["fused", "compile"], "compile": ["compile"], "foreach": []}
         self._sorts = [backend] if strict and backend != "foreach" else [*sorts[backend], "foreach", "traced"]
         self._made: dict[Hashable, list[Program] | UnsupportedError] = {}
+        self._of_graphs: dict[Hashable, list[Program]] = {}
 
     def make(
         self, of: Hashable, functions: Sequence[Function], arguments: Sequence[Tensor], param: Tensor, changing: Collection[int] = ()
@@ -121,8 +122,11 @@ class Programs:
         if key not in self._made:
             try:
                 if sort in _BY_GRAPH:
-                    graphs = [simplified(trace(function, arguments, param)) for function in functions]
-                    self._made[key] = [_BY_GRAPH[sort](graph) for graph in with_early_writes(graphs, changing)]
+                    graphs = with_early_writes([simplified(trace(function, arguments, param)) for function in functions], changing)
+                    same = sort, tuple(graph.description() for graph in graphs)  # as of tensors with another number of dimensions
+                    if same not in self._of_graphs:
+                        self._of_graphs[same] = [_BY_GRAPH[sort](graph) for graph in graphs]
+                    self._made[key] = self._of_graphs[same]
                 else:
                     self._made[key] = [_each(_COMPILED[sort](function, arguments)) for function in functions]
             except UnsupportedError as error:

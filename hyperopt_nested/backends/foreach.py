@@ -28,7 +28,7 @@ def foreach(graph: UpdateGraph) -> Program:
     return _Foreach(graph)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pack:
     """Tensors of equal columns that are put together, or one that is cut into pieces.
 
@@ -86,16 +86,17 @@ class _Foreach:
         self._memory: dict[Slot, Tensor] = {}
         self._buffers: dict[tuple[Slot, tuple[int, int]], Tensor] = {}
 
-    def __call__(self, given: Batch) -> None:
+    def __call__(self, batch: Batch) -> None:
         like = self._elements[-1] if self._elements else 0
-        shapes = tuple(sizes(row[like]) for row in given.rows)
-        device = given.rows[0][like].device
-        batch = [[lying_as(row[0], row[like]) if self._elements else row[0], *row[1:]] for row in given.rows]
-        run = _Run(self._graph, batch, shapes, self._buffer)
+        if batch.prepared is None:
+            batch.prepared = _Arguments(self._graph, batch.rows, tuple(sizes(row[like]) for row in batch.rows))
+        given: _Arguments = batch.prepared
+        given.first = [lying_as(row[0], row[like]) if self._elements else row[0] for row in batch.rows]
+        run = _Run(given, self._buffer)
         for at, (sweep, steps) in enumerate(zip(self._sweeps.sweeps, self._steps, strict=True)):
             run.do_numbers(self._numbers[at])
             run.read(steps.numbers)
-            cut = self._cut(shapes, device, whole=steps.only_reads)
+            cut = self._cut(given.shapes, given.device, whole=steps.only_reads)
             for pack in cut.packs:
                 run.do(pack, steps)
             run.finish(sweep.totals, cut.owners)
@@ -155,30 +156,70 @@ class _Steps:
         self._in_place = {i: graph.inputs[i][1] for i in work.writes if graph.inputs[i][0] == Kind.ELEMENT}
         self._plans: dict[Any, Plan] = {}
         self.numbers = self._work.numbers
-        self.conditions = self._work.conditions(Kind.NUMBER)
+        self.conditions, self.factors = self._work.conditions(Kind.NUMBER), self._work.factors
         self.only_reads = Plan(self._work, {}, looking=False).only_reads
 
-    def plan(self, outcomes: tuple[bool | None, ...], *, alone: bool, looking: bool) -> Plan:
-        """The plan where conditions that are numbers are met for all, none or some tensors."""
-        key = outcomes, alone, looking
+    def plan(self, outcomes: tuple[bool | None, ...], factors: tuple[float | None, ...], *, alone: bool, looking: bool) -> Plan:
+        """The plan where conditions that are numbers are met for all, none or some tensors, and some factors are 0 or 1 for all."""
+        key = outcomes, factors, alone, looking
         if key not in self._plans:
-            work = self._work.given(dict(zip(self.conditions, outcomes, strict=True)))
+            choices = dict(zip(self.conditions, outcomes, strict=True))
+            work = self._work.given(choices, factors=dict(zip(self.factors, factors, strict=True)))
             self._plans[key] = Plan(work, self._in_place if alone else {}, looking=looking)
         return self._plans[key]
+
+
+class _Arguments:
+    """What a program is given, and views of it, which are made once.
+
+    Args:
+        graph: what is done with it.
+        rows: by tensor, all arguments.
+        shapes: rows and columns of each tensor.
+
+    Attributes:
+        shapes: as given.
+        first: the first argument of each tensor, which changes from call to call.
+        device: where all is.
+    """
+
+    def __init__(self, graph: UpdateGraph, rows: Sequence[Sequence[Tensor]], shapes: tuple[tuple[int, int], ...]) -> None:
+        self._graph, self._rows, self.shapes = graph, rows, shapes
+        self.first: list[Tensor] = []
+        self.device = rows[0][-1].device
+        self._leaves: dict[int, list[Tensor]] = {}
+        self._pieces: dict[tuple[int, _Pack], list[Tensor]] = {}
+
+    def leaves(self, index: int) -> list[Tensor]:
+        """Numbers, shape (), one for each tensor; or one, if all tensors have the same."""
+        if index not in self._leaves:
+            given = [row[index] for row in self._rows] if index else self.first
+            shared = all(leaf is given[0] for leaf in given)
+            found = [leaf.reshape(()) for leaf in (given[:1] if shared else given)]
+            if not index:
+                return found
+            self._leaves[index] = found
+        return self._leaves[index]
+
+    def pieces(self, index: int, pack: _Pack) -> list[Tensor]:
+        """Rows of an argument, for each tensor, or each piece of one, shape (rows, columns), or (rows, 1) where it has one a row."""
+        if (index, pack) not in self._pieces:
+            columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
+            tensors = [self._rows[t][index] if index else self.first[t] for t in pack.tensors]
+            found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
+            found = [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
+            if not index:
+                return found
+            self._pieces[index, pack] = found
+        return self._pieces[index, pack]
 
 
 class _Run:
     """One call: the values of numbers, one a tensor, and what is summed up for each tensor."""
 
-    def __init__(
-        self,
-        graph: UpdateGraph,
-        batch: Sequence[Sequence[Tensor]],
-        shapes: Sequence[tuple[int, int]],
-        buffer: Callable[[Slot, tuple[int, int], torch.device], Tensor],
-    ) -> None:
-        self._graph, self._batch, self._shapes, self._buffer = graph, batch, shapes, buffer
-        self._device = batch[0][0].device
+    def __init__(self, given: _Arguments, buffer: Callable[[Slot, tuple[int, int], torch.device], Tensor]) -> None:
+        self._given, self._buffer = given, buffer
+        self._device, self._count = given.device, len(given.shapes)
         self._on_cpu = self._device.type == "cpu"
         self._numbers: dict[Value, Tensor] = {}
         self._lists: dict[Value, list[Any]] = {}
@@ -195,8 +236,9 @@ class _Run:
     def do(self, pack: _Pack, steps: _Steps) -> None:
         """The operators of a sweep for tensors, piece by piece, and its writes."""
         outcomes = tuple(self._outcome(condition, pack) for condition in steps.conditions)
-        plan = steps.plan(outcomes, alone=pack.is_one, looking=self._on_cpu and pack.is_one)
-        views = {i: self._views(i, pack) for i in plan.arguments}
+        factors = tuple(self._unit(factor, pack) for factor in steps.factors)
+        plan = steps.plan(outcomes, factors, alone=pack.is_one, looking=self._on_cpu and pack.is_one)
+        views = {i: self._given.pieces(i, pack) for i in plan.arguments}
         numbers: dict[Part, dict[Value | None, Any]] = {}
         for k, rows in enumerate(pack.pieces):
             shape = rows, pack.columns
@@ -216,12 +258,14 @@ class _Run:
                 met = [(int(torch.count_nonzero(known[each])), known[each].numel()) for each in part.conditions]
                 part = plan.rest(tuple(count == every if count in (0, every) else None for count, every in met))
             self._sum(part, known, shape, each_row=not pack.is_one)
-            for i, value in part.copies:
-                if pack.is_one:
+            if pack.is_one:
+                known |= {value: known[value].clone() for value in part.swapped}
+                for i, value in part.copies:
                     copied(known[value], arguments[i])
-                else:
-                    whole = _expanded(known[value], value.dtype, (rows, views[i][0].shape[1]), self._device)
-                    torch._foreach_copy_(views[i], torch.split_with_sizes(whole, pack.rows))
+                continue
+            for i, value in part.copies:
+                whole = _expanded(known[value], value.dtype, (rows, views[i][0].shape[1]), self._device)
+                torch._foreach_copy_(views[i], torch.split_with_sizes(whole, pack.rows))
 
     def _compute(self, part: Part, known: dict[Value | None, Any], arguments: Mapping[int, Tensor], shape: tuple[int, int]) -> None:
         for each in part.operations:
@@ -233,6 +277,7 @@ class _Run:
             else:
                 out = arguments[place] if isinstance(place, int) else self._buffer(place, shape, self._device)
                 known[each.value] = each.run(*args, out=out)
+                known |= {value: arguments[i] for value, i in each.also.items()}
 
     def _sum(self, part: Part, known: Mapping[Value | None, Any], shape: tuple[int, int], *, each_row: bool) -> None:
         """The totals of a piece, or of each of its rows."""
@@ -250,19 +295,19 @@ class _Run:
         """Put together what pieces have summed up."""
         for total in totals:
             parts = torch.cat([part.reshape(-1) for part in self._sums.pop(total)]).to(number_dtype(self._device))
-            start = parts.new_full((len(self._batch),), -torch.inf if total.op == "amax" else 0)
+            start = parts.new_full((self._count,), -torch.inf if total.op == "amax" else 0)
             where = owners.to(self._device)
             whole = start.scatter_reduce(0, where, parts, "amax") if total.op == "amax" else start.index_add(0, where, parts)
             if total.op == "mean":
-                whole = whole / torch.tensor([rows * columns for rows, columns in self._shapes], device=self._device)
+                whole = whole / torch.tensor([rows * columns for rows, columns in self._given.shapes], device=self._device)
             self._numbers[total] = whole.to(total.dtype)
 
     def write_numbers(self, writes: dict[int, Value]) -> None:
         new = {i: self._number(value) for i, value in writes.items()}
         for i, value in new.items():
-            leaves = [given[i] for given in self._batch]
+            leaves = self._given.leaves(i)
             filled = value if isinstance(value, Tensor) else torch.full((1,), value, dtype=leaves[0].dtype)
-            torch._foreach_copy_(leaves, filled.reshape(-1, *leaves[0].shape).expand(len(leaves), *leaves[0].shape).unbind())
+            torch._foreach_copy_(leaves, filled[-len(leaves) :].expand(len(leaves)).unbind())
 
     def _number(self, value: Value) -> Any:
         """A number for each tensor, shape (tensors,); or one for all, shape (1,); or a constant."""
@@ -272,9 +317,7 @@ class _Run:
             if value.op == "cast":
                 self._numbers[value] = self._number(value.args[0]).to(value.dtype)
             else:
-                leaves = [given[value.args[0]] for given in self._batch]
-                shared = all(leaf is leaves[0] for leaf in leaves)
-                self._numbers[value] = leaves[0].reshape(1) if shared else torch.stack([leaf.reshape(()) for leaf in leaves])
+                self._numbers[value] = torch.stack(self._given.leaves(value.args[0]))
         return self._numbers[value]
 
     def read(self, values: Sequence[Value]) -> None:
@@ -285,7 +328,7 @@ class _Run:
         exact = [value for value in new if value.dtype.is_floating_point or value.dtype == torch.bool]  # are the same in a wide dtype
         for together in (exact, *([value] for value in new if value not in exact)):
             if together:
-                numbers = torch.stack([self._number(value).expand(len(self._batch)) for value in together])
+                numbers = torch.stack([self._number(value).expand(self._count) for value in together])
                 self._lists |= dict(zip(together, numbers.tolist(), strict=True))
 
     def _list(self, value: Value) -> list[Any]:
@@ -301,6 +344,13 @@ class _Run:
             return None
         met = {bool(self._list(condition)[t]) for t in pack.tensors}
         return met.pop() if len(met) == 1 else None
+
+    def _unit(self, factor: Value, pack: _Pack) -> float | None:
+        """A factor that is 0, or 1, for all of some tensors."""
+        if not self._on_cpu:
+            return None
+        found = {self._list(factor)[t] for t in pack.tensors}
+        return float(found.pop()) if found in ({0}, {1}) else None
 
     def _numbers_in(self, part: Part, pack: _Pack) -> dict[Value | None, Any]:
         """The numbers that a part needs, as Python's, tensors of shape (), or columns, one for each row of several tensors."""
@@ -321,13 +371,6 @@ class _Run:
             taken = self._stacked[part, dtype][:, pack.owners].unsqueeze(2)
             found |= dict(zip(values, taken.unbind(), strict=True))
         return found
-
-    def _views(self, index: int, pack: _Pack) -> list[Tensor]:
-        """Rows of an argument, for each tensor, or each piece of one, shape (rows, columns), or (rows, 1) where it has one a row."""
-        columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
-        tensors = [self._batch[t][index] for t in pack.tensors]
-        found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
-        return [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
 
 
 def _uncast(value: Value) -> Value:

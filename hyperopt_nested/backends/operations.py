@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.graph import POINTWISE, Kind, Value, Values, reachable
+from hyperopt_nested.backends.merging import Merged, is_dot, merge
 from hyperopt_nested.backends.sweeps import Sweep, is_row_total
 
 Choices = Mapping[Value, bool | None]
@@ -62,7 +63,15 @@ class Work:
         found = [value.args[0] for value in self.values if value.op == "where" and value.kind == Kind.ELEMENT]
         return list(dict.fromkeys(each for each in found if each.kind == kind and each.op != "constant"))
 
-    def given(self, choices: Choices, read: Mapping[Value, int] | None = None) -> "Work":
+    @cached_property
+    def factors(self) -> list[Value]:
+        """Numbers that elements are multiplied with."""
+        found = [each for value in self.values if value.op == "mul" and value.kind == Kind.ELEMENT for each in value.args]
+        return [each for each in dict.fromkeys(found) if each.kind == Kind.NUMBER and each.op != "constant"]
+
+    def given(
+        self, choices: Choices, read: Mapping[Value, int] | None = None, factors: Mapping[Value, float | None] | None = None
+    ) -> "Work":
         """The same, where it is known what is chosen; operands are converted once, to the dtype that they are computed in.
 
         What is the same is the same object, and what is not is none that was there before, even if it is made in the same way: an
@@ -71,9 +80,12 @@ class Work:
         Args:
             choices: what is known of conditions.
             read: values that an argument holds already, with its index.
+            factors: numbers that are known to be 0 or 1, so that nothing need be multiplied with them, if nothing is infinite or NaN.
         """
         value = Values()
-        new: dict[Value, Value] = {}
+        known = {each: number for each, number in (factors or {}).items() if number is not None}
+        new = {each: value("constant", (number,), Kind.NUMBER, each.dtype) for each, number in known.items()}
+        units = set(new.values())
 
         def fit(arg: Value, kind: Kind, dtype: torch.dtype) -> Value:
             if arg.op == "constant":
@@ -89,6 +101,10 @@ class Work:
             args = [new.get(arg, arg) if isinstance(arg, Value) else arg for arg in old.args]
             if old.op == "where" and (chosen := choices.get(args[0])) is not None:
                 new[old] = fit(args[1] if chosen else args[2], old.kind, old.dtype)
+                continue
+            if old.op == "mul" and (unit := next((each for each in args if each in units), None)) is not None:
+                other = args[1 - args.index(unit)]
+                new[old] = fit(other if unit.is_constant(1) else unit, old.kind, old.dtype)
                 continue
             if old.op == "add" and sum(map(_is_zero, args)) == 1:
                 new[old] = fit(args[0] if _is_zero(args[1]) else args[1], old.kind, old.dtype)
@@ -114,12 +130,14 @@ class Operation:
         operands: of what; None is one that is left out.
         run: the operator.
         place: where the result is written: a buffer, or the argument of an index; None is memory of its own.
+        also: what else it computes, in place: by value, the index of the argument.
     """
 
     value: Value
     operands: tuple[Value | None, ...]
     run: Callable[..., Any]
     place: Place = None
+    also: Mapping[Value, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -153,6 +171,12 @@ class Part:
         left = [(i, value) for i, value in self.work.writes.items() if self.places.get(value) != i]
         return sorted(left, key=lambda write: write[1].op != "input")
 
+    @cached_property
+    def swapped(self) -> list[Value]:
+        """Arguments that are overwritten by copies before they are copied themselves."""
+        before = [[i for i, _ in self.copies[:k]] for k in range(len(self.copies))]
+        return [value for (_, value), over in zip(self.copies, before, strict=True) if value.op == "input" and value.args[0] in over]
+
 
 class Plan:
     """What is done to pieces whose numbers choose alike.
@@ -170,6 +194,7 @@ class Plan:
 
     def __init__(self, work: Work, in_place: Mapping[int, torch.dtype], *, looking: bool) -> None:
         self._in_place = in_place
+        self._looking = looking
         self._slots: list[Slot] = []
         self._rest: dict[tuple[bool | None, ...], Part] = {}
         self.inputs = [each for each in work.values if each.op == "input"]
@@ -193,13 +218,14 @@ class Plan:
         work, done = part.work, part.places
         values = reachable(work.ends, through=lambda value: _is_large(value) and value not in done)
         uses = Counter([*(each for value in values if value not in done for each in value.operands), *work.ends])
-        merged: dict[Value, _Merged] = {}
+        written = {value: i for i, value in work.writes.items() if self._in_place.get(i) == value.dtype} if self._looking else {}
+        merged: dict[Value, Merged] = {}
         gone: set[Value] = set()
         for value in reversed(values):  # so that what is merged is not merged into anything else
-            if value not in gone and value not in done and (found := _merged(value, uses, done)):
+            if value not in gone and value not in done and (found := merge(value, uses, done, written)):
                 merged[value] = found
                 gone |= found.gone
-        part.dots = {total: each.operands for total, each in work.totals.items() if each not in done and _is_dot(total, each, uses)}
+        part.dots = {total: each.operands for total, each in work.totals.items() if each not in done and is_dot(total, each, uses)}
         gone |= {work.totals[total] for total in part.dots}
         operations = [
             operation(value, merged.get(value))
@@ -213,7 +239,7 @@ class Plan:
             until = sum(each.value in needed for each in operations)
         _Places(part, operations, self._slots, self._in_place).find()
         part.operations = operations[:until]
-        done |= {each.value: each.place for each in part.operations}
+        done |= {value: place for each in part.operations for value, place in ((each.value, each.place), *each.also.items())}
         return part
 
 
@@ -237,7 +263,12 @@ class _Places:
     def find(self) -> None:
         for k, operation in enumerate(self._operations):
             if operation.value.kind == Kind.ELEMENT:
-                operation.place = next(place for place in self._candidates(operation) if self._is_free(place, operation.value, k))
+                others = operation.operands[1:] if operation.also else ()  # it begins with its first operand, and needs the others
+                operation.place = next(
+                    place
+                    for place in self._candidates(operation)
+                    if self._is_free(place, operation.value, k) and self._live.get(place, operation.value) not in others
+                )
                 self._live[operation.place] = operation.value
 
     def _candidates(self, operation: Operation) -> Iterable[Place]:
@@ -268,77 +299,10 @@ class _Places:
         return value is self._targets[place] or self._last.get(value, k) <= self._written[place]
 
 
-@dataclass
-class _Merged:
-    """One operator of torch for several of a graph.
-
-    Attributes:
-        run: it.
-        operands: of what.
-        gone: what is not computed by itself then.
-    """
-
-    run: Callable[..., Any]
-    operands: tuple[Value | None, ...]
-    gone: set[Value]
-
-
-def _merged(value: Value, uses: Mapping[Value, int], done: Mapping[Value, Place]) -> _Merged | None:
-    """A sum with a product, or a quotient, that nothing else needs."""
-    if value.kind != Kind.ELEMENT or value.op not in ("add", "sub") or not value.dtype.is_floating_point:
-        return None
-
-    def inner(each: Value, op: str) -> bool:
-        """Whether it is computed by an operator, in the same dtype, for nothing else."""
-        return each.op == op and each.kind == Kind.ELEMENT and each.dtype == value.dtype and uses[each] == 1 and each not in done
-
-    sign = 1 if value.op == "add" else -1
-    for one, other in (value.args, value.args[::-1])[: 2 if value.op == "add" else 1]:
-        if one.kind != Kind.ELEMENT or one.op == "constant":
-            continue
-        gone, factor = {other}, None
-        if inner(other, "mul") and other.args[1].kind == Kind.NUMBER and (inner(other.args[0], "mul") or inner(other.args[0], "div")):
-            other, factor = other.args
-            gone.add(other)
-        if inner(other, "div") and all(each.kind == Kind.ELEMENT for each in other.args):
-            return _Merged(partial(_plus_quotient, sign), (one, *other.args, factor), gone)
-        if not inner(other, "mul"):
-            continue
-        x, y = other.args
-        if y.kind == Kind.NUMBER and factor is None:
-            return _Merged(partial(_plus_product, sign), (one, x, None, y), gone)
-        if factor is None and inner(x, "mul") and x.args[1].kind == Kind.NUMBER:
-            gone.add(x)
-            x, factor = x.args
-        return _Merged(partial(_plus_product, sign), (one, x, y, factor), gone)
-    return None
-
-
-def _plus_product(sign: int, one: Tensor, x: Tensor, y: Tensor | None, factor: Any, out: Tensor) -> Tensor:
-    if y is None and not isinstance(factor, Tensor):
-        return torch.add(one, x, alpha=sign * factor, out=out)
-    if y is None:
-        y, factor = factor, None
-    if isinstance(factor, Tensor):
-        x, factor = x * factor, None
-    return torch.addcmul(one, x, y, value=sign if factor is None else sign * factor, out=out)
-
-
-def _plus_quotient(sign: int, one: Tensor, x: Tensor, y: Tensor, factor: Any, out: Tensor) -> Tensor:
-    if isinstance(factor, Tensor):
-        x, factor = x * factor, None
-    return torch.addcdiv(one, x, y, value=sign if factor is None else sign * factor, out=out)
-
-
-def _is_dot(total: Value, operand: Value, uses: Mapping[Value, int]) -> bool:
-    same = operand.op == "mul" and uses[operand] == 1 and len({each.dtype for each in (operand, *operand.args)}) == 1
-    return total.op == "sum" and same and all(each.kind == Kind.ELEMENT and each.op != "constant" for each in operand.args)
-
-
-def operation(value: Value, merged: _Merged | None = None) -> Operation:
+def operation(value: Value, merged: Merged | None = None) -> Operation:
     """What computes a value, by itself or with others."""
     if merged:
-        return Operation(value, merged.operands, merged.run)
+        return Operation(value, merged.operands, merged.run, also=merged.also)
     if is_row_total(value):
         return Operation(value, value.args, partial(getattr(torch, value.op), dim=-1, keepdim=True))
     if value.op in ("cast", "expand"):
