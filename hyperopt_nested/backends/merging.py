@@ -71,9 +71,9 @@ def _sum(value: Value, uses: Mapping[Value, int], done: Container[Value]) -> _Su
     if value.kind != Kind.ELEMENT or value.op not in ("add", "sub") or not value.dtype.is_floating_point:
         return None
 
-    def inner(each: Value, op: str) -> bool:
+    def inner(each: Value, op: str, kind: Kind = Kind.ELEMENT) -> bool:
         """Whether it is computed by an operator, in the same dtype, for nothing else."""
-        return each.op == op and each.kind == Kind.ELEMENT and each.dtype == value.dtype and uses[each] == 1 and each not in done
+        return each.op == op and each.kind == kind and each.dtype == value.dtype and uses[each] == 1 and each not in done
 
     sign = 1 if value.op == "add" else -1
     for one, other in (value.args, value.args[::-1])[: 2 if value.op == "add" else 1]:
@@ -94,6 +94,9 @@ def _sum(value: Value, uses: Mapping[Value, int], done: Container[Value]) -> _Su
         if factor is None and inner(x, "mul") and x.args[1].kind == Kind.NUMBER:
             gone.add(x)
             x, factor = x.args
+        elif factor is None and inner(y, "mul", Kind.ROW) and y.args[1].kind == Kind.NUMBER:
+            gone.add(y)
+            y, factor = y.args
         return _Sum(one, sign, x, y, factor, False, gone)
     return None
 

@@ -65,8 +65,8 @@ class Work:
 
     @cached_property
     def factors(self) -> list[Value]:
-        """Numbers that elements are multiplied with."""
-        found = [each for value in self.values if value.op == "mul" and value.kind == Kind.ELEMENT for each in value.args]
+        """Numbers that elements or rows are multiplied with."""
+        found = [each for value in self.values if value.op == "mul" for each in value.args]
         return [each for each in dict.fromkeys(found) if each.kind == Kind.NUMBER and each.op != "constant"]
 
     def given(
