@@ -15,7 +15,7 @@ from hyperopt_nested.backends.graph import Kind, UpdateGraph
 from hyperopt_nested.backends.layout import lying_as, sizes
 from hyperopt_nested.backends.program import Batch, Program
 
-FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
+FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 
 
 def fused(graph: UpdateGraph) -> Program:
