@@ -89,7 +89,7 @@ class _Foreach:
     def __call__(self, batch: Batch) -> None:
         like = self._elements[-1] if self._elements else 0
         if batch.prepared is None:
-            batch.prepared = _Arguments(self._graph, batch.rows, tuple(sizes(row[like]) for row in batch.rows))
+            batch.prepared = _Arguments(self._graph, batch.rows, like)
         given: _Arguments = batch.prepared
         given.first = [lying_as(row[0], row[like]) if self._elements else row[0] for row in batch.rows]
         run = _Run(given, self._buffer)
@@ -175,18 +175,19 @@ class _Arguments:
     Args:
         graph: what is done with it.
         rows: by tensor, all arguments.
-        shapes: rows and columns of each tensor.
+        like: index of an argument that is as large as the tensor.
 
     Attributes:
-        shapes: as given.
+        shapes: rows and columns of each tensor.
         first: the first argument of each tensor, which changes from call to call.
         device: where all is.
     """
 
-    def __init__(self, graph: UpdateGraph, rows: Sequence[Sequence[Tensor]], shapes: tuple[tuple[int, int], ...]) -> None:
-        self._graph, self._rows, self.shapes = graph, rows, shapes
+    def __init__(self, graph: UpdateGraph, rows: Sequence[Sequence[Tensor]], like: int) -> None:
+        self._graph, self._rows = graph, rows
+        self.shapes = tuple(sizes(row[like]) for row in rows)
+        self.device = rows[0][like].device
         self.first: list[Tensor] = []
-        self.device = rows[0][-1].device
         self._leaves: dict[int, list[Tensor]] = {}
         self._pieces: dict[tuple[int, _Pack], list[Tensor]] = {}
 
