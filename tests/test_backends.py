@@ -551,6 +551,7 @@ ADAMS: dict[str, Callable[..., hn.HyperOptimizer]] = {
     "adamw": lambda params, backend: hn.HyperOptimizer(params, hn.adamw(lr=0.1, eps=1e-3, weight_decay=0.1), backend=backend),
     "lr learned": lambda params, backend: hn.HyperOptimizer(params, hn.adamw(lr=learned(0.1)), backend=backend),
     "betas learned": lambda params, backend: hn.HyperOptimizer(params, hn.adam(beta1=learned(0.8), beta2=learned(0.9)), backend=backend),
+    "betas near 1": lambda params, backend: hn.HyperOptimizer(params, hn.adam(beta1=1 - 1e-9, beta2=1 - 1e-9), backend=backend),
     "projected": lambda params, backend: ftp.AdamP(params, lr=0.1, eps=1e-3, weight_decay=0.1, backend=backend),
 }
 

@@ -179,7 +179,7 @@ def _same_constant(one: Value, other: Value) -> bool:
     return one.op == other.op == "constant" and bool(one.args[0] == other.args[0])
 
 
-_LATE = torch.tensor(1e9)
+_LATE = torch.tensor(1e30, dtype=torch.float32, device="cpu")
 """A step for which torch's corrections of moments are 1."""
 
 
@@ -200,7 +200,7 @@ def _adam_step(
     """Moments in place, and `keep * param + sign * rate * mean / (sqrt(correction * square) + eps)`."""
     if param is not out:
         out.copy_(param)
-    root = math.sqrt(1 if correction is None else correction)
+    root = 1.0 if correction is None else math.sqrt(correction) if correction >= 0 else math.nan
     lr = -sign * (1 if rate is None else rate) / root
     if keep is not None and not lr:
         out.mul_(keep)
