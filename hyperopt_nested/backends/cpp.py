@@ -235,7 +235,8 @@ class _Code:
         ]
         paired = self._is_paired(sweep)
         pairs = sorted({sweep.sources[each] for each in map(stored, loads) if paired and each in sweep.sources})
-        to = {i: f"out{i}" if i in self._only_written(sweep) else f"p{i}" for i in stores}
+        only_written = self._only_written(sweep)
+        to = {i: f"out{i}" if i in only_written else f"p{i}" for i in stores}
         before, clauses, after = [], [], []
 
         def body(half: str = "") -> Iterator[str]:
@@ -280,7 +281,7 @@ class _Code:
                 after.append(f"    {part} = (nan_{name} || {name} > {part}) ? ({found}) : {part};\n")
             else:
                 after.append(f"    {part} += {name};\n")
-        after += [f"    put(p{i}, {to[i]}, columns, past);\n" for i in stores if to[i] != f"p{i}"]
+        after += [f"    put(p{i}, {to[i]}, columns, past);\n" for i in stores if i in only_written]
         if not (here or sums or totals or stores):
             return
         yield from before

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value
+from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value, uncast
 from hyperopt_nested.backends.layout import lying_as, sizes
 from hyperopt_nested.backends.operations import Operation, Part, Plan, Slot, Work, copied, operation
 from hyperopt_nested.backends.program import Batch, Program
@@ -102,6 +102,7 @@ class _Foreach:
             run.finish(sweep.totals, cut.owners)
         run.do_numbers(self._numbers[-1])
         run.write_numbers(self._sweeps.writes)
+        given.first = []  # copies of gradients that lie otherwise need not stay
 
     def _buffer(self, slot: Slot, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Memory for what an operator computes of a piece."""
@@ -179,7 +180,7 @@ class _Arguments:
 
     Attributes:
         shapes: rows and columns of each tensor.
-        first: the first argument of each tensor, which changes from call to call.
+        first: the first argument of each tensor, during a call.
         device: where all is.
     """
 
@@ -193,26 +194,30 @@ class _Arguments:
 
     def leaves(self, index: int) -> list[Tensor]:
         """Numbers, shape (), one for each tensor; or one, if all tensors have the same."""
+        if index == 0:
+            return _leaves(self.first)
         if index not in self._leaves:
-            given = [row[index] for row in self._rows] if index else self.first
-            shared = all(leaf is given[0] for leaf in given)
-            found = [leaf.reshape(()) for leaf in (given[:1] if shared else given)]
-            if not index:
-                return found
-            self._leaves[index] = found
+            self._leaves[index] = _leaves([row[index] for row in self._rows])
         return self._leaves[index]
 
     def pieces(self, index: int, pack: _Pack) -> list[Tensor]:
         """Rows of an argument, for each tensor, or each piece of one, shape (rows, columns), or (rows, 1) where it has one a row."""
+        columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
+        if index == 0:
+            return _pieces([self.first[t] for t in pack.tensors], pack, columns)
         if (index, pack) not in self._pieces:
-            columns = pack.columns if self._graph.inputs[index][0] == Kind.ELEMENT else 1
-            tensors = [self._rows[t][index] if index else self.first[t] for t in pack.tensors]
-            found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
-            found = [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
-            if not index:
-                return found
-            self._pieces[index, pack] = found
+            self._pieces[index, pack] = _pieces([self._rows[t][index] for t in pack.tensors], pack, columns)
         return self._pieces[index, pack]
+
+
+def _leaves(given: Sequence[Tensor]) -> list[Tensor]:
+    shared = all(leaf is given[0] for leaf in given)
+    return [leaf.reshape(()) for leaf in (given[:1] if shared else given)]
+
+
+def _pieces(tensors: Sequence[Tensor], pack: _Pack, columns: int) -> list[Tensor]:
+    found = [each.as_strided((rows, columns), (columns, 1)) for each, rows in zip(tensors, pack.rows, strict=True)]
+    return [*torch.split_with_sizes(found[0], pack.pieces)] if pack.is_one else found
 
 
 class _Run:
@@ -236,8 +241,8 @@ class _Run:
 
     def do(self, pack: _Pack, steps: _Steps) -> None:
         """The operators of a sweep for tensors, piece by piece, and its writes."""
-        outcomes = tuple(self._outcome(condition, pack) for condition in steps.conditions)
-        factors = tuple(self._unit(factor, pack) for factor in steps.factors)
+        outcomes = tuple(self._common(condition, pack) for condition in steps.conditions)
+        factors = tuple(number if (number := self._common(factor, pack)) in (0, 1) else None for factor in steps.factors)
         plan = steps.plan(outcomes, factors, alone=pack.is_one, looking=self._on_cpu and pack.is_one)
         views = {i: self._given.pieces(i, pack) for i in plan.arguments}
         numbers: dict[Part, dict[Value | None, Any]] = {}
@@ -325,7 +330,7 @@ class _Run:
         """Take numbers as Python's, most of them at once, unless that waits for a device."""
         if not self._on_cpu:
             return
-        new = [value for value in dict.fromkeys(map(_uncast, values)) if value not in self._lists]
+        new = [value for value in dict.fromkeys(map(uncast, values)) if value not in self._lists]
         exact = [value for value in new if value.dtype.is_floating_point or value.dtype == torch.bool]  # are the same in a wide dtype
         for together in (exact, *([value] for value in new if value not in exact)):
             if together:
@@ -334,24 +339,17 @@ class _Run:
 
     def _list(self, value: Value) -> list[Any]:
         """A number as Python's, for each tensor."""
-        value = _uncast(value)
+        value = uncast(value)
         if value not in self._lists:
             self.read([value])
         return self._lists[value]
 
-    def _outcome(self, condition: Value, pack: _Pack) -> bool | None:
-        """Whether a condition is met for all of some tensors, or none; None is for some."""
+    def _common(self, value: Value, pack: _Pack) -> Any:
+        """A number that is the same for all of some tensors, as Python's; None if it is not, or that waits for a device."""
         if not self._on_cpu:
             return None
-        met = {bool(self._list(condition)[t]) for t in pack.tensors}
-        return met.pop() if len(met) == 1 else None
-
-    def _unit(self, factor: Value, pack: _Pack) -> float | None:
-        """A factor that is 0, or 1, for all of some tensors."""
-        if not self._on_cpu:
-            return None
-        found = {self._list(factor)[t] for t in pack.tensors}
-        return float(found.pop()) if found in ({0}, {1}) else None
+        found = {self._list(value)[t] for t in pack.tensors}
+        return found.pop() if len(found) == 1 else None
 
     def _numbers_in(self, part: Part, pack: _Pack) -> dict[Value | None, Any]:
         """The numbers that a part needs, as Python's, tensors of shape (), or columns, one for each row of several tensors."""
@@ -360,7 +358,7 @@ class _Run:
         for value in part.numbers:
             if value.op == "constant":
                 found[value] = value.args[0]
-            elif not pack.is_one and self._number(_uncast(value)).shape[0] > 1:
+            elif not pack.is_one and self._number(uncast(value)).shape[0] > 1:
                 columns.setdefault(value.dtype, []).append(value)
             elif self._on_cpu:
                 found[value] = self._list(value)[pack.tensors[0]]
@@ -368,16 +366,10 @@ class _Run:
                 found[value] = self._number(value)[pack.tensors[0] if self._number(value).shape[0] > 1 else 0]
         for dtype, values in columns.items():
             if (part, dtype) not in self._stacked:
-                self._stacked[part, dtype] = torch.stack([self._number(_uncast(value)) for value in values]).to(dtype)
+                self._stacked[part, dtype] = torch.stack([self._number(uncast(value)) for value in values]).to(dtype)
             taken = self._stacked[part, dtype][:, pack.owners].unsqueeze(2)
             found |= dict(zip(values, taken.unbind(), strict=True))
         return found
-
-
-def _uncast(value: Value) -> Value:
-    """A number before it is converted to where it is used, if that can be done later, or need not be."""
-    exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
-    return value.args[0] if exact else value
 
 
 def _expanded(value: Any, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -161,6 +161,12 @@ def reachable(roots: Iterable[Value], through: Callable[[Value], bool] = lambda 
     return list(found)
 
 
+def uncast(value: Value) -> Value:
+    """A number before it is converted to where it is used, if that can be done later, or need not be."""
+    exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
+    return value.args[0] if exact else value
+
+
 def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
     """The graph of a function of one tensor's gradient, state and numbers.
 

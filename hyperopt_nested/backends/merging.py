@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import Kind, Value
+from hyperopt_nested.backends.graph import Kind, Value, uncast
 
 Number = Any
 """Of Python, or a tensor of one number, or of one a row."""
@@ -123,11 +123,10 @@ def _adam(step: _Sum, uses: Mapping[Value, int], done: Container[Value], written
     Second moments are taken not to be negative.
     """
     mean, denominator, gone = step.x, step.y, {*step.gone}
-    taken: set[Value] = set()
 
-    def inner(each: Value, op: str, needs: int = 1) -> bool:
+    def inner(each: Value, op: str) -> bool:
         gone.add(each)
-        return each.op == op and each.kind == Kind.ELEMENT and uses[each] == needs and each not in done
+        return each.op == op and each.kind == Kind.ELEMENT and uses[each] == 1 and each not in done
 
     def scaled(each: Value) -> tuple[Value, Value | None]:
         """Of what a product with a number is, and that number; or it, and None."""
@@ -135,8 +134,8 @@ def _adam(step: _Sum, uses: Mapping[Value, int], done: Container[Value], written
             return each.args
         return each, None
 
-    def average(each: Value) -> _Sum | None:
-        """A moment, which becomes `decay * moment + (1 - decay) * (grad or its square)`."""
+    def average(each: Value) -> tuple[Value, Value, tuple[Value, Value | None]] | None:
+        """Of a moment, which becomes `decay * old + (1 - decay) * x * y`: old, decay, and x and y, if there is y."""
         found = _sum(each, uses, done) if each in written and uses[each] == 2 else None
         if found is None or found.sign < 0 or found.divides or found.factor is None:
             return None
@@ -144,8 +143,7 @@ def _adam(step: _Sum, uses: Mapping[Value, int], done: Container[Value], written
         if decay is None or old.op != "input" or old.args[0] != written[each] or uses[old] != 1 or not _complement(found.factor, decay):
             return None
         gone.update(found.gone, {each})
-        taken.add(each)
-        return _Sum(old, 1, found.x, found.y, decay, False, set())
+        return old, decay, (found.x, found.y)
 
     if denominator is None or not inner(denominator, "add") or denominator.args[1].kind != Kind.NUMBER:
         return None
@@ -157,26 +155,22 @@ def _adam(step: _Sum, uses: Mapping[Value, int], done: Container[Value], written
     first, second = average(mean), average(square)
     if not first or not second or high is not None or low is None or not low.is_constant(0):
         return None
-    grad = first.x
-    if first.y is not None or second.x is not grad or second.y is not grad or grad.kind != Kind.ELEMENT or grad.op == "constant":
+    grad = first[2][0]
+    if first[2] != (grad, None) or second[2] != (grad, grad) or grad.kind != Kind.ELEMENT or grad.op == "constant":
         return None
     param, keep = scaled(step.one)
     if param.op == "cast" and param.args[0].op == "input" and inner(param, "cast"):
         param = param.args[0]
-    operands = (param, keep, grad, first.one, second.one, first.factor, second.factor, correction, eps, step.factor)
-    return Merged(partial(_adam_step, step.sign), operands, gone, {each: written[each] for each in taken})
+    operands = (param, keep, grad, first[0], second[0], first[1], second[1], correction, eps, step.factor)
+    return Merged(partial(_adam_step, step.sign), operands, gone, {each: written[each] for each in (mean, square)})
 
 
 def _complement(one: Value, other: Value) -> bool:
     """Whether a number is made as 1 minus another one."""
-    one, other = (each.args[0] if each.op == "cast" else each for each in (one, other))
-    if one.op == other.op == "constant":
-        return bool(one.args[0] == 1 - other.args[0])
-    return one.op == "sub" and one.args[0].is_constant(1) and (one.args[1] is other or _same_constant(one.args[1], other))
-
-
-def _same_constant(one: Value, other: Value) -> bool:
-    return one.op == other.op == "constant" and bool(one.args[0] == other.args[0])
+    one, other = uncast(one), uncast(other)
+    if one.op == "sub" and one.args[0].is_constant(1):
+        return one.args[1] is other or (other.op == "constant" and bool(one.args[1].is_constant(other.args[0])))
+    return other.op == "constant" and one.is_constant(1 - other.args[0])
 
 
 _LATE = torch.tensor(1e30, dtype=torch.float32, device="cpu")
