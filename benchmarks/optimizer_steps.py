@@ -22,8 +22,8 @@ from hyperopt_nested.backends import fused
 
 WARM = 2  # steps after the first
 BOUNDS = {
-    **{f"{name}{how}, auto": 2.2 for name in ("AdamP", "SGDP") for how in ("", f", {ALIKE}")},
-    **{f"{name}{how}, foreach": 4.5 for name in ("AdamP", "SGDP") for how in ("", f", {ALIKE}")},
+    **{f"{name}, auto": 2.2 for name in ("AdamP", f"AdamP, {ALIKE}", "SGDP")},
+    **{f"{name}, foreach": 4.5 for name in ("AdamP", f"AdamP, {ALIKE}", "SGDP")},
     f"{BOTH}, auto": 1.6,
     f"{BOTH_BY_TENSOR}, auto": 1.6,
 }

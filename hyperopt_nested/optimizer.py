@@ -94,7 +94,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **dtypes}
         self._keys: list[list[str]] = []  # names of the tensors of each group
         self._optimizers: dict[str, Optimizer] = {}
-        self._tracked: list[str] = []  # names of the tensors that have state
+        self._tracked: dict[str, None] = {}  # names of the tensors that have state
         self._refs: State = {}
         super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         self.defaults = {key: value for key, value in self.param_groups[0].items() if key not in ("params", "param_names")}
@@ -168,7 +168,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         owner = self._owner()
         for ref, leaf in pairs(found, st):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
-        self._nested, self._refs, self._tracked = nested, found, list(params)
+        self._nested, self._refs, self._tracked = nested, found, dict.fromkeys(params)
         self._numbers, self._program_step, self._devices = Numbers(), None, dict[str, torch.device]()
         self.backend = chosen(self._backend, nested, params)
         if self.backend != "reference":
@@ -268,9 +268,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         unfrozen = [name for name in grads if name not in self._tracked]
         if unfrozen:
             self._create_state(also=unfrozen)
-        now, learn = {name: params[name].detach() for name in grads}, self._learn_from == "training"
-        if self._step_by_programs(now, grads, learn):
+        learn = self._learn_from == "training"
+        if self._step_by_programs(params, grads, learn):
             return loss
+        now = {name: params[name].detach() for name in grads}
         new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn, hessian=hessian)
         for name, value in new.items():
             params[name].copy_(value)

@@ -217,7 +217,7 @@ class _Code:
     def _loop(
         self, k: int, sweep: Sweep, level: Mapping[Value, int], writes: Mapping[int, int], kept: list[Value], scope: "_Scope"
     ) -> Iterator[str]:
-        """One loop over a row: what is computed in it, summed up, kept for later loops and written."""
+        """One loop over a row: what is computed in it, summed up, kept for later loops and written. It fetches what comes after the row."""
         here = [value for value in sweep.computed if value.kind == Kind.ELEMENT and level[value] == k]
         sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
         totals = [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
@@ -285,17 +285,25 @@ class _Code:
         if not (here or sums or totals or stores):
             return
         yield from before
-        yield f"    #pragma omp simd {' '.join(clauses)}\n"
-        if not paired:
-            yield from ["    for (int64_t j = 0; j < columns; j++) {\n", *body(), "    }\n", *after]
-            return
-        yield "    for (int64_t j = 0; j < columns / 2; j++) {\n"
-        yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
-        yield from (f"      float first{i}, second{i};\n" for i in stores)
-        for half in ("first", "second"):
-            yield from ["      {\n", *body(half), "      }\n"]
-        yield from (f"      ((Pair*){to[i]})[j] = pair(first{i}, second{i});\n" for i in stores)
-        yield from ["    }\n    if (columns % 2) {\n      const int64_t j = columns - 1;\n", *body(), "    }\n", *after]
+        count, unit = ("columns / 2", 2) if paired else ("columns", 1)
+        yield f"    for (int64_t begin = 0; begin < {count}; begin += CHUNK) {{\n"
+        for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
+            ahead = "2 * columns" if sweep.by_row else f"4096 / sizeof(*p{i})"
+            yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * CHUNK);\n"
+        yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
+        yield f"      #pragma omp simd {' '.join(clauses)}\n      for (int64_t j = begin; j < end; j++) {{\n"
+        if paired:
+            yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
+            yield from (f"      float first{i}, second{i};\n" for i in stores)
+            for half in ("first", "second"):
+                yield from ["      {\n", *body(half), "      }\n"]
+            yield from (f"      ((Pair*){to[i]})[j] = pair(first{i}, second{i});\n" for i in stores)
+        else:
+            yield from body()
+        yield "      }\n    }\n"
+        if paired:
+            yield from ["    if (columns % 2) {\n      const int64_t j = columns - 1;\n", *body(), "    }\n"]
+        yield from after
 
     def _is_paired(self, sweep: Sweep) -> bool:
         """Whether loops go two neighbours at a time: if all arrays of elements are bfloat16; where others are too, it takes shuffles."""

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ class ProgramStep:
                 _write(hypers[key], self._nested.bounded(key, hypers[key], rule, grads))
 
     def _prepared(self, of: list[Any], params: Tensors, grads: Tensors, states: States, numbers: Numbers, learn: bool) -> PreparedStep:
+        params = {name: params[name].detach() for name in grads}
         plans = {name: self._plan(name, params[name], grad, numbers[name], states, learn) for name, grad in grads.items()}
         made = PreparedStep(of, held=numbers)
         leaves = {name: [_kept(states, ref) for ref in plan.kept] for name, plan in plans.items()}
@@ -231,10 +233,10 @@ class ProgramStep:
 
 def _addresses(params: Tensors, grads: Tensors, states: States, numbers: Numbers, learn: bool) -> list[Any]:
     """What a prepared step depends on: where all is kept, and how gradients lie."""
-    found: list[Any] = [learn]
-    for name, grad in grads.items():
-        param = params[name]
-        found += name, param.data_ptr(), param.shape, param.dtype, grad.stride(), id(numbers[name])
+    stepped, kept = [params[name] for name in grads], [id(numbers[name]) for name in grads]
+    found: list[Any] = [learn, *grads, *kept, *map(Tensor.stride, grads.values())]
+    for what in (Tensor.data_ptr, Tensor.size, attrgetter("dtype")):
+        found += map(what, stepped)
     for state in states.values():
         found += map(Tensor.data_ptr, state.values())
     return found

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.hyper import NonNegative, Real
-from hyperopt_nested.ops import State, counter, zeros_like
+from hyperopt_nested.ops import State, counter
 from hyperopt_nested.rule import Learn, is_on, rule
 
 
 def _init(param: Tensor, *, momentum: float | Learn, dampening: float | Learn, nesterov: bool) -> State:
     if nesterov and (not is_on(momentum) or is_on(dampening)):
         raise ValueError(f"nesterov=True needs momentum > 0 and dampening=0; momentum={momentum!r}, dampening={dampening!r}")
-    return {"step": counter(param), "momentum_buffer": zeros_like(param)} if is_on(momentum) else {}
+    return {"step": counter(param), "momentum_buffer": torch.zeros_like(param)} if is_on(momentum) else {}
 
 
 @rule(
@@ -37,7 +37,7 @@ def sgd(
 
     \(g \leftarrow g + \lambda\theta\); \(b \leftarrow \mu b + (1-\tau) g\), where the first step takes \(b = g\); \(\theta \leftarrow
     \theta - \eta b\), or \(\theta - \eta(g + \mu b)\) with Nesterov's momentum. Without momentum (0 and not learned) there is no
-    state.
+    state. \(b\) is kept in the parameter's dtype, as in torch: a momentum of 0.9 forgets by more than bfloat16 rounds.
 
     Args:
         lr: learning rate \(\eta \ge 0\).
