@@ -39,6 +39,7 @@ rules: $(VENV)/.done
 bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
 	run optimizer_steps.py $(PUBLISHED); \
+	run operators.py; \
 	run memory.py $(PUBLISHED); \
 	run scaling.py; \
 	run training_steps.py; \

@@ -107,7 +107,8 @@ class FTPOptimizer(ProjectedOptimizer):
         backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
         displacement_dtype: the dtype of the last displacement, which the radius learns from: torch.bfloat16 halves its memory, and rounds
             the radius's gradient. None is the parameter's.
-        state_dtype: the dtype of the moments that `base` keeps; None is the parameter's, or float32 if that is wider.
+        state_dtype: the dtype of the moments that `base` keeps; None is the parameter's, or float32 if that is wider; of SGD, the
+            parameter's.
         anchor_dtype: the dtype of the anchors, which are rounded to it; None is the parameter's.
         anchor_device: where anchors are kept, and fetched from in each step: "cpu" saves a GPU's memory. None is with the parameter.
 

@@ -41,7 +41,8 @@ class Nested:
         memory_dtype: the dtype of the sensitivities that forward memory keeps, one tensor of the parameter's shape a hyper; such as
             torch.bfloat16, which rounds them to 8 bits, for half of the memory. None is the parameter's dtype, as of its gradient.
         state_dtype: the dtype of what rules keep of a parameter's shape, such as Adam's moments; with torch.bfloat16, what torch.optim does
-            with parameters in bfloat16, small updates of a moment are lost. None is the parameter's dtype, or float32 if that is wider.
+            with parameters in bfloat16, small updates of a moment are lost. None is the parameter's dtype, or float32 if that is wider; but
+            for SGD's momentum, which is soon forgotten, the parameter's.
 
     Raises:
         ValueError: what is asked for would not be exact for a learned hyper, or the hyper's derivative is zero wherever it exists.

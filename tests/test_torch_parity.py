@@ -201,6 +201,22 @@ def test_the_settings_of_torchs_own_tests(name: str, settings: Settings) -> None
     assert compare(name, settings, seed=1, steps=20) < EXACT
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_momentum_is_kept_as_torch_keeps_it(dtype: torch.dtype) -> None:
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6).to(dtype)) for _ in range(2)]
+    ours = hn.HyperOptimizer([("w", params[0])], hn.sgd(lr=0.01, momentum=0.9))
+    torchs = torch.optim.SGD(params[1:], lr=0.01, momentum=0.9)
+    for _ in range(10):
+        for param in params:
+            param.grad = torch.cos(3 * param.detach())
+        ours.step()
+        torchs.step()
+    buffers = ours.state[params[0]]["rule.momentum_buffer"], torchs.state[params[1]]["momentum_buffer"]
+    for found, expected in (buffers, params):
+        assert found.dtype == expected.dtype == dtype
+        assert relative_error(found.detach().double(), expected.detach().double()) < 4 * torch.finfo(dtype).eps
+
+
 # One value is kept in float64 whatever the parameter's dtype, many values in float32: those round differently beside narrow parameters.
 KEPT = [("model", torch.float64), ("model", torch.float32), ("model", torch.bfloat16), ("tensor", torch.float32)]
 KEPT += [("row", torch.float64), ("element", torch.float64)]
