@@ -265,8 +265,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 loss = closure()
         params, grads = self._owner(), self._grads(found)
         self._switch_on(self.param_groups)
-        unfrozen = [name for name in grads if name not in self._tracked]
-        if unfrozen:
+        if unfrozen := [name for name in grads if name not in self._tracked]:
             self._create_state(also=unfrozen)
         learn = self._learn_from == "training"
         if self._step_by_programs(params, grads, learn):

@@ -37,7 +37,8 @@ def sgd(
 
     \(g \leftarrow g + \lambda\theta\); \(b \leftarrow \mu b + (1-\tau) g\), where the first step takes \(b = g\); \(\theta \leftarrow
     \theta - \eta b\), or \(\theta - \eta(g + \mu b)\) with Nesterov's momentum. Without momentum (0 and not learned) there is no
-    state. \(b\) is kept in the parameter's dtype, as in torch: a momentum of 0.9 forgets by more than bfloat16 rounds.
+    state. \(b\) is kept in the parameter's dtype, as in torch: a momentum of 0.9 forgets by more than bfloat16 rounds; for one beyond
+    0.99, `state_dtype=torch.float32` keeps it wider.
 
     Args:
         lr: learning rate \(\eta \ge 0\).
