@@ -287,10 +287,10 @@ class _Code:
         yield from before
         count, unit = ("columns / 2", 2) if paired else ("columns", 1)
         yield f"    for (int64_t begin = 0; begin < {count}; begin += CHUNK) {{\n"
+        yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
         for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
             ahead = "2 * columns" if sweep.by_row else f"4096 / sizeof(*p{i})"
-            yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * CHUNK);\n"
-        yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
+            yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
         yield f"      #pragma omp simd {' '.join(clauses)}\n      for (int64_t j = begin; j < end; j++) {{\n"
         if paired:
             yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)

@@ -56,9 +56,9 @@ template <typename T> static inline void put(T* to, const T* from, int64_t count
   std::memcpy(to, from, count * sizeof(T));
 }
 
-// asks memory for what is needed soon: the hardware does so too, but not from one page to the next, nor between a row's loops
+// asks memory for what is needed soon, in whole lines: hardware does so too, but not from page to page, nor while a row's later loops run
 template <typename T> static inline void fetch(const T* at, int64_t count) {
-  for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(at + j, 0, 1);
+  for (constexpr int64_t line = 64 / sizeof(T); count >= line; at += line, count -= line) __builtin_prefetch(at, 0, 1);
 }
 
 constexpr int64_t CHUNK = 128;  // steps of a loop, for which it fetches at once
