@@ -123,7 +123,7 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
         found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), **LEARNED, moments=6, state=torch.float32)
-        found |= _projected(partial(AdamP, lr=LR, weight_decay=DECAY), backend, dtype, torch.float32, moments=4)
+        found |= _projected(partial(AdamP, lr=LR, weight_decay=DECAY), backend, dtype, moments=4, state=torch.float32)
     if published:
         make = lambda params: published.AdamP(_with_anchors(params), lr=LR, weight_decay=DECAY, exclude_set={}, k=1.0)  # noqa: E731
         found[f"AdamP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=4)
@@ -135,7 +135,7 @@ def sgd_like(backends: Sequence[str], published: ModuleType | None = None, dtype
 
     found = {SGD_FUSED: Candidate(lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True), **PLAIN, moments=2)}
     for backend in backends:
-        found |= _projected(partial(SGDP, lr=LR, momentum=MOMENTUM), backend, dtype, dtype, moments=2)
+        found |= _projected(partial(SGDP, lr=LR, momentum=MOMENTUM), backend, dtype, moments=2)
     if published:
         make = lambda params: published.SGDP(_with_anchors(params), lr=LR, momentum=MOMENTUM, exclude_set={}, k=1.0)  # noqa: E731
         found[f"SGDP, {PUBLISHED}"] = Candidate(make, **PROJECTED, moments=2)
@@ -143,12 +143,12 @@ def sgd_like(backends: Sequence[str], published: ModuleType | None = None, dtype
 
 
 def _projected(
-    make: "partial[AdamP] | partial[SGDP]", backend: str, dtype: torch.dtype, kept: torch.dtype, moments: int
+    make: "partial[AdamP] | partial[SGDP]", backend: str, dtype: torch.dtype, moments: int, state: torch.dtype | None = None
 ) -> dict[str, Candidate]:
-    """As it is, with moments kept in a dtype; and with all moments in bfloat16, as torch's optimizers keep them, if these are not."""
+    """As it is; and in bfloat16, with moments as torch's optimizers keep them, if they have a dtype of their own, `state`."""
     name = make.func.__name__
-    found = {f"{name}, {backend}": Candidate(partial(make, backend=backend), **PROJECTED, moments=moments, state=kept)}
-    if dtype == torch.bfloat16 != kept:
+    found = {f"{name}, {backend}": Candidate(partial(make, backend=backend), **PROJECTED, moments=moments, state=state)}
+    if state and dtype == torch.bfloat16:
         alike = partial(make, backend=backend, state_dtype=dtype)
         found[f"{name}, {ALIKE}, {backend}"] = Candidate(alike, **PROJECTED, moments=moments)
     return found
