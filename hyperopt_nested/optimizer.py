@@ -47,9 +47,6 @@ class HyperOptimizer(torch.optim.Optimizer):
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
-    Attributes:
-        backend: what runs them: "reference", "foreach", "compile" or "fused".
-
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
         ValueError: a value is outside its domain, a learned hyper is not used, or a group names a hyper wrongly.
@@ -90,6 +87,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
         self._programs: Programs | None = None
+        self._program_step: ProgramStep | None = None
         dtypes = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
         self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **dtypes}
         self._keys: list[list[str]] = []  # names of the tensors of each group
@@ -99,6 +97,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         self.defaults = {key: value for key, value in self.param_groups[0].items() if key not in ("params", "param_names")}
         self._create_state()
+
+    @property
+    def backend(self) -> str:
+        """What runs the steps; "fused+reference" if native kernels do not take some tensors, for example."""
+        return "reference" if self._program_step is None else self._program_step.backend
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch.optim; values that tensors share are the ones learned so far."""
@@ -170,9 +173,9 @@ class HyperOptimizer(torch.optim.Optimizer):
             self.state[owner[ref.name]].setdefault(ref.key, leaf)
         self._nested, self._refs, self._tracked = nested, found, dict.fromkeys(params)
         self._numbers, self._program_step, self._devices = Numbers(), None, dict[str, torch.device]()
-        self.backend = chosen(self._backend, nested, params)
-        if self.backend != "reference":
-            self._programs = self._programs or Programs(self.backend, strict=self._backend != "auto")
+        backend = chosen(self._backend, nested, params)
+        if backend != "reference":
+            self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
             self._program_step = ProgramStep(nested, found, self._programs)
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
@@ -282,6 +285,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Step by programs, if there are any; whether that was done."""
         if self._program_step is not None:
             states, numbers = self._states(), self._values(as_tensors=True)
+            if self._program_step.waits(getattr(self, "_taken", 0), params, grads, states, numbers, learn=learn):
+                self._taken = getattr(self, "_taken", 0) + 1
+                return False
             self._program_step.step(self._program_step.prepare(params, grads, states, numbers, learn=learn), grads, states)
         return self._program_step is not None
 

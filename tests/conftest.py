@@ -30,4 +30,4 @@ def _float64_and_seed() -> Iterator[None]:
 def quick_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are made without optimization: as they are traced, without inductor's code, or in the compiler's quickest way."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, examples: graph)
-    monkeypatch.setattr("hyperopt_nested.backends.fused.FLAGS", ("-O0",))
+    monkeypatch.setattr("hyperopt_nested.backends.compiler.FLAGS", ("-O0",))

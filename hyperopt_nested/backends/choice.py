@@ -1,64 +1,89 @@
 """Which programs run a step."""
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, get_args
 from warnings import warn
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.backends import compiler
+from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.early import with_early_writes
 from hyperopt_nested.backends.foreach import foreach
 from hyperopt_nested.backends.fused import fused
-from hyperopt_nested.backends.graph import UpdateGraph, kind_of, trace
-from hyperopt_nested.backends.inductor import as_traced, compiled, compiler_for
-from hyperopt_nested.backends.layout import check_layout
-from hyperopt_nested.backends.program import Batch, Function, Program, UnsupportedError
+from hyperopt_nested.backends.graph import UpdateGraph, kind_of
+from hyperopt_nested.backends.inductor import compiled, compiler_for
+from hyperopt_nested.backends.layout import PLAIN, check_layout, is_dense
+from hyperopt_nested.backends.program import Function, LayoutError, PerRow, Program, Request, UnsupportedError, engine
 from hyperopt_nested.backends.simplify import simplified
+from hyperopt_nested.backends.trace import trace
+from hyperopt_nested.backends.verify import deviation
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.nested import Nested
 
 Backend = Literal["auto", "reference", "foreach", "compile", "fused"]
-"""What runs a step, always in the same way up to rounding. Programs are made from the engine when tensors of their kind are first stepped,
-work in place, and are kept for the tensors that are alike.
+"""What runs a step. All do what the engine does, up to rounding. Programs are made from the engine when tensors of their kind are first
+stepped. They are used after they have reproduced the engine's results on small examples; what deviates, or does not compile, is left to the
+next sort, tensor by tensor, with a warning.
 
 * "reference": the engine itself.
-* "foreach": torch's own operators, on many small tensors at once, and on large ones piece by piece; needs no compiler.
+* "foreach": torch's own operators, on many tensors at once; needs no compiler.
 * "compile": inductor's programs, for CPUs with a C++ compiler and GPUs with Triton.
 * "fused": native kernels for the CPU, which pass over memory as seldom as can be; for rules that go row by row or element by element.
-* "auto": the engine for fewer than a million numbers; else the first of "fused", "compile" and "foreach" that can be had, tensor by tensor.
+* "auto": on the CPU "fused", or "foreach" without a C++ compiler; on GPUs "compile" for models of a million numbers and more, else
+  "foreach". Small models take their first 16 steps by the engine while kernels are compiled in the background.
 """
 
+WARM_UP = 16
+"""Steps that the engine does for a small model while its kernels are compiled. The number is fixed, so runs are reproducible."""
+
 _MANY = 1_000_000
+"""Numbers of a model that does not wait: its kernels are compiled before its first step."""
 
 
 def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
-    """What runs the steps, if not for some tensors that it can not step.
+    """What runs the steps, if not for some tensors that it does not serve.
 
     Raises:
         ValueError: `backend` is none of its choices, or there are no such programs here.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
-    if backend == "reference" or (backend == "auto" and sum(param.numel() for param in params.values()) < _MANY):
-        return "reference"
-    devices = {param.device for param in params.values()}
-    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.measures]
-    if nested.curvature == "exact" or summed:
-        if backend == "auto":
-            return "reference"
-        why = f"{summed[0]} needs a total over all tensors" if summed else "curvature='exact' differentiates the model in each step"
-        raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto' or 'reference'")
-    without = "" if backend == "foreach" else _without_compiler(devices)
-    elsewhere = sorted({device.type for device in devices} - {"cpu"})
-    if backend != "auto":
-        why = f"it is for the CPU, and there are tensors on {elsewhere[0]}" if backend == "fused" and elsewhere else without
-        if why:
-            raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto' or 'foreach'")
+    if backend == "reference":
         return backend
-    if without:
-        return "foreach"
-    return "compile" if elsewhere else "fused"
+    devices = {param.device for param in params.values()}
+    why = _only_by_engine(nested, params)
+    if backend == "auto":
+        if why:
+            return "reference"
+        if devices <= {torch.device("cpu")}:
+            return "foreach" if compiler.compiler() is None or compiler.folder() is None else "fused"
+        return "compile" if sum(param.numel() for param in params.values()) >= _MANY and not _without_compiler(devices) else "foreach"
+    if backend == "fused":
+        elsewhere = sorted({device.type for device in devices} - {"cpu"})
+        why = why or (f"it is for the CPU, and there are tensors on {elsewhere[0]}" if elsewhere else "")
+        why = why or ("there is no C++ compiler here; install one, such as g++" if compiler.compiler() is None else "")
+        why = why or ("" if compiler.folder() else f"there is no folder for compiled kernels; name one in {compiler.CACHE_VARIABLE}")
+    elif backend == "compile":
+        why = why or _without_compiler(devices)
+    if why:
+        raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto' or 'foreach'")
+    return backend
+
+
+def _only_by_engine(nested: Nested, params: Tensors) -> str:
+    """Why only the engine can step these tensors; nothing if others can."""
+    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.measures]
+    if summed:
+        return f"{summed[0]} needs a total over all tensors"
+    if nested.curvature == "exact":
+        return "curvature='exact' differentiates the model in each step"
+    special = [type(param).__name__ for param in params.values() if type(param) not in PLAIN]
+    return f"a parameter is a {special[0]}, whose data the engine alone can reach" if special else ""
 
 
 def _without_compiler(devices: Iterable[torch.device]) -> str:
@@ -67,83 +92,156 @@ def _without_compiler(devices: Iterable[torch.device]) -> str:
 
 
 class Programs:
-    """Makes programs, one for all tensors that it serves, of the first sort that can be had.
+    """Makes programs, one for all tensors that it serves, of the first sort that does what the engine does.
 
     Args:
         backend: "foreach", "compile" or "fused".
-        strict: whether no other sort will do.
+        strict: whether no other sort will do for a rule. Tensors whose layout programs do not take are left to the engine all the same.
+
+    Attributes:
+        backend: the first sort that has not failed as a whole.
     """
 
     def __init__(self, backend: Backend, *, strict: bool) -> None:
-        sorts: dict[str, list[str]] = {"fused": ["fused", "compile"], "compile": ["compile"], "foreach": []}
-        self._sorts = [backend] if strict and backend != "foreach" else [*sorts[backend], "foreach", "traced"]
-        self._made: dict[Hashable, list[Program] | UnsupportedError] = {}
+        sorts: dict[str, list[str]] = {"fused": ["fused", "foreach"], "compile": ["compile", "foreach"], "foreach": ["foreach"]}
+        self.strict = strict
+        self._sorts = [backend] if strict else sorts[backend]
+        self._made: dict[Hashable, list[Program]] = {}
+        self._graphs: dict[Hashable, list[UpdateGraph] | UnsupportedError] = {}
         self._of_graphs: dict[Hashable, list[Program]] = {}
+        self._deviations: dict[Hashable, str] = {}
+        self._said: set[str] = set()
+        self._ahead: tuple[int, threading.Thread] | None = None
 
-    def make(
-        self, of: Hashable, functions: Sequence[Function], arguments: Sequence[Tensor], param: Tensor, changing: Collection[int] = ()
-    ) -> list[Program]:
-        """Programs that are run one after the other.
+    @property
+    def backend(self) -> str:
+        return self._sorts[0] if self._sorts else "reference"
 
-        Args:
-            of: what they depend on beside the arguments.
-            functions: what each does.
-            arguments: of all, the gradient first; examples, which are not changed.
-            param: the tensor.
-            changing: indices of arguments that are written to between them.
+    def begin(self, requests: Callable[[], Sequence[Request]]) -> None:
+        """Compile what is needed for requests in the background; what fails then fails again, and is told, when it is asked for."""
+        if self._ahead is None:
+            thread = threading.Thread(target=self._compile, args=(requests(),), daemon=True, name="hyperopt-nested-compiler")
+            self._ahead = os.getpid(), thread
+            thread.start()
+
+    def make(self, requests: Sequence[Request]) -> list[list[Program]]:
+        """Programs for each request.
 
         Raises:
             ValueError: there are none of the sort that was asked for.
         """
-        for sort in self._sorts:
-            try:
-                return self._programs(sort, of, functions, arguments, param, changing)
-            except Exception as error:
-                if len(self._sorts) == 1:
-                    raise ValueError(f"backend={sort!r} can not be had: {error}. Use backend='auto'") from error
-                if sort == self._sorts[-1]:
-                    raise
-                if not isinstance(error, UnsupportedError):
-                    warn(f"backend={sort!r} fails here, and is not used: {error}", stacklevel=2)
-                    self._sorts = [each for each in self._sorts if each != sort]
-                    return self.make(of, functions, arguments, param, changing)
-        raise AssertionError
+        if self._ahead is not None:
+            process, thread = self._ahead
+            if process == os.getpid():  # a forked child has no such thread
+                thread.join()
+            self._ahead = None
+        new = {key: request for request in requests if (key := _key(request)) not in self._made}
+        if len(new) > 1:
+            self._compile(list(new.values()))
+        for key, request in new.items():
+            self._made[key] = self._programs(request)
+        return [self._made[_key(request)] for request in requests]
 
-    def _programs(
-        self, sort: str, of: Hashable, functions: Sequence[Function], arguments: Sequence[Tensor], param: Tensor, changing: Collection[int]
-    ) -> list[Program]:
-        dtypes = tuple(argument.dtype for argument in arguments)
-        key: Hashable
-        if sort in _BY_GRAPH:
-            check_layout(arguments, param)
-            key = sort, of, dtypes, tuple(kind_of(argument.shape, param.shape) for argument in arguments), param.ndim
-        else:
-            key = sort, of, dtypes, tuple((argument.shape, argument.stride(), argument.device) for argument in arguments)
-        if key not in self._made:
+    def _compile(self, requests: Sequence[Request]) -> None:
+        """Compile native kernels of all requests at once."""
+        if "fused" not in self._sorts:
+            return
+        graphs: dict[UpdateGraph, str] = {}
+        for request in requests:
             try:
-                if sort in _BY_GRAPH:
-                    graphs = with_early_writes([simplified(trace(function, arguments, param)) for function in functions], changing)
-                    same = sort, tuple(graph.description() for graph in graphs)  # as of tensors with another number of dimensions
-                    if same not in self._of_graphs:
-                        self._of_graphs[same] = [_BY_GRAPH[sort](graph) for graph in graphs]
-                    self._made[key] = self._of_graphs[same]
-                else:
-                    self._made[key] = [_each(_COMPILED[sort](function, arguments)) for function in functions]
+                check_layout(request.arguments, _kinds(request), request.param)
+                graphs |= {graph: code(graph) for graph in self._traced("fused", request) if graph not in graphs}
+            except UnsupportedError:
+                continue
+        with suppress(compiler.CompileError):
+            compiler.load(list(dict.fromkeys(graphs.values())))
+
+    def _programs(self, request: Request) -> list[Program]:
+        for sort in list(self._sorts):
+            try:
+                programs = self._of_sort(sort, request)
+                verified = (*map(id, programs), request.of, *_kinds(request), *(size == 1 for size in request.param.shape))
+                if verified not in self._deviations:
+                    self._deviations[verified] = deviation(programs, request, whole=sort == "compile")
+                wrong = self._deviations[verified]
+                if not wrong:
+                    return programs
+                why = f"it deviates from the engine: {wrong}"
+            except LayoutError:
+                break
             except UnsupportedError as error:
-                self._made[key] = error
-        found = self._made[key]
+                why = "" if not self.strict else str(error)
+                if not self.strict:
+                    continue
+            except Exception as error:
+                why = " ".join(str(error).split())[:200] or type(error).__name__
+            if self.strict:
+                raise ValueError(f"backend={sort!r} can not be had for {request.rule}: {why}. Use backend='auto'")
+            if (sort + why) not in self._said:
+                self._said.add(sort + why)
+                warn(f"backend={sort!r} is not used for {request.rule}: {why}", stacklevel=2)
+        return [engine(function) for function in request.functions]
+
+    def _of_sort(self, sort: str, request: Request) -> list[Program]:
+        if sort == "fused":
+            check_layout(request.arguments, _kinds(request), request.param)
+        elif not all(argument.numel() and type(argument) in PLAIN and not argument.is_neg() for argument in request.arguments):
+            raise LayoutError("a tensor is empty, or a subclass")
+        if sort == "compile":
+            grad, *others = request.arguments
+            if not all(map(is_dense, others)):
+                raise LayoutError("a tensor has gaps")
+            return [_compiled(function, grad, others) for function in request.functions]
+        graphs = self._traced(sort, request)
+        same = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
+        if same not in self._of_graphs:
+            self._of_graphs[same] = [_BY_GRAPH[sort](graph) for graph in graphs]
+        return self._of_graphs[same]
+
+    def _traced(self, sort: str, request: Request) -> list[UpdateGraph]:
+        """The graphs of a request, as a sort needs them."""
+        singletons = tuple(size == 1 for size in request.param.shape)
+        key = sort, request.of, tuple(argument.dtype for argument in request.arguments), tuple(_kinds(request)), singletons
+        if key not in self._graphs:
+            try:
+                graphs = [trace(function, request.arguments, request.param) for function in request.functions]
+                if sort == "fused":
+                    graphs = with_early_writes([simplified(graph) for graph in graphs], request.changing)
+                self._graphs[key] = graphs
+            except UnsupportedError as error:
+                self._graphs[key] = error
+        found = self._graphs[key]
         if isinstance(found, UnsupportedError):
             raise found
         return found
 
 
-def _each(function: Callable[..., Any]) -> Program:
-    def program(batch: Batch) -> None:
-        for row in batch.rows:
-            function(*row)
+def _compiled(function: Function, grad: Tensor, others: Sequence[Tensor]) -> PerRow:
+    """Inductor's program of a function; it has no guards, so the gradient is copied where it does not lie as in the example."""
+    like = grad if is_dense(grad) else grad.contiguous()
+    run, stride = compiled(function, [like, *others]), like.stride()
 
-    return program
+    def program(grad: Tensor, *others: Tensor) -> None:
+        shared = any(grad.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others)
+        if grad.stride() != stride or shared:
+            grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+        run(grad, *others)
+
+    return PerRow(program, "compile")
 
 
-_BY_GRAPH: dict[str, Callable[[UpdateGraph], Program]] = {"fused": fused, "foreach": foreach}
-_COMPILED: dict[str, Callable[[Function, Sequence[Tensor]], Callable[..., Any]]] = {"compile": compiled, "traced": as_traced}
+def _key(request: Request) -> Hashable:
+    """What programs depend on: what they do, and the form of all arguments."""
+    return request.of, request.param.shape, request.param.stride(), tuple(map(form, request.arguments))
+
+
+def form(tensor: Tensor) -> Hashable:
+    """What programs depend on of a tensor, but its values and address."""
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()
+
+
+def _kinds(request: Request) -> list[Any]:
+    return [kind_of(argument.shape, request.param.shape) for argument in request.arguments]
+
+
+_BY_GRAPH: dict[str, Callable[[UpdateGraph], Any]] = {"fused": fused, "foreach": foreach}

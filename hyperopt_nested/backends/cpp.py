@@ -40,7 +40,7 @@ _FUNCTIONS: dict[str, str] = {
     "sign": "({0} > 0) - ({0} < 0)",
     "maximum": "({0} > {1} || {0} != {0}) ? {0} : {1}",
     "minimum": "({0} < {1} || {0} != {0}) ? {0} : {1}",
-    "remainder": "{0} - std::floor({0} / {1}) * {1}",
+    "remainder": "modulo({0}, {1})",
     "gt": "{0} > {1}",
     "ge": "{0} >= {1}",
     "lt": "{0} < {1}",
@@ -64,7 +64,7 @@ def code(graph: UpdateGraph) -> str:
     for _, dtype in graph.inputs:
         if dtype not in _STORED:
             raise UnsupportedError(f"there is no {dtype} in C++ here")
-    rounds = any(value.dtype == torch.bfloat16 for value in graph.values())
+    rounds = any(value.dtype == torch.bfloat16 for value in graph.values)
     return f"constexpr bool ROUNDS = {str(rounds).lower()};  // to bfloat16\n" + HEADER + "".join(_Code(graph).parts())
 
 
@@ -73,8 +73,8 @@ class _Code:
 
     def __init__(self, graph: UpdateGraph) -> None:
         self._graph, self._sweeps = graph, Sweeps(graph)
-        self._name = {value: f"v{i}" for i, value in enumerate(graph.values())}
-        self._numbers = [value for value in graph.values() if value.kind == Kind.NUMBER and value.op not in ("input", "constant")]
+        self._name = {value: f"v{i}" for i, value in enumerate(graph.values)}
+        self._numbers = [value for value in graph.values if value.kind == Kind.NUMBER and value.op not in ("input", "constant")]
 
     def parts(self) -> Iterator[str]:
         width = sum(dtype.itemsize for kind, dtype in self._graph.inputs if kind == Kind.ELEMENT)
@@ -180,7 +180,7 @@ class _Code:
         for i in touched:
             qualifier = "" if i in sweep.writes else "const "
             yield f"  {qualifier}{_STORED[self._graph.inputs[i][1]]}* const base{i} = ({_STORED[self._graph.inputs[i][1]]}*)inputs[{i}];\n"
-        rows_kept = {f"kept_{self._name[value]}": _type(value) for value in kept}
+        rows_kept = {f"kept_{self._name[value]}": "uint8_t" if value.dtype == torch.bool else _type(value) for value in kept}
         rows_kept |= {f"out{i}": _STORED[self._graph.inputs[i][1]] for i in writes if i in self._only_written(sweep)}
         for name, type_ in rows_kept.items():
             yield f"  thread_local std::vector<{type_}> store_{name}; store_{name}.resize(columns);\n"
@@ -317,10 +317,9 @@ class _Code:
         elif value.op == "clamp":
             given, low, high = (each and operand(each, value.computed) for each in value.args)
             found = given
-            if low:
-                found = f"({found} < {low} ? {low} : {found})"
-            if high:
-                found = f"({found} > {high} ? {high} : {found})"
+            for end, sign in ((low, "<"), (high, ">")):  # an end that is NaN makes the value NaN
+                if end:
+                    found = f"({found} {sign} {end} || {end} != {end} ? {end} : {found})"
         elif value.op == "where":
             condition, yes, no = value.args
             chosen = "choose({0}, {1}, {2})" if condition.kind < value.kind and value.dtype.is_floating_point else "{0} ? {1} : {2}"

@@ -6,9 +6,6 @@ HEADER = """\
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -23,6 +20,10 @@ static inline float round16(float x) {
   return __builtin_bit_cast(float, (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 static inline uint16_t upper(float x) { return __builtin_bit_cast(uint32_t, x) >> 16; }  // of what is rounded already
+
+static inline int64_t modulo(int64_t x, int64_t y) { return y ? ((x % y) + y) % y : 0; }
+static inline float modulo(float x, float y) { const float m = std::fmod(x, y); return m != 0 && (m < 0) != (y < 0) ? m + y : m; }
+static inline double modulo(double x, double y) { const double m = std::fmod(x, y); return m != 0 && (m < 0) != (y < 0) ? m + y : m; }
 
 // two neighbours at once: each is where vectors of floats have it after one operation, where widening takes several
 typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
@@ -42,13 +43,15 @@ static inline double choose(bool c, double x, double y) { return chosen<double, 
 
 // a copy, past the cache if that can not hold it anyway: else what is written would be read first
 template <typename T> static inline void put(T* to, const T* from, int64_t count, bool past) {
-#ifdef __AVX__
+#if defined(__AVX__) && defined(__GNUC__) && !defined(__clang__)
   if (past) {
+    typedef long long Half __attribute__((vector_size(32), may_alias));
+    typedef long long Loose __attribute__((vector_size(32), may_alias, aligned(1)));
     int64_t j = 0;
     for (; j < count && (uintptr_t(to + j) & 63); j++) to[j] = from[j];
     for (constexpr int64_t line = 64 / sizeof(T); j + line <= count; j += line)
       for (int64_t half = 0; half < line; half += line / 2)
-        _mm256_stream_si256((__m256i*)(to + j + half), _mm256_loadu_si256((const __m256i*)(from + j + half)));
+        __builtin_ia32_movntdq256((Half*)(to + j + half), *(const Loose*)(from + j + half));
     for (; j < count; j++) to[j] = from[j];
     return;
   }

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperopt_nested.backends.program import Function, UnsupportedError
+from hyperopt_nested.backends.program import UnsupportedError
 
 
 class Kind(IntEnum):
@@ -55,51 +53,10 @@ class Value:
 
 
 POINTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "abs",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "pow",
-        "exp",
-        "expm1",
-        "log",
-        "log1p",
-        "tanh",
-        "sigmoid",
-        "sign",
-        "maximum",
-        "minimum",
-        "clamp",
-        "where",
-        "remainder",
-        "gt",
-        "ge",
-        "lt",
-        "le",
-        "eq",
-        "ne",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-    ]
+    "add sub mul div neg abs sqrt rsqrt reciprocal pow exp expm1 log log1p tanh sigmoid sign maximum minimum clamp where remainder "
+    "gt ge lt le eq ne logical_and logical_or logical_not".split()
 )
 REDUCTIONS = frozenset(["sum", "mean", "amax"])
-_SAME = frozenset(["alias", "detach", "clone", "lift_fresh_copy", "lift_fresh", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"])
-_FILLED: dict[str, float] = {"zeros_like": 0, "zeros": 0, "new_zeros": 0, "ones_like": 1, "ones": 1, "new_ones": 1}
-_FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
-_OTHER_NAMES = {"sgn": "sign", "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not"}
-_SIZES = (3, 5, 7, 11, 13), (5, 3, 11, 7, 2)
-_KEPT = torch.ops.aten.rsub.Scalar, torch.ops.aten.sum.default
-_DECOMPOSED = {op: how for op, how in dict[Any, Any](core_aten_decompositions()).items() if op not in _KEPT}
-"""What is traced as operators of a smaller set."""
-
-
 class Values:
     """Makes values, equal ones once."""
 
@@ -126,13 +83,15 @@ class UpdateGraph:
     inputs: tuple[tuple[Kind, torch.dtype], ...]
     outputs: tuple[tuple[int, Value], ...]
 
+    @cached_property
     def values(self) -> list[Value]:
         """All values, each after those that it is made of."""
         return reachable(value for _, value in self.outputs)
 
+    @cached_property
     def description(self) -> tuple[Any, ...]:
         """What equal graphs have equal, and others do not."""
-        index = {value: i for i, value in enumerate(self.values())}
+        index = {value: i for i, value in enumerate(self.values)}
         nodes = [
             (
                 value.op,
@@ -167,50 +126,6 @@ def uncast(value: Value) -> Value:
     return value.args[0] if exact else value
 
 
-def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
-    """The graph of a function of one tensor's gradient, state and numbers.
-
-    It is traced with small tensors of two other shapes: a function that depends on sizes in a way that graphs do not have gives two
-    graphs, and is refused.
-
-    Args:
-        function: of as many tensors as there are arguments, to what is to be written to each of them; None where nothing is.
-        arguments: examples; they are not changed, and their values are not looked at.
-        param: the tensor; what has its shape has one an element.
-
-    Raises:
-        UnsupportedError: the function does something that can not be done row by row.
-    """
-    if param.ndim > len(_SIZES[0]):
-        raise UnsupportedError(f"a tensor has {param.ndim} dimensions")
-    found = [_trace(function, arguments, param, sizes[: param.ndim]) for sizes in _SIZES]
-    if found[0].description() != found[1].description():
-        raise UnsupportedError("an update depends on sizes")
-    return found[0]
-
-
-def _trace(function: Function, arguments: Sequence[Tensor], param: Tensor, shape: tuple[int, ...]) -> UpdateGraph:
-    kinds = [kind_of(argument.shape, param.shape) for argument in arguments]
-    row = (*shape[:1], *(1 for _ in shape[1:]))
-    examples = [
-        torch.ones(shape if kind == Kind.ELEMENT else row if kind == Kind.ROW else argument.shape, dtype=argument.dtype)
-        for kind, argument in zip(kinds, arguments, strict=True)
-    ]
-    written: list[int] = []
-
-    def changed(*given: Tensor) -> list[Tensor]:
-        new = {i: value for i, value in enumerate(function(*given)) if value is not None and value is not given[i]}
-        written[:] = new
-        return list(new.values())
-
-    with torch.no_grad():
-        traced = make_fx(changed, decomposition_table=_DECOMPOSED)(*examples)
-    made = _Translation(traced, shape, kinds)
-    inputs = tuple((kind, argument.dtype) for kind, argument in zip(kinds, arguments, strict=True))
-    outputs = zip(written, made.outputs, strict=True)
-    return UpdateGraph(inputs, tuple((i, value) for i, value in outputs if not (value.op == "input" and value.args[0] == i)))
-
-
 def kind_of(shape: Sequence[int], full: Sequence[int]) -> Kind:
     """What something of a shape has one of, in a tensor of shape `full`.
 
@@ -227,138 +142,3 @@ def kind_of(shape: Sequence[int], full: Sequence[int]) -> Kind:
     if len(full) > 1 and torch.Size(shape).numel() == torch.Size(full).numel():  # rows that were made flat
         return Kind.ELEMENT
     raise UnsupportedError(f"an update makes a tensor of shape {shape} of one of shape {full}")
-
-
-class _Translation:
-    """A traced graph's values."""
-
-    def __init__(self, traced: fx.GraphModule, shape: tuple[int, ...], kinds: Sequence[Kind]) -> None:
-        self._shape, self._value = shape, Values()
-        self._of: dict[fx.Node, Value] = {}
-        self.outputs: list[Value] = []
-        given = iter(enumerate(kinds))
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                index, kind = next(given)
-                dtype = node.meta["val"].dtype
-                self._of[node] = self._value("input", (index,), kind, dtype)
-            elif node.op == "output":
-                self.outputs = [self._of[each] for each in node.args[0]]
-            elif node.op == "get_attr":
-                constant = getattr(traced, node.target)
-                if constant.numel() != 1:
-                    raise UnsupportedError("an update has a tensor in it that is not in its state")
-                self._of[node] = self._value("constant", (constant.item(),), Kind.NUMBER, constant.dtype)
-            elif node.users or str(node.target.__name__).split(".")[0].endswith("_"):
-                self._call(node)
-
-    def _call(self, node: fx.Node) -> None:
-        name = str(node.target._schema.name).split("::")[1]  # type: ignore[union-attr]
-        args = [self._of[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
-        in_place = name.endswith("_")
-        name = name.rstrip("_")
-        meta = node.meta["val"]
-        if not isinstance(meta, Tensor):
-            raise UnsupportedError(f"an update calls {node.target}")
-        found = self._made(name, args, node, meta)
-        self._of[node] = found
-        if in_place:
-            target = node.args[0]
-            if not isinstance(target, fx.Node) or target.op == "placeholder" or _is_view(target):
-                raise UnsupportedError(f"an update calls {node.target} on what may be seen elsewhere")
-            self._of[target] = found
-
-    def _made(self, name: str, args: list[Any], node: fx.Node, meta: Tensor) -> Value:
-        kind, dtype = kind_of(meta.shape, self._shape), meta.dtype
-        name = _OTHER_NAMES.get(name, name) if dtype == torch.bool or name == "sgn" else name
-        if name in _SAME:
-            return self._cast(args[0], kind, dtype)
-        if name in ("expand", "_to_copy", "copy"):
-            return self._cast(args[1] if name == "copy" else args[0], kind, dtype)
-        if name in _FILLED or name in _FILLS:
-            fill = _FILLED[name] if name in _FILLED else args[_FILLS[name]]
-            if isinstance(fill, Value):
-                return self._cast(fill, kind, dtype)
-            return self._value("constant", (fill,), kind, dtype)
-        if name in REDUCTIONS:
-            equal = args[0].op == "constant" and (name != "sum" or args[0].is_constant(0))
-            if equal or args[0].kind == kind:
-                return self._cast(args[0], kind, dtype)
-            if name != "amax" or args[0].dtype != dtype:
-                args[0] = self._cast(args[0], args[0].kind, dtype)
-            return self._value(name, (args[0],), kind, dtype)
-        args = [None if arg is None else self._operand(arg) for arg in args]
-        alpha = node.kwargs.get("alpha", args.pop(2).args[0] if name in ("add", "sub", "rsub") and len(args) > 2 else 1)
-        if name == "rsub":
-            name, args = "sub", [args[1], args[0]]
-            if alpha != 1:
-                raise UnsupportedError(f"an update calls {node.target} with alpha={alpha!r}")
-        elif alpha != 1:
-            args[1] = self._value("mul", (args[1], self._operand(alpha)), args[1].kind, dtype)
-        if name in ("clamp_min", "clamp_max"):
-            name, args = "clamp", [args[0], args[1], None] if name == "clamp_min" else [args[0], None, args[1]]
-        if name not in POINTWISE or node.kwargs.get("rounding_mode"):
-            raise UnsupportedError(f"an update calls {node.target}")
-        if name == "mul" and dtype == torch.bool:
-            name = "logical_and"
-        if name == "clamp":
-            args = [*args, None, None][:3]
-        computed = dtype if dtype != torch.bool or name.startswith("logical") else _compared(node)
-        args = [None if arg is None else self._unexpanded(arg) for arg in args]
-        return self._cast(self._simplified(name, args, dtype, computed), kind, dtype)
-
-    def _simplified(self, name: str, args: list[Any], dtype: torch.dtype, computed: torch.dtype) -> Value:
-        """A pointwise operator, of what its operands have one of; or what is the same number, if no operand is infinite or NaN."""
-        kind = max(arg.kind for arg in args if arg is not None)
-        zero, one = ([arg is not None and arg.is_constant(number) for arg in args] for number in (0, 1))
-        same = None
-        if name == "where" and (args[1] is args[2] or (zero[1] and zero[2])):
-            same = args[1]
-        elif name == "sub" and args[0] is args[1]:
-            return self._value("constant", (0.0,), kind, dtype)
-        elif name == "sub" and zero[0]:
-            name, args = "neg", [args[1]]
-        elif (name in ("add", "sub") and zero[1]) or (name in ("mul", "div", "neg") and zero[0]) or (name == "mul" and one[1]):
-            same = args[0]
-        elif (name == "add" and zero[0]) or (name == "mul" and (zero[1] or one[0])):
-            same = args[1]
-        if same is not None:
-            return self._cast(same, kind, dtype)
-        return self._value(name, tuple(args), kind, dtype, computed)
-
-    def _unexpanded(self, value: Value) -> Value:
-        if value.op == "constant":
-            return self._value("constant", value.args, Kind.NUMBER, value.dtype)
-        found: Value = value.args[0] if value.op == "expand" else value
-        return found
-
-    def _operand(self, arg: Any) -> Value:
-        if isinstance(arg, Value):
-            return arg
-        dtype = torch.bool if isinstance(arg, bool) else torch.int64 if isinstance(arg, int) else torch.float64
-        return self._value("constant", (arg,), Kind.NUMBER, dtype)
-
-    def _cast(self, value: Value, kind: Kind, dtype: torch.dtype) -> Value:
-        if value.op == "constant":
-            return self._value("constant", value.args, kind, dtype) if _fits(value, dtype) else self._value("cast", (value,), kind, dtype)
-        if value.op == "cast" and value.args[0].dtype == dtype and torch.promote_types(dtype, value.dtype) == value.dtype:
-            value = value.args[0]  # there and back
-        elif value.dtype != dtype:
-            value = self._value("cast", (value,), value.kind, dtype)
-        return value if value.kind == kind else self._value("expand", (value,), kind, dtype)
-
-
-def _fits(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a constant is the same number in another dtype, or there is only one way to write it."""
-    return float(torch.tensor(value.args[0], dtype=dtype)) == float(torch.tensor(value.args[0], dtype=value.dtype))
-
-
-def _compared(node: fx.Node) -> torch.dtype:
-    """The dtype in which two operands are compared."""
-    given: list[Any] = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[:2]]
-    found: torch.dtype = torch.result_type(*given) if len(given) == 2 else given[0].dtype
-    return found
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target._schema.name).split("::")[1] in _SAME | {"expand"}  # type: ignore[union-attr]

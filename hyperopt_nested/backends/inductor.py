@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._triton import has_triton
 
 from hyperopt_nested.backends.program import Function, write_over
 
@@ -18,6 +16,8 @@ def as_traced(function: Function, arguments: Sequence[Tensor]) -> fx.GraphModule
     def in_place(*given: Tensor) -> list[Tensor]:
         write_over(given, function(*given))
         return []
+
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
         return make_fx(in_place)(*(argument.detach().clone() for argument in arguments))
@@ -45,6 +45,8 @@ def compiled(function: Function, arguments: Sequence[Tensor]) -> Callable[..., A
 def compiler_for(device: torch.device) -> bool:
     """Whether there is what inductor needs to compile for a device: a C++ compiler, or Triton."""
     if device.type != "cpu":
+        from torch.utils._triton import has_triton
+
         return has_triton()
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

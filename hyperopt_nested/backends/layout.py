@@ -1,12 +1,15 @@
-"""Tensors as rows of columns, as programs that go row by row see them."""
+"""Tensors as rows of columns, as native kernels see them; and what a kernel has to know of a tensor before it gets its address."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import Kind, kind_of
-from hyperopt_nested.backends.program import UnsupportedError
+from hyperopt_nested.backends.graph import Kind
+from hyperopt_nested.backends.program import LayoutError
+
+PLAIN = frozenset([Tensor, torch.nn.Parameter])
+"""Classes whose data lie where `data_ptr` says; subclasses, such as DTensor, may have none."""
 
 
 def sizes(param: Tensor) -> tuple[int, int]:
@@ -15,26 +18,63 @@ def sizes(param: Tensor) -> tuple[int, int]:
     return rows, param.numel() // max(rows, 1)
 
 
-def check_layout(arguments: Sequence[Tensor], param: Tensor) -> None:
-    """Whether a tensor and its state lie alike, row after row.
+def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tensor) -> None:
+    """Check that a kernel can work on the memory of these tensors.
 
     Args:
-        arguments: the gradient, which may lie in any way, and the state.
-        param: the tensor.
+        arguments: the gradient, which may lie in any way, and all else that a kernel reads or writes.
+        kinds: what each has one value of.
+        param: the tensor that is stepped.
 
     Raises:
-        UnsupportedError: they do not, or there are no elements.
+        LayoutError: a tensor is empty, of a subclass, elsewhere than on the CPU, not dense row after row, or beyond its storage; or two
+            that are written overlap.
     """
-    if param.numel() == 0:
-        raise UnsupportedError("a tensor is empty")
     rows, columns = sizes(param)
-    if torch.empty_like(param, device="meta").stride() != param.stride() or (rows > 1 and param.stride(0) != columns):
-        raise UnsupportedError(f"a tensor of shape {tuple(param.shape)} has strides {param.stride()}: it does not lie row after row")
-    for argument in arguments[1:]:
-        if kind_of(argument.shape, param.shape) == Kind.ELEMENT and argument.stride() != param.stride():
-            raise UnsupportedError(f"a tensor has strides {param.stride()}, and its state {argument.stride()}")
+    strides = _strides(param)
+    for i, (argument, kind) in enumerate(zip(arguments, kinds, strict=True)):
+        if type(argument) not in PLAIN or argument.layout != torch.strided:
+            raise LayoutError(f"a tensor is a {type(argument).__name__} of layout {argument.layout}")
+        if argument.device.type != "cpu":
+            raise LayoutError(f"a tensor is on {argument.device}")
+        if argument.numel() == 0:
+            raise LayoutError("a tensor is empty")
+        count = {Kind.NUMBER: 1, Kind.ROW: rows, Kind.ELEMENT: rows * columns}[kind]
+        if argument.numel() != count or argument.is_neg():
+            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} does not have {count} values")
+        if i == 0:
+            continue
+        if kind == Kind.ELEMENT and argument.shape == param.shape:
+            fits = _strides(argument) == strides
+        else:
+            fits = argument.is_contiguous() and (kind != Kind.ELEMENT or param.is_contiguous())
+        if not fits or not is_dense(argument):
+            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} has strides {argument.stride()}, its parameter {param.stride()}")
+        if not is_stored(argument):
+            raise LayoutError("a tensor lies beyond its storage")
+    if rows > 1 and param.stride(0) != columns:
+        raise LayoutError(f"a tensor of shape {tuple(param.shape)} has strides {param.stride()}: it does not lie row after row")
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
+    if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+        raise LayoutError("tensors of one update share memory")
 
 
-def lying_as(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient, copied if it does not lie as its tensor does."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor holds all of it."""
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides, as far as they matter."""
+    return tuple(stride if size != 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

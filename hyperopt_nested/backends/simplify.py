@@ -1,4 +1,4 @@
-"""Graphs with less to do for each element: what is the same up to rounding, wherever nothing is infinite or NaN."""
+"""Graphs with less to do for each element: the same up to rounding, and not finite where they were not."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +24,7 @@ class _Simplification:
 
     def of(self, graph: UpdateGraph, read: Mapping[Value, int]) -> UpdateGraph:
         new: dict[Value, Value] = {}
-        for value in graph.values():
+        for value in graph.values:
             if value in read:
                 new[value] = self._value("input", (read[value],), value.kind, value.dtype)
                 continue
@@ -45,13 +45,15 @@ class _Simplification:
         """A product, of what there is more of first; of factors of smaller kind, one is made."""
         if one.kind < other.kind:
             one, other = other, one
-        if other.is_constant(1):
+        if other.is_constant(1) and one.dtype == dtype:
             return one
         if one.kind > other.kind and one.op == "mul" and one.args[1].kind < one.kind and one.dtype == dtype:
             return self._times(one.args[0], self._times(one.args[1], other, _wide(one.args[1], other)), dtype)
         return self._value("mul", (one, other), max(one.kind, other.kind), dtype)
 
     def _inverse(self, value: Value) -> Value:
+        if not value.dtype.is_floating_point:
+            value = self._value("cast", (value,), value.kind, torch.float64)
         return self._value("reciprocal", (value,), value.kind, value.dtype)
 
     def _mul(self, value: Value, one: Value, other: Value) -> Value:
@@ -69,13 +71,6 @@ class _Simplification:
         if one.op == "mul" and one.args[1].kind < one.kind:
             factor = one.args[1]
             return self._times(one.args[0], self._value("neg", (factor,), factor.kind, factor.dtype), value.dtype)
-        return None
-
-    def _sub(self, value: Value, one: Value, other: Value) -> Value | None:
-        if other.op == "mul" and other.args[0] is one and other.args[1].kind < value.kind:
-            factor = other.args[1]
-            unit = self._value("constant", (1.0,), Kind.NUMBER, factor.dtype)
-            return self._times(one, self._value("sub", (unit, factor), factor.kind, factor.dtype), value.dtype)
         return None
 
     def _add(self, _: Value, one: Value, other: Value) -> Value | None:
@@ -102,7 +97,7 @@ class _Simplification:
     def _assumed_anew(self, condition: Value, value: Value) -> Value:
         if _keeps_positive(condition, value):  # so that it is the same value whether the condition is met or not
             zero = self._value("constant", (0,), Kind.NUMBER, value.dtype)
-            return self._value("clamp", (value.args[1], zero, None), value.kind, value.dtype)
+            return self._value("where", (condition, value.args[1], zero), value.kind, value.dtype)
         if value.op == "where" and value.args[0] is condition:
             return self._assuming(condition, value.args[1])
         args = [self._assuming(condition, arg) if isinstance(arg, Value) else arg for arg in value.args]

@@ -64,7 +64,7 @@ class Sweeps:
     """
 
     def __init__(self, graph: UpdateGraph) -> None:
-        values = graph.values()
+        values = graph.values
         large = {i: value for i, value in graph.outputs if graph.inputs[i][0] != Kind.NUMBER}
         at = _earliest(values, {})
         last = max([at[value] for value in values if value.is_total or value in large.values()], default=-1)
@@ -128,7 +128,7 @@ def _earliest(values: Iterable[Value], totals: Mapping[Value, int]) -> dict[Valu
 def _latest(graph: UpdateGraph, last: int) -> dict[Value, int]:
     """The last sweep in which, or before which, each value can be computed: late, totals share sweeps with writes."""
     found = {value: last if graph.inputs[i][0] != Kind.NUMBER or value.is_total else last + 1 for i, value in graph.outputs}
-    for value in reversed(graph.values()):
+    for value in reversed(graph.values):
         for each in value.operands:
             late = found[value] - 1 if each.is_total else found[value]
             found[each] = min(found.get(each, late), late)
