@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.ops import State, finite, map_tree, state_dtype
 from hyperopt_nested.sensitivity import Raws, pull_forward, pushforward
 
 Curvature = Literal["none", "exact"]
@@ -71,16 +71,18 @@ class Horizon:
             pushed = push(along, {name: _widened(bent[name]) for name in grads}, moved_states, ones)
             for name, carried in memory.items():
                 for value in moved & carried.get(key, {}).keys():
-                    found[name]["carried"][key][value] = {"param": pushed[0][name], "state": pushed[1][name]}
+                    moved_by = {"param": pushed[0][name], "state": pushed[1][name]}
+                    found[name]["carried"][key][value] = map_tree(_kept, moved_by, before[name])
         return new, states, found
 
     def pull(
-        self, _: str, grad: Tensor, __: Tensor, ___: State, memory: State, hypers: Mapping[str, Raws]
+        self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
-        for key, by_value in memory["carried"].items():
-            for value, each in by_value.items():
-                yield key, value, pull_forward(grad, each["param"], hypers[key][value])
+        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
+        for name, grad in grads.items():
+            for key, by_value in memory[name]["carried"].items():
+                for value, each in by_value.items():
+                    yield key, value, pull_forward(grad, each["param"], hypers[key][value])
 
     def _directions(self, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, set[str]]]:
         """Values that are moved at a time: all of a hyper, since each acts on its own part; with exact curvature, one."""
@@ -88,14 +90,19 @@ class Horizon:
             yield from ((key, {value}) for value in raws) if self._exact else [(key, set(raws))]
 
     def _before(self, sensitivities: Mapping[str, State], moved: set[str], param: Tensor, state: State) -> State:
-        """Discounted sensitivities to what is moved; where one is not finite, a new horizon begins."""
+        """Discounted sensitivities to what is moved."""
         for value in moved & sensitivities.keys():
-            return map_tree(lambda s: self._discount * torch.where(torch.isfinite(s), s, 0), sensitivities[value])
+            return map_tree(lambda s: self._discount * s, sensitivities[value])
         return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, state)}
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(state_dtype(tensor))
+
+
+def _kept(new: Tensor, old: Tensor) -> Tensor:
+    """A new sensitivity, in the dtype of the old one; where it is not finite, a new horizon begins."""
+    return finite(new.to(old.dtype))
 
 
 def _zeros(tensor: Tensor) -> Tensor:
