@@ -40,7 +40,7 @@ class Horizon:
         found = {}
         for name, param in params.items():
             values = hypers if self._exact else self._update.used([name], hypers)
-            zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, rule[name])}
+            zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(rule[name]))}
             carried = {key: {value: map_tree(torch.clone, zero) for value in raws} for key, raws in values.items() if raws}
             found[name] = {"carried": carried}
         return found
@@ -52,12 +52,13 @@ class Horizon:
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
 
-        def update(params: Raws, grads: Raws, rule: dict[str, State], hypers: dict[str, Raws]) -> tuple[Any, Raws]:
-            new, (states, totals) = self._update(params, grads, rule, hypers, values)
-            return (new, states), totals
+        def update(params: Raws, grads: Raws, real: State, hypers: dict[str, Raws]) -> tuple[Any, State]:
+            new, (states, _) = self._update(params, grads, _joined(real, rule), hypers, values)
+            return (new, _real(states)), states
 
-        at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, rule), hypers
-        (new, states), _, push = pushforward(update, *at)
+        at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, _real(rule)), hypers
+        (new, real), states, push = pushforward(update, *at)
+        states = _joined(real, states)
         found: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
         for key, moved in self._directions(hypers):
             before = {name: self._before(carried.get(key, {}), moved, here[name], rule[name]) for name, carried in memory.items()}
@@ -93,11 +94,22 @@ class Horizon:
         """Discounted sensitivities to what is moved."""
         for value in moved & sensitivities.keys():
             return map_tree(lambda s: self._discount * s, sensitivities[value])
-        return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, state)}
+        return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(state))}
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(state_dtype(tensor))
+
+
+def _real(tree: State) -> State:
+    """The part of a tree that has derivatives: without integers and masks."""
+    parts = {key: _real(leaf) if isinstance(leaf, dict) else leaf for key, leaf in tree.items()}
+    return {key: part for key, part in parts.items() if isinstance(part, dict) or part.is_floating_point()}
+
+
+def _joined(real: State, tree: State) -> State:
+    """A tree with its real part replaced."""
+    return {key: _joined(real[key], leaf) if isinstance(leaf, dict) else real.get(key, leaf) for key, leaf in tree.items()}
 
 
 def _kept(new: Tensor, old: Tensor) -> Tensor:
