@@ -101,8 +101,9 @@ class FTPOptimizer(ProjectedOptimizer):
         k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly; with 0 a radius shrinks only with the largest
             row norm, its upper bound.
         exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
-        anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time); a mapping from
-            names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
+        anchor: what the weights stay near: None, the values that each tensor has before its first step, so that pre-trained weights may
+            also be loaded after construction; a mapping from names to tensors, such as a state dict, which is copied; or "zero", which
+            takes no memory, for LoRA factors.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
         displacement_dtype: the dtype of the last displacement, which the radius learns from: torch.bfloat16 halves its memory, and rounds

@@ -60,7 +60,7 @@ def ftp_rule(
     Args:
         base: the optimizer that is projected.
         k: annealing of positive radius gradients, in [0, 1].
-        anchor: "start", the values when the optimizer is initialised, "zero", or a tensor.
+        anchor: "start", the values before the first step, "zero", or a tensor.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         lr: learning rate of the radii.
 

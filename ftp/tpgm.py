@@ -29,8 +29,9 @@ class TPGM(ProjectedOptimizer):
         lr: learning rate of the radii.
         updates: how often a `step` evaluates the validation loss and steps the radii.
         exclude: what is left alone, as a new head is: names, glob patterns of names, modules or tensors.
-        anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time); a mapping from
-            names to tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
+        anchor: what the weights stay near: None, the values at construction (of tensors added later, at that time), so make this when
+            the pre-trained weights are loaded and training has not begun; a mapping from names to tensors, such as a state dict, which is
+            copied; or "zero", which takes no memory, for LoRA factors.
 
     Raises:
         ValueError: `norm`, `lr` or `updates` is outside its domain, an entry of `exclude` matches nothing, or an anchor is missing or
@@ -55,6 +56,8 @@ class TPGM(ProjectedOptimizer):
         >>> sorted(tpgm.hypers()["radius"])
         ['0.bias', '0.weight']
     """
+
+    _begins_at_first_step = False  # its first step comes after training
 
     def __init__(
         self,
@@ -109,7 +112,9 @@ class TPGM(ProjectedOptimizer):
         if closure is None:
             raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
         tuned = {p: p.detach().clone() for p in self._projected()}
-        before = {p: dict(state) for p, state in self.state.items()}
+        before = {  # steps are counted in place
+            p: {key: leaf.clone() if key == "steps" else leaf for key, leaf in state.items()} for p, state in self.state.items()
+        }
         try:
             self._start(tuned)
             for _ in range(self._updates):

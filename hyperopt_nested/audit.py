@@ -8,15 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hyperopt_nested.carried import Carried
+from hyperopt_nested.draws import Draws, devices_of, drawn_again
 from hyperopt_nested.horizon import Curvature
+from hyperopt_nested.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
 from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import map_tree
+from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.unrolled import Hypers, OuterLoss, TrainLoss, hypergradient, in_values
+from hyperopt_nested.training import Values, refuse_other
+from hyperopt_nested.twice import loss_with_hessian
+from hyperopt_nested.unrolled import Hypergradients, hypergradient, in_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Evaluate = Callable[..., tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -102,26 +110,29 @@ def audit(
     discounts: Sequence[float] = (0.0, 0.9, 0.99, 1.0),
     curvature: Curvature = "none",
     steps: Sequence[int] | None = None,
+    has_aux: bool = False,
 ) -> Audit:
     """Measure, on your own model and data, how far online hypergradients are from the exact ones.
 
     The tensors are trained with hypers that stay as declared. After some numbers of steps, the hypergradients that `HyperOptimizer` would
     learn from, with each discount, are compared with the exact one through all steps so far: the short-horizon bias (Wu et al. 2018,
-    arXiv 1803.02021).
+    arXiv 1803.02021). All of them draw the same random numbers, such as dropout's masks, at the same step.
 
     Args:
         optimizer: as for `hypergradient`, as the next five.
         params: the tensors before the first step, by name.
         batches: one a step.
-        train_loss: pure function of tensors and a batch to a loss of shape ().
-        outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
+        train_loss: function of tensors and a batch to a loss of shape ().
+        outer_loss: function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
         discounts: those of the online hypergradients; 0 looks through one step.
         curvature: of the online hypergradients.
         steps: after which numbers of steps to compare; None: 1, 2, 5, 10, 20, 50, ..., and all.
+        has_aux: whether the losses may return a pair of the loss and anything else, which is left out here.
 
     Raises:
         ValueError: `steps` are not between 1 and the number of batches, or as `Nested` and `hypergradient`.
+        RuntimeError: `train_loss` returns another loss when it is called again with the same arguments and random numbers.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -137,19 +148,25 @@ def audit(
     marks = _marks(len(batches)) if steps is None else sorted(set(steps))
     if not marks or marks[0] < 1 or marks[-1] > len(batches):
         raise ValueError(f"steps={steps!r} must be between 1 and {len(batches)}, the number of batches")
-    through_all = functools.partial(hypergradient, optimizer, params, outer_batch=outer_batch, memory="sqrt")
-    exact = [through_all(batches[:mark], train_loss, outer_loss) for mark in marks]
+    draws = Draws.now(devices_of(params.values()))
+
+    def through(mark: int) -> Hypergradients:
+        how: dict[str, Any] = {"outer_batch": outer_batch, "memory": "sqrt", "has_aux": has_aux}
+        with drawn_again(draws):
+            return hypergradient(optimizer, params, batches[:mark], train_loss, outer_loss, **how)
+
+    exact = [through(mark) for mark in marks]
+    train = functools.partial(evaluate, "train_loss", train_loss, has_aux=has_aux)
+    outer = functools.partial(evaluate, "outer_loss", lambda params, hypers: outer_loss(params, outer_batch, hypers), has_aux=has_aux)
     rows = []
     for discount in dict.fromkeys(discounts):
         nested = Nested(in_values(optimizer), discount=discount, curvature=curvature if discount else "none")
-        online = _online(nested, params, batches[: marks[-1]], train_loss, functools.partial(_outer, outer_loss, outer_batch), marks)
-        for mark, through in zip(marks, exact, strict=True):
-            rows += [_bias(hyper, mark, discount, nested.curvature, online[mark][hyper], through[hyper]) for hyper in through]
+        with drawn_again(draws):
+            online, first = _online(nested, params, batches[: marks[-1]], train, outer, marks)
+        for mark, each in zip(marks, exact, strict=True):
+            refuse_other([first], each.train_losses[:1], 0)
+            rows += [_bias(hyper, mark, discount, nested.curvature, online[mark][hyper], each[hyper]) for hyper in each]
     return Audit(rows)
-
-
-def _outer(outer_loss: OuterLoss, outer_batch: Any, params: dict[str, Tensor], hypers: Hypers) -> Tensor:
-    return outer_loss(params, outer_batch, hypers)
 
 
 def _marks(steps: int) -> list[int]:
@@ -161,29 +178,59 @@ def _online(
     nested: Nested,
     params: Mapping[str, Tensor],
     batches: Sequence[Any],
-    train_loss: TrainLoss,
-    outer_loss: Callable[[dict[str, Tensor], Hypers], Tensor],
+    train: Evaluate,
+    outer: Evaluate,
     marks: Sequence[int],
-) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """Online hypergradients, by the number of steps after which they are taken."""
+) -> tuple[dict[int, Values], Tensor]:
+    """Online hypergradients, by the number of steps after which they are taken, and the first loss."""
     st, now, found = nested.init(params), {name: p.detach() for name, p in params.items()}, {}
+    buffers: Tensors = {}
+    losses: list[Tensor] = []
     for step, batch in enumerate(batches, start=1):
-        gradient = torch.func.grad(functools.partial(_loss_on, train_loss, batch))
-        bent = functools.partial(_product, gradient, now) if nested.curvature == "exact" else None
-        now, st = nested.step(now, gradient(now), st, learn=False, hessian=bent)
+        leaves = map_tree(_leaf, now)
+        carried = Carried(leaves, buffers)
+
+        def loss(carried: Carried = carried, batch: Any = batch) -> Tensor:
+            return train(carried, batch)[0]
+
+        bent = None
+        with torch.enable_grad():
+            if nested.curvature == "exact":
+                value, grads, bent = loss_with_hessian(loss, leaves)
+            else:
+                value = loss()
+                grads = gradients(value, leaves, graph=False)
+        losses.append(value.detach())
+        now, st = nested.step(now, grads, st, learn=False, hessian=bent)
+        buffers = detached(carried.buffers)
         if step in marks:
-            slope, direct = torch.func.grad(outer_loss, argnums=(0, 1))(now, st["hypers"])
-            found[step] = map_tree(torch.add, direct, nested.hypergradients(now, slope, st))
-    return found
+            with drawn_again(Draws.now(devices_of(now.values()))):
+                found[step] = _slopes(nested, now, st, buffers, outer)
+    return found, losses[0]
 
 
-def _loss_on(train_loss: TrainLoss, batch: Any, params: dict[str, Tensor]) -> Tensor:
-    return train_loss(params, batch)
+def _slopes(nested: Nested, params: Tensors, st: State, buffers: Tensors, outer: Evaluate) -> Values:
+    """Online hypergradients of the outer loss, after a step."""
+    leaves, hypers = map_tree(_leaf, params), map_tree(_leaf, st["hypers"])
+    with torch.enable_grad():
+        loss, _ = outer(Carried(leaves, buffers), hypers)
+        if not loss.requires_grad:
+            raise refuse_constant("outer_loss", "params or hypers")
+        inputs, structure = tree_flatten((leaves, hypers))
+        slopes, direct = tree_unflatten(torch.autograd.grad(loss, inputs, allow_unused=True), structure)
+    reached = {name: slope for name, slope in slopes.items() if slope is not None}
+    through = nested.hypergradients(params, reached, st)
+    return {
+        key: {
+            name: sum((part for part in (direct[key][name], through.get(key, {}).get(name)) if part is not None), torch.zeros_like(value))
+            for name, value in by_name.items()
+        }
+        for key, by_name in st["hypers"].items()
+    }
 
 
-def _product(gradient: Callable[[Any], Any], params: dict[str, Tensor], along: dict[str, Tensor]) -> dict[str, Tensor]:
-    pushed: Any = torch.func.jvp(gradient, (params,), (along,))
-    return dict(pushed[1])
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
 def _bias(hyper: str, steps: int, discount: float, curvature: Curvature, online: dict[str, Tensor], exact: dict[str, Tensor]) -> Bias:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.ops import State, finite, map_tree, state_dtype
 from hyperopt_nested.sensitivity import Raws, pull_forward, pushforward
 
 Curvature = Literal["none", "exact"]
@@ -40,7 +40,7 @@ class Horizon:
         found = {}
         for name, param in params.items():
             values = hypers if self._exact else self._update.used([name], hypers)
-            zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, rule[name])}
+            zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(rule[name]))}
             carried = {key: {value: map_tree(torch.clone, zero) for value in raws} for key, raws in values.items() if raws}
             found[name] = {"carried": carried}
         return found
@@ -52,12 +52,13 @@ class Horizon:
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
 
-        def update(params: Raws, grads: Raws, rule: dict[str, State], hypers: dict[str, Raws]) -> tuple[Any, Raws]:
-            new, (states, totals) = self._update(params, grads, rule, hypers, values)
-            return (new, states), totals
+        def update(params: Raws, grads: Raws, real: State, hypers: dict[str, Raws]) -> tuple[Any, State]:
+            new, (states, _) = self._update(params, grads, _joined(real, rule), hypers, values)
+            return (new, _real(states)), states
 
-        at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, rule), hypers
-        (new, states), _, push = pushforward(update, *at)
+        at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, _real(rule)), hypers
+        (new, real), states, push = pushforward(update, *at)
+        states = _joined(real, states)
         found: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
         for key, moved in self._directions(hypers):
             before = {name: self._before(carried.get(key, {}), moved, here[name], rule[name]) for name, carried in memory.items()}
@@ -71,16 +72,18 @@ class Horizon:
             pushed = push(along, {name: _widened(bent[name]) for name in grads}, moved_states, ones)
             for name, carried in memory.items():
                 for value in moved & carried.get(key, {}).keys():
-                    found[name]["carried"][key][value] = {"param": pushed[0][name], "state": pushed[1][name]}
+                    moved_by = {"param": pushed[0][name], "state": pushed[1][name]}
+                    found[name]["carried"][key][value] = map_tree(_kept, moved_by, before[name])
         return new, states, found
 
     def pull(
-        self, _: str, grad: Tensor, __: Tensor, ___: State, memory: State, hypers: Mapping[str, Raws]
+        self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
-        for key, by_value in memory["carried"].items():
-            for value, each in by_value.items():
-                yield key, value, pull_forward(grad, each["param"], hypers[key][value])
+        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
+        for name, grad in grads.items():
+            for key, by_value in memory[name]["carried"].items():
+                for value, each in by_value.items():
+                    yield key, value, pull_forward(grad, each["param"], hypers[key][value])
 
     def _directions(self, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, set[str]]]:
         """Values that are moved at a time: all of a hyper, since each acts on its own part; with exact curvature, one."""
@@ -88,14 +91,30 @@ class Horizon:
             yield from ((key, {value}) for value in raws) if self._exact else [(key, set(raws))]
 
     def _before(self, sensitivities: Mapping[str, State], moved: set[str], param: Tensor, state: State) -> State:
-        """Discounted sensitivities to what is moved; where one is not finite, a new horizon begins."""
+        """Discounted sensitivities to what is moved."""
         for value in moved & sensitivities.keys():
-            return map_tree(lambda s: self._discount * torch.where(torch.isfinite(s), s, 0), sensitivities[value])
-        return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, state)}
+            return map_tree(lambda s: self._discount * s, sensitivities[value])
+        return {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(state))}
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(state_dtype(tensor))
+
+
+def _real(tree: State) -> State:
+    """The part of a tree that has derivatives: without integers and masks."""
+    parts = {key: _real(leaf) if isinstance(leaf, dict) else leaf for key, leaf in tree.items()}
+    return {key: part for key, part in parts.items() if isinstance(part, dict) or part.is_floating_point()}
+
+
+def _joined(real: State, tree: State) -> State:
+    """A tree with its real part replaced."""
+    return {key: _joined(real[key], leaf) if isinstance(leaf, dict) else real.get(key, leaf) for key, leaf in tree.items()}
+
+
+def _kept(new: Tensor, old: Tensor) -> Tensor:
+    """A new sensitivity, in the dtype of the old one; where it is not finite, a new horizon begins."""
+    return finite(new.to(old.dtype))
 
 
 def _zeros(tensor: Tensor) -> Tensor:

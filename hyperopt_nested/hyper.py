@@ -8,7 +8,7 @@ unconstrained coordinates ("raw" coordinates below; without a bijection raw coor
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -141,12 +141,12 @@ class Hyper:
             return raw.clamp(*self.bounds(raw.dtype))
         return raw.clamp(*_MAPS[via].reach(torch.finfo(raw.dtype)))
 
-    def within(self, raw: Tensor, via: Bijection | None, low: Tensor | None, high: Tensor | None) -> Tensor:
+    def within(self, raw: Tensor, via: Bijection | None, low: Tensor | float | None, high: Tensor | float | None) -> Tensor:
         """Raw coordinates after clamping the value to `[low, high]` (None: no bound); where it is inside, they stay bit for bit."""
         if low is None and high is None:
             return raw
         value = self.to_value(raw, via)
-        clamped = torch.clamp(value, low, high).clamp(*self.bounds(raw.dtype))
+        clamped = cast(Tensor, torch.clamp(value, low, high)).clamp(*self.bounds(raw.dtype))  # type: ignore[arg-type]
         return torch.where(clamped == value, raw, self.confine(self.to_raw(clamped, via), via))
 
     @property

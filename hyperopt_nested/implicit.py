@@ -21,7 +21,7 @@ _MOVES = 10.0  # times the update itself: a smaller derivative with respect to a
 
 
 def implicit(
-    update: Update, outer: Callable[[Raws, Values], Tensor], params: Raws, values: Values, solver: Solver, iterations: int
+    update: Update, slope: Raws, direct: Values, params: Raws, values: Values, solver: Solver, iterations: int
 ) -> tuple[Values, Tensor]:
     """Derivative of an outer loss, at the fixed point of an update, with respect to the values of hypers.
 
@@ -30,7 +30,8 @@ def implicit(
 
     Args:
         update: from tensors and values to new tensors; the same tensors at its fixed point.
-        outer: from tensors and values to a loss of shape ().
+        slope: the outer loss's derivative with respect to the tensors.
+        direct: its derivative with respect to the values.
         params: the tensors, near the fixed point.
         values: the values of the hypers.
         solver: of the linear system.
@@ -43,7 +44,6 @@ def implicit(
         ValueError: the update's derivative with respect to a hyper is no larger than the update itself.
     """
     _refuse_still(update, params, values)
-    slope, direct = torch.func.grad(outer, argnums=(0, 1))(params, values)
     through: Any = torch.func.vjp(update, params, values)
     pull = through[1]
 
@@ -53,7 +53,8 @@ def implicit(
     solution = (_conjugate_gradients if solver == "cg" else _neumann)(system, slope, iterations)
     left = map_tree(torch.sub, slope, system(solution))
     found: Values = map_tree(torch.add, direct, pull(solution)[1])
-    return found, (_dot(left, left) / _dot(slope, slope)).sqrt()
+    size = _dot(slope, slope)
+    return found, torch.where(size > 0, _dot(left, left) / torch.where(size > 0, size, 1), 0).sqrt()
 
 
 def _conjugate_gradients(system: Callable[[Raws], Raws], right: Raws, iterations: int) -> Raws:

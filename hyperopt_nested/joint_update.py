@@ -14,6 +14,8 @@ from hyperopt_nested.tensor_update import TensorUpdate
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]
+_NONE: dict[str, float | Tensor] = {}
+
 Hessian = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Product of the Hessian of the loss that gradients are of with tensors, by name, of the shapes of those that have a gradient."""
 
@@ -58,15 +60,24 @@ class JointUpdate:
                 found[each.key][each.key_of(name)] = hypers[each.key][each.key_of(name)]
         return found
 
-    def of(self, name: str, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor]) -> TensorUpdate:
-        """The update of one tensor."""
-        return TensorUpdate(self.optimizer_of(name), self.learned_of(name), param, grad, state, values)
+    def of(
+        self, params: Tensors, grads: Tensors, states: Mapping[str, State], values: Values, names: Iterable[str]
+    ) -> dict[str, TensorUpdate]:
+        """The update of each tensor called so; arguments as of `Nested.step`, and the states of rules."""
+        found, last = {}, None
+        for name in names:
+            optimizer, learned, given = self.optimizer_of(name), self.learned_of(name), values.get(name, _NONE)
+            device = params[name].device
+            if last is None or last[0] is not optimizer or last[1] is not given or last[2] != device:  # tensors of a group share numbers
+                last = optimizer, given, device, TensorUpdate.fixed(optimizer, learned, given, device)
+            found[name] = TensorUpdate(optimizer, learned, params[name], grads[name], states[name], given, last[3])
+        return found
 
     def __call__(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Raws], values: Values
     ) -> tuple[Raws, tuple[dict[str, State], Raws]]:
         """New tensors; and new states of their rules, and the totals of what is measured. Arguments as of `Nested.step`."""
-        updates = {name: self.of(name, params[name], grads[name], rule[name], values.get(name, {})) for name in grads}
+        updates = self.of(params, grads, rule, values, grads)
         used = {name: self.raws_of(name, raws) for name in grads}
         totals: Raws = {}
         for name, each in updates.items():

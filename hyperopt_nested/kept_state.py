@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_nested.learned import Learner
+from hyperopt_nested.learned import COUNTED, Learner
 from hyperopt_nested.ops import State
 
 
@@ -34,7 +34,7 @@ def refs(nested: Learner, st: State, home: str) -> State:
             "learners": {
                 k: walk(nested.learned[k].learner, inner, owners(k), f"{prefix}learners.{k}.") for k, inner in st["learners"].items()
             },
-            "rejected": {k: Ref(home, f"{prefix}rejected.{k}") for k in st["rejected"]},
+            **{part: {k: Ref(home, f"{prefix}{part}.{k}") for k in st[part]} for part in COUNTED},
         }
 
     return walk(nested, st, lambda name: name, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
 from hyperopt_nested.learnable import Kind, Memory, kind_of_memory
 from hyperopt_nested.learned import number
-from hyperopt_nested.ops import State, map_tree, state_dtype
-from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse
+from hyperopt_nested.ops import State, finite, map_tree, state_dtype
+from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse, pullback
 
 
 class LastUpdate:
@@ -41,7 +41,7 @@ class LastUpdate:
         found = {}
         for name, param in params.items():
             none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._kept(name, "forward")}
-            totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), device=param.device)}
+            totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), dtype=state_dtype(param), device=param.device)}
             raws = self._update.raws_of(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
         return found
@@ -62,31 +62,74 @@ class LastUpdate:
         memory: State = {}
         for name in grads:
             dtype = self._dtype or params[name].dtype
-            sensitivity = {key: sensitivities[key][name].to(dtype) for key in self._kept(name, "forward")}
+            sensitivity = {key: finite(sensitivities[key][name].to(dtype)) for key in self._kept(name, "forward")}
             inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
 
     def pull(
-        self, name: str, grad: Tensor, param: Tensor, rule: State, memory: State, hypers: Mapping[str, Raws]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of a tensor adds to hypergradients: by learned hyper and by value."""
-        value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
-        raws = self._update.raws_of(name, hypers)
-        for key, sensitivity in memory["sensitivity"].items():
-            yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), raws[key])
-        if "inputs" in memory:
-            inputs = memory["inputs"]
-            update = self._update.of(name, inputs["param"], inputs["grad"], inputs["state"], inputs["values"])
-            through = pull_reverse(grad, functools.partial(update.param, total=inputs.get("total")), inputs["raws"])
-            for key in self._kept(name, "reverse"):
-                yield key, value[key], torch.where(memory["taken"] > 0, through[key], 0)
-        if "numbers" in memory:
-            numbers, taken = memory["numbers"], memory["taken"] > 0
-            state = map_tree(lambda leaf: torch.where(taken, leaf, 1) if leaf.ndim == 0 else leaf, rule)  # no step is number 0
-            through = self._update.of(name, param, grad, state, numbers["values"]).pull_late(grad, numbers["raws"])
-            for key in self._kept(name, "late"):
-                yield key, value[key], torch.where(taken, through[key], 0)
+        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value.
+
+        Elements in which the last update came out not finite add nothing, unless the gradient is not finite there.
+
+        Args:
+            params: the tensors that the last update made.
+            grads: their gradients.
+            rule: the states of rules that the last update made.
+            memory: as the last step made it.
+            hypers: raw values now.
+        """
+        reverse = self._pull_reverse(grads, memory)
+        late = self._pull_late(params, grads, rule, memory)
+        for name, grad in grads.items():
+            value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
+            for key, sensitivity in memory[name]["sensitivity"].items():
+                yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
+            for kind, found in (("reverse", reverse), ("late", late)):
+                for key in self._kept(name, kind):
+                    yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
+
+    def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Raws]:
+        """Pull gradients back through the remembered updates."""
+        inputs = {name: memory[name]["inputs"] for name in grads if "inputs" in memory[name]}
+        if not inputs:
+            return {}
+        before = ({name: each[part] for name, each in inputs.items()} for part in ("param", "grad", "state", "values"))
+        updates = self._update.of(*before, inputs)
+        along = {name: update.cleaned(grads[name]) for name, update in updates.items()}
+        totals = {name: finite(each["total"]) if "total" in each else None for name, each in inputs.items()}
+
+        def new(raws: dict[str, Raws]) -> Raws:
+            return {name: update.param(raws[name], totals[name]) for name, update in updates.items()}
+
+        return pull_reverse(along, new, {name: each["raws"] for name, each in inputs.items()})
+
+    def _pull_late(
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State]
+    ) -> dict[str, Raws]:
+        """Pull gradients back through the last part of each update, `Rule.finish`, given the tensors and the states that they left.
+
+        The tensors before it are worked out: `finish` is affine in them.
+        """
+        numbers = {name: memory[name]["numbers"] for name in grads if "numbers" in memory[name]}
+        if not numbers:
+            return {}
+        states = {name: map_tree(_stepped(memory[name]["taken"] > 0), rule[name]) for name in numbers}
+        updates = self._update.of(params, grads, states, {name: each["values"] for name, each in numbers.items()}, numbers)
+        after, along = {}, {}
+        for name, update in updates.items():
+            after[name], along[name] = update.left(grads[name])
+        raws = {name: each["raws"] for name, each in numbers.items()}
+
+        def finish(params: Raws, raws: dict[str, Raws]) -> Raws:
+            return {name: update.finish(params[name], raws[name]) for name, update in updates.items()}
+
+        at_zero, _, pull = pullback(lambda params: (finish(params, raws), ()), map_tree(torch.zeros_like, after))
+        (slopes,) = pull(map_tree(torch.ones_like, after))
+        before = map_tree(lambda after, at_zero, slope: (after - at_zero) / slope, after, at_zero, slopes)
+        return pull_reverse(along, functools.partial(finish, before), raws)
 
     def _kept(self, name: str, kind: Kind) -> list[str]:
         """Learned hypers of a tensor that are remembered so."""
@@ -111,6 +154,8 @@ class LastUpdate:
         found: State = {"sensitivity": sensitivity}
         late, reverse = self._kept(name, "late"), self._kept(name, "reverse")
         optimizer = self._update.optimizer_of(name)
+        if not late and not reverse:
+            return found
         given = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
         numbers: State = {"raws": raws, "values": given}
         if late:
@@ -120,4 +165,9 @@ class LastUpdate:
             if optimizer.rule.measures:
                 inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
             found["inputs"] = map_tree(torch.clone, inputs)
-        return {**found, "taken": torch.tensor(taken, device=param.device)} if late or reverse else found
+        return {**found, "taken": torch.full((), taken, dtype=torch.float32, device=param.device)}
+
+
+def _stepped(taken: Tensor) -> Callable[[Tensor], Tensor]:
+    """Leaf by leaf: as it is, but before the first update numbers are 1, since no step is number 0."""
+    return lambda leaf: torch.where(taken, leaf, 1) if leaf.ndim == 0 else leaf

@@ -104,8 +104,9 @@ def check_used(
     device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
-    update = TensorUpdate(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {})
-    total = torch.zeros((), device=device) if update.measures else None
+    numbers = TensorUpdate.fixed(optimizer, learned, {}, probe.device)
+    update = TensorUpdate(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {}, numbers)
+    total = torch.zeros((), dtype=torch.float32, device=device) if update.measures else None
     told = {each.key: hyper for hyper, each in learned.items()}
     measured = set(raws) - set(unused(update.measure, raws)) if update.measures else set()
     for key in unused(functools.partial(update.param, total=total), raws):

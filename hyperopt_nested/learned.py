@@ -5,18 +5,24 @@ from __future__ import annotations  # torch.compile does not evaluate annotation
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.hyper import Bijection, Hyper
-from hyperopt_nested.ops import State, map_tree, state_dtype
-from hyperopt_nested.rule import Learn
+from hyperopt_nested.ops import State, map_tree, number_dtype, state_dtype
+from hyperopt_nested.rule import Bound, Learn
 from hyperopt_nested.sensitivity import Raws
 
 MODEL = "model"
 """Key of a learned value that all tensors share."""
+
+Counts = dict[str, Tensor]
+"""What is counted of a learned hyper, shape () each: hypergradient entries that were `rejected`, and values that were `pinned`."""
+
+COUNTED = ("rejected", "pinned")
+"""The names of these counts, which are parts of an engine's state."""
 
 
 class Learner(Protocol):
@@ -33,8 +39,8 @@ class Learner(Protocol):
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
         """Learned values of the learner itself."""
 
-    def rejected(self, st: State) -> dict[str, Tensor]:
-        """Counts of what the learner rejected for its own hypers."""
+    def counted(self, part: str, st: State) -> dict[str, Any]:
+        """Counts of one kind, for the hypers of the learner itself."""
 
 
 class LearnedHyper:
@@ -46,10 +52,16 @@ class LearnedHyper:
         hyper: the domain.
         via: the bijection in whose coordinates it is learned, or None.
         learner: the engine of `learn.by`.
+        declared: what numbers of schedules are taken relative to: the declared value, or that of the run whose state was loaded.
     """
 
     def __init__(self, key: str, learn: Learn, hyper: Hyper, via: Bijection | None, learner: Learner) -> None:
         self.key, self.learn, self.hyper, self.via, self.learner = key, learn, hyper, via, learner
+        self.declared = learn.value
+        low, high = (None if callable(end) or math.isinf(end) else end for end in learn.bounds)
+        self._bounds = low, high
+        self._below = learn.value > max(hyper.lower, -math.inf if low is None else low)  # else it was declared to start at that end
+        self._above = learn.value < min(hyper.upper, math.inf if high is None else high)
 
     def key_of(self, tensor_name: str) -> str:
         """Key of the value that a tensor uses."""
@@ -72,7 +84,7 @@ class LearnedHyper:
     def value(self, raw: Tensor, scheduled: float | Tensor | None = None) -> Tensor:
         """Effective value: the learned value times what a schedule has made of the declared one, over the declared one."""
         value = self.hyper.to_value(raw, self.via)
-        declared = self.learn.value
+        declared = self.declared
         if scheduled is None or (not isinstance(scheduled, Tensor) and scheduled == declared):
             return value
         if declared == 0:  # of a tensor we can not ask, without a sync, whether it is zero too
@@ -87,50 +99,81 @@ class LearnedHyper:
         Raises:
             ValueError: that is asked for.
         """
-        if self.learn.value == 0 and scheduled != 0:
+        if self.declared == 0 and scheduled != 0:
             raise ValueError(
                 f"{self.key} was declared as learn(0.0, ...), which can not be scaled to {scheduled!r}: "
                 "declare a value that is not zero, or do not schedule it"
             )
 
-    def step(self, raws: Raws, grads: Raws, st: State, rejected: Tensor) -> tuple[Raws, State, Tensor]:
-        """Step the raw values with their hypergradients; entries that are not finite are skipped, and counted."""
+    def step(self, raws: Raws, grads: Raws, st: State, counts: Counts) -> tuple[Raws, State, Counts]:
+        """Step the raw values with their hypergradients.
+
+        Entries that are not finite are skipped, and counted as rejected. Entries that the learner would take beyond a fixed end (of the
+        domain, of what the dtype holds, or a bound that is a number) are counted as pinned, but for an end where they start.
+        """
         if self.learn.grad is not None:
-            grads = {key: self.learn.grad(grad) for key, grad in grads.items()}
+            grads = {key: self._transformed(grad) for key, grad in grads.items()}
         finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
         usable = {key: torch.where(finite[key], grad, 0) for key, grad in grads.items()}
         stepped, new = self.learner.step(raws, usable, st)
         new = {part: dict(tree) if part in ("rule", "memory") else tree for part, tree in new.items()}
         stepped = dict(stepped)
+        rejected, pinned = counts["rejected"], counts["pinned"]
         for key, fine in finite.items():
-            ok = fine & torch.isfinite(stepped[key])
-            stepped[key] = torch.where(ok, self.bounded(self.hyper.confine(stepped[key], self.via)), raws[key])
+            wanted = stepped[key]
+            ok = fine & torch.isfinite(wanted)
+            kept = self.bounded(self.hyper.confine(wanted, self.via))
+            stepped[key] = torch.where(ok, kept, raws[key])
             for part in ("rule", "memory"):
                 new[part][key] = map_tree(_keep_where(ok), new[part][key], st[part][key])
             rejected = rejected + (~ok).sum()
-        return stepped, new, rejected
+            if self._below or self._above:
+                pinned = pinned + (ok & self._stopped(wanted, kept)).sum()
+        return stepped, new, {"rejected": rejected, "pinned": pinned}
+
+    def _transformed(self, grad: Tensor) -> Tensor:
+        """What the declared transform makes of a hypergradient."""
+        found = cast(Callable[[Tensor], Any], self.learn.grad)(grad)
+        if not isinstance(found, Tensor) or found.shape != grad.shape:
+            shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise ValueError(
+                f"learn(grad=...) of {self.key} made {shown} of a hypergradient of shape {tuple(grad.shape)}: it must return a tensor of "
+                "that shape"
+            )
+        return found
+
+    def _stopped(self, wanted: Tensor, kept: Tensor) -> Tensor:
+        """Which entries were stopped at a fixed end that they do not start at."""
+        if self._below and self._above:
+            return kept != wanted
+        if self.via == "square":  # which falls below zero
+            wanted, kept = wanted.abs(), kept.abs()
+        return kept > wanted if self._below else kept < wanted
+
+    def ends(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """The fixed ends of the value, of the shape of `raw`: of the domain, of what the dtype holds, and bounds that are numbers."""
+        least = torch.zeros_like(raw) if self.via == "square" else torch.full_like(raw, -math.inf)
+        low, high = (self.bounded(self.hyper.confine(end, self.via)) for end in (least, torch.full_like(raw, math.inf)))
+        return self.hyper.to_value(low, self.via), self.hyper.to_value(high, self.via)
 
     def bounded(self, raw: Tensor, states: list[State] | None = None) -> Tensor:
         """Raw value after the declared bounds: numbers, or, given the new rule states of its tensors, those that read the state.
 
-        Of a value that several tensors share, the widest of their bounds.
+        Of a value that several tensors share, the widest of their bounds. A bound that is not finite is none.
         """
-        low, high = self.learn.bounds
         if states is None:
-            given = [None if callable(end) or math.isinf(end) else end for end in (low, high)]
-            ends = [None if end is None else torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in given]
-        else:
-            ends = [self._widest(low, torch.minimum, states, raw), self._widest(high, torch.maximum, states, raw)]
-        return self.hyper.within(raw, self.via, *ends)
-
-    @staticmethod
-    def _widest(end: Any, wider: Callable[[Tensor, Tensor], Tensor], states: list[State], raw: Tensor) -> Tensor | None:
-        return functools.reduce(wider, [end(state).to(raw) for state in states]) if callable(end) else None
+            return self.hyper.within(raw, self.via, *self._bounds)
+        low, high = self.learn.bounds
+        return self.hyper.within(
+            raw, self.via, _widest(low, torch.minimum, -math.inf, states, raw), _widest(high, torch.maximum, math.inf, states, raw)
+        )
 
 
-def number_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of single numbers: float64, or float32 on a device that has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def _widest(end: Bound, wider: Callable[[Tensor, Tensor], Tensor], none: float, states: list[State], raw: Tensor) -> Tensor | None:
+    if not callable(end):
+        return None
+    found = [end(state).to(raw) for state in states]
+    return functools.reduce(wider, [torch.where(torch.isfinite(each), each, none) for each in found])
 
 
 def number(value: float | Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ dicts of tensors, so it works under `torch.func.vmap`, `grad` and `jvp`, and und
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from hyperopt_nested.horizon import Curvature, Horizon
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
 from hyperopt_nested.last_update import LastUpdate
 from hyperopt_nested.learnable import Memory, check_declared, check_horizon, check_used
-from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.ops import State, evaluated, in_dtype, map_tree
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.sensitivity import Raws
@@ -27,7 +28,8 @@ class Nested:
 
     The state is a dict of nested dicts of tensors, of constant structure: `rule` (each tensor's rule state), `hypers` (learned values
     in raw coordinates), `learners` (the state of the optimizers that learn them: the same structure again), `memory` (each tensor's
-    last update) and `rejected` (how many hypergradient entries were not finite, and so not used).
+    last update), `rejected` (how many hypergradient entries were not finite, and so not used) and `pinned` (how many steps of values ended
+    at an end of what they may be).
 
     A learned hyper goes by its name; where several `learn(...)` declarations have one name, the second is `name#2`, and so on.
 
@@ -127,13 +129,13 @@ class Nested:
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:
                     raws[learned.key_of(name)] = learned.start(param, start.get(learned.key, learned.learn.value))
-        zero = {key: torch.zeros((), device=next(iter(raws.values())).device) for key, raws in hypers.items() if raws}
+        devices = {key: next(iter(raws.values())).device for key, raws in hypers.items() if raws}
         return {
             "rule": rule,
             "hypers": hypers,
             "learners": {key: learned.learner.init(hypers[key]) for key, learned in self.learned.items()},
             "memory": self._memory.nothing(params, rule, hypers),
-            "rejected": zero,
+            **{part: {key: number(0.0, device) for key, device in devices.items()} for part in COUNTED},
         }
 
     def step(
@@ -169,15 +171,18 @@ class Nested:
             raise ValueError(
                 f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
             )
+        if not grads:
+            return {**params}, {**st}
         grads = self.descended(grads)
-        hypers, learners, rejected = self._learn(params, grads, st, learn)
+        learned = self._learn(params, grads, st, learn)
+        hypers = learned["hypers"]
         bent = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, bent)
         new, rule = _in_dtypes_of(params, st["rule"], new, rule)
         rule = {**st["rule"], **rule}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         memory = {**st["memory"], **memory}
-        return {**params, **new}, {"rule": rule, "hypers": hypers, "learners": learners, "memory": memory, "rejected": rejected}
+        return {**params, **new}, {**learned, "rule": rule, "hypers": hypers, "memory": memory}
 
     def hyper_step(self, params: Tensors, grads: Tensors, st: State) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
@@ -191,25 +196,26 @@ class Nested:
             The new state.
         """
         grads = self.descended(grads)
-        hypers, learners, rejected = self._learn(params, grads, st, True)
-        hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in hypers.items()}
-        return {**st, "hypers": hypers, "learners": learners, "rejected": rejected}
+        learned = self._learn(params, grads, st, True)
+        hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in learned["hypers"].items()}
+        return {**st, **learned, "hypers": hypers}
 
     def descended(self, grads: Tensors) -> dict[str, Tensor]:
         """Gradients of what is minimized."""
         return {name: -grad if self._joint.optimizer_of(name).maximize else grad for name, grad in grads.items()}
 
-    def _learn(
-        self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str]
-    ) -> tuple[dict[str, Raws], dict[str, State], Raws]:
-        """Learned hypers, their learners and counts of what was rejected, after one step with the hypergradients that `grads` give."""
-        hypers, learners, rejected = dict(st["hypers"]), dict(st["learners"]), dict(st["rejected"])
+    def _learn(self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str]) -> State:
+        """The parts of the state that belong to learned hypers, after one step with the hypergradients that `grads` give."""
+        new = {part: dict(st[part]) for part in ("hypers", "learners", *COUNTED)}
         for key, hypergrads in self.hypergradients(params, grads, st).items() if learn else ():
             learned = self.learned[key]
             if not isinstance(learn, bool) and key not in learn:
                 continue
-            hypers[key], learners[key], rejected[key] = learned.step(hypers[key], hypergrads, learners[key], rejected[key])
-        return hypers, learners, rejected
+            counts = {part: new[part][key] for part in COUNTED}
+            new["hypers"][key], new["learners"][key], counts = learned.step(new["hypers"][key], hypergrads, new["learners"][key], counts)
+            for part, count in counts.items():
+                new[part][key] = count
+        return new
 
     def update(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
@@ -240,11 +246,9 @@ class Nested:
             By learned hyper, by key of its values; only values that some gradient reaches are there.
         """
         found: dict[str, Raws] = {key: {} for key in self.learned}
-        for name, grad in grads.items():
-            left = params[name], st["rule"][name], st["memory"][name]
-            for key, value, contribution in self._memory.pull(name, grad, *left, st["hypers"]):
-                before = found[key].get(value)
-                found[key][value] = contribution if before is None else before + contribution.to(before.device)
+        for key, value, contribution in self._memory.pull(params, grads, st["rule"], st["memory"], st["hypers"]):
+            before = found[key].get(value)
+            found[key][value] = contribution if before is None else before + contribution.to(before.device)
         return {key: raws for key, raws in found.items() if raws}
 
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
@@ -258,9 +262,20 @@ class Nested:
 
     def rejected(self, st: State) -> dict[str, Tensor]:
         """How many hypergradient entries were NaN or infinite, and so not used, at every height of the tower: shape () each."""
-        found = dict(st["rejected"])
+        return self.counted("rejected", st)
+
+    def pinned(self, st: State) -> dict[str, Tensor]:
+        """How many steps of learned values were stopped at an end of what these may be, at every height of the tower: shape () each.
+
+        Ends are those of the domain, of what the dtype holds, and bounds that are numbers; an end where the value starts does not count.
+        """
+        return self.counted("pinned", st)
+
+    def counted(self, part: str, st: State) -> dict[str, Any]:
+        """One part of the state that counts, "rejected" or "pinned", at every height of the tower."""
+        found = dict(st[part])
         for key, learned in self.learned.items():
-            found |= {f"{key}.{below}": count for below, count in learned.learner.rejected(st["learners"][key]).items()}
+            found |= {f"{key}.{below}": count for below, count in learned.learner.counted(part, st["learners"][key]).items()}
         return found
 
     def evaluated(self, params: Tensors, st: State) -> dict[str, Tensor]:

@@ -21,9 +21,17 @@ def zeros_like(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=state_dtype(param))
 
 
+def number_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of single numbers: float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def counter(param: Tensor) -> Tensor:
-    """A step counter at zero: a tensor of shape (), on the parameter's device."""
-    return torch.zeros((), dtype=torch.float32, device=param.device)
+    """A step counter at zero: a tensor of shape (), on the parameter's device, in float64 where the device has it.
+
+    In float32 a counter stands still at 2^24.
+    """
+    return torch.zeros((), dtype=number_dtype(param.device), device=param.device)
 
 
 def zeros(*names: str) -> Callable[[Tensor], State]:
@@ -39,6 +47,11 @@ def zeros(*names: str) -> Callable[[Tensor], State]:
         return {name: zeros_like(param) for name in names}
 
     return init
+
+
+def finite(x: Tensor) -> Tensor:
+    """The entries of a tensor that are finite, and zero in the place of the others."""
+    return torch.where(torch.isfinite(x), x, 0)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -87,14 +100,21 @@ def evaluated(param: Tensor, state: State) -> Tensor:
 
 
 def in_dtype(state: State, param: Tensor, dtype: torch.dtype | None) -> State:
-    """A rule's state with tensors of the parameter's shape in another dtype, all but anchors; None leaves it as it is."""
+    """A rule's state with tensors of the parameter's shape in another dtype, all but anchors; None leaves it as it is.
+
+    Single numbers are only widened: one of them may be a counter.
+    """
+    if dtype is None:
+        return state
 
     def cast(key: str, leaf: Any) -> Any:
         if isinstance(leaf, dict):
             return in_dtype(leaf, param, dtype)
-        return leaf.to(dtype) if leaf.is_floating_point() and leaf.shape == param.shape and key != "anchor" else leaf
+        if not leaf.is_floating_point() or leaf.shape != param.shape or key == "anchor":
+            return leaf
+        return leaf.to(dtype if leaf.ndim else torch.promote_types(leaf.dtype, dtype))
 
-    return state if dtype is None else {key: cast(key, leaf) for key, leaf in state.items()}
+    return {key: cast(key, leaf) for key, leaf in state.items()}
 
 
 def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:

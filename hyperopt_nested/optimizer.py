@@ -1,31 +1,33 @@
 """`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, cast, overload
+from warnings import warn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.group import Numbers, pack, unpack, with_overrides
+from hyperopt_nested.group import pack, unpack
+from hyperopt_nested.grouped import Choice, GroupedOptimizer
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.joint_update import Hessian
-from hyperopt_nested.kept_state import pairs, refs
 from hyperopt_nested.learnable import Memory
-from hyperopt_nested.learned import MODEL, number
+from hyperopt_nested.learned import MODEL
+from hyperopt_nested.loading import loaded, matched
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+from hyperopt_nested.param_state import DECLARED, ParamState, built, is_own
+from hyperopt_nested.roster import Group, Roster
+from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.twice import loss_with_hessian
 
-Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
-Choice = Optimizer | Callable[[str, Tensor], Optimizer]
 
 
-class HyperOptimizer(torch.optim.Optimizer):
+class HyperOptimizer(GroupedOptimizer):
     """A drop-in `torch.optim.Optimizer` whose hyper-parameters may be learned.
 
     `zero_grad`, `backward`, `step`, as ever. Learned values and all else that the engine remembers are plain tensors in `state`,
@@ -47,6 +49,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
+    Attributes:
+        backend: what runs them: "reference", "foreach", "compile" or "fused".
+
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
         ValueError: a value is outside its domain, a learned hyper is not used, or a group names a hyper wrongly.
@@ -63,7 +68,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         torch.Size([])
     """
 
-    _elsewhere: frozenset[str] = frozenset()  # entries of rules' states that stay on devices of their own
+    _begins_at_first_step = True  # what rules copy from a tensor is what it is then, not at construction
+    _plan: tuple[Roster, dict[str, Optimizer], ParamState] | None = None  # what a load in progress will install
 
     def __init__(
         self,
@@ -87,155 +93,52 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
         self._programs: Programs | None = None
-        self._program_step: ProgramStep | None = None
         dtypes = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
         self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **dtypes}
-        self._keys: list[list[str]] = []  # names of the tensors of each group
-        self._optimizers: dict[str, Optimizer] = {}
-        self._tracked: dict[str, None] = {}  # names of the tensors that have state
-        self._refs: State = {}
+        self._program_step: ProgramStep | None = None
+        self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
+        self.changed: dict[str, int] = {}
         super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
-        self.defaults = {key: value for key, value in self.param_groups[0].items() if key not in ("params", "param_names")}
+        for index, group in enumerate(self.param_groups):
+            self._fill(index, group)
+        self.defaults = self.defaults or self._numbers_of([])
         self._create_state()
 
     @property
     def backend(self) -> str:
-        """What runs the steps; "fused+reference" if native kernels do not take some tensors, for example."""
+        """What runs the steps; "fused+reference" where native kernels do not take some tensors, for example."""
         return "reference" if self._program_step is None else self._program_step.backend
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group, as in torch.optim; values that tensors share are the ones learned so far."""
-        given = param_group["params"]
-        entries = [given] if isinstance(given, Tensor) else list(given)
-        index = len(self.param_groups)
-        named = [entry if isinstance(entry, tuple) else (f"{index}.{i}", entry) for i, entry in enumerate(entries)]
-        taken = [name for i, (name, _) in enumerate(named) if name in self._optimizers or name in [n for n, _ in named[:i]]]
-        if taken:
-            raise ValueError(f"params has two tensors named {taken[0]!r}; give each its own name")
-        overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
-        chosen = self._choose(named, overrides)
-        declared: dict[str, float] = {}
-        for name, optimizer in chosen.items():
-            for hyper, value in optimizer.declared.items():
-                if hyper not in overrides and declared.setdefault(hyper, value) != value:
-                    raise ValueError(
-                        f"group {index} has tensors with {hyper}={declared[hyper]!r} and {hyper}={value!r} (of {name!r}); "
-                        "a group holds one number a hyper: put them into groups of their own"
-                    )
-        numbers = {key: value.value if isinstance(value, Learn) else value for key, value in overrides.items()}
-        super().add_param_group({"params": entries, **pack({**declared, **numbers})})
-        self._keys.append([name for name, _ in named])
-        self._optimizers |= chosen
-        if self._refs:
-            self._create_state()
+    def _create_state(
+        self, also: Iterable[str] = (), *, roster: Roster | None = None, optimizers: dict[str, Optimizer] | None = None
+    ) -> None:
+        """Create the state of all tensors that train, or are named in `also`; what is there already stays. If it raises, all stays."""
+        roster = self._roster if roster is None else roster
+        optimizers = self._optimizers if optimizers is None else optimizers
+        before = {name for name, p in self._kept.params.items() if roster.tensors.get(name) is p} if self._kept else set()
+        tracked = {*before, *also, *(name for name, p in roster.tensors.items() if p.requires_grad and not is_lazy(p))}
+        nested = Nested(optimizers, **self._how)
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._kept, self._elsewhere))
 
-    def _choose(self, named: list[tuple[str, Tensor]], overrides: Mapping[str, Any]) -> dict[str, Optimizer]:
-        """The optimizer of each tensor of a group, with the group's values."""
-        replaced: dict[int, tuple[Optimizer, Optimizer]] = {}  # keeps what was replaced, so that its id stays its own
-        chosen: dict[str, Optimizer] = {}
-        for name, param in named:
-            base = self._choice if isinstance(self._choice, Optimizer) else self._choice(name, param)
-            if not isinstance(base, Optimizer):
-                raise TypeError(f"optimizer({name!r}, tensor) returned {base!r}; it must return an optimizer of this library")
-            if id(base) not in replaced:
-                replaced[id(base)] = base, with_overrides(base, overrides)
-            chosen[name] = replaced[id(base)][1]
-        hypers = {hyper for optimizer in chosen.values() for hyper in optimizer.settings}
-        options = {option for o in chosen.values() if isinstance(o.rule, FunctionRule) for option in o.rule.options}
-        for key in overrides:
-            if key in options:
-                raise ValueError(
-                    f"a group gives {key}={overrides[key]!r}, which is an option and not a hyper; to vary it, pass a function from "
-                    "(name, tensor) to the optimizer as `optimizer`"
-                )
-            if key not in hypers and get_close_matches(key, hypers, cutoff=0.8):
-                raise ValueError(f"a group gives {key!r}; did you mean {get_close_matches(key, hypers)[0]!r}?")
-        return chosen
-
-    def _named(self) -> Iterator[tuple[str, Tensor, Group]]:
-        for names, group in zip(self._keys, self.param_groups, strict=True):
-            for name, param in zip(names, group["params"], strict=True):
-                yield name, param, group
-
-    def _owner(self) -> dict[str, Tensor]:
-        return {name: p for name, p, _ in self._named()}
-
-    def _create_state(self, also: Iterable[str] = ()) -> None:
-        """Create the state of all tensors that train, or are named in `also`; what is there already stays."""
-        tracked = {*self._tracked, *also}
-        params = {name: p.detach() for name, p, _ in self._named() if p.requires_grad or name in tracked}
-        nested = Nested(self._optimizers, **self._how)
-        st = nested.init(params)
-        home = self._keys[0][0]
-        found = refs(nested, st, home)
-        owner = self._owner()
-        for ref, leaf in pairs(found, st):
-            self.state[owner[ref.name]].setdefault(ref.key, leaf)
-        self._nested, self._refs, self._tracked = nested, found, dict.fromkeys(params)
-        self._numbers, self._program_step, self._devices = Numbers(), None, dict[str, torch.device]()
-        backend = chosen(self._backend, nested, params)
+    def _take(self, roster: Roster, optimizers: dict[str, Optimizer], kept: ParamState) -> None:
+        """Take a state that was made, and what steps it."""
+        backend = chosen(self._backend, kept.nested, kept.params)
+        if self._kept is not None:
+            was = self._kept
+            if any(kept.declared.get(key, value) != value for key, value in was.declared.items()):
+                self._programs = None  # they have the declared value in them
+            if was.roster.tensors.get(was.roster.home) is not roster.tensors.get(roster.home) and was.roster.home:
+                moved = self.state.get(was.roster.tensors[was.roster.home], {})
+                for key in [key for key in moved if key in was.shared() or key.startswith(DECLARED)]:
+                    del moved[key]
+        kept.write(self.state)
+        self._roster, self._optimizers, self._kept, self._taken = roster, optimizers, kept, kept.taken
+        self._shapes = {name: p.shape for name, p in roster.tensors.items() if not is_lazy(p)}
+        self._renumber()
+        self._program_step = None
         if backend != "reference":
             self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
-            self._program_step = ProgramStep(nested, found, self._programs)
-
-    def _states(self) -> dict[str, dict[str, Tensor]]:
-        """The state of each tensor, by name; moved, but for what has a place of its own, if the tensor has been."""
-        found = {}
-        for name, param, _ in self._named():
-            state = found[name] = self.state.get(param, {})
-            if self._devices.get(name) != param.device:
-                state.update({key: leaf.to(self._place(param, key)) for key, leaf in state.items()})
-                self._devices[name] = param.device
-        return found
-
-    def _place(self, param: Tensor, key: str) -> torch.device:
-        """Where an entry of a tensor's state is kept."""
-        kept = key.rpartition(".")[2] in self._elsewhere and key in self.state[param]
-        found: torch.device = self.state[param][key].device if kept else param.device
-        return found
-
-    def _gather(self) -> State:
-        states = self._states()
-        return map_tree(lambda ref: states[ref.name][ref.key], self._refs)
-
-    def _scatter(self, st: State) -> None:
-        owner = self._owner()
-        for ref, leaf in pairs(self._refs, st):
-            self.state[owner[ref.name]][ref.key] = leaf
-
-    def _values(self, *, as_tensors: bool = False) -> dict[str, Any]:
-        """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
-        cache: dict[tuple[int, int, torch.device], Any] = {}
-        found = {}
-        for name, param, group in self._named():
-            optimizer = self._optimizers[name]
-            key = id(group), id(optimizer), param.device
-            if key not in cache:
-                numbers, learned = unpack(group), self._nested.learned_of(name)
-                if as_tensors:
-                    cache[key] = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, param.device, learned)
-                else:
-                    cache[key] = {
-                        hyper: numbers[hyper] if hyper in learned else number(numbers[hyper], param.device) for hyper in optimizer.settings
-                    }
-            found[name] = cache[key]
-        return found
-
-    def _switch_on(self, groups: list[Group]) -> None:
-        """Where a schedule has made a zero hyper non-zero, create what state the rule then needs (a momentum buffer)."""
-        changed = False
-        for names, group in zip(self._keys, groups, strict=True):
-            numbers, switched = unpack(group), {}
-            for name in names:
-                old = self._optimizers[name]
-                if id(old) not in switched:
-                    off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
-                    on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
-                    switched[id(old)] = old, old.replace(**on) if on else old
-                    changed = changed or bool(on)
-                self._optimizers[name] = switched[id(old)][1]
-        if changed:
-            self._create_state()
+            self._program_step = ProgramStep(kept.nested, kept.refs, self._programs)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -261,35 +164,85 @@ class HyperOptimizer(torch.optim.Optimizer):
         if self._how["curvature"] == "exact":
             if closure is None:
                 raise ValueError("closure=None, but curvature='exact' needs the loss: give step() a function that returns it")
-            value, found, hessian = loss_with_hessian(closure, {name: p for name, p, _ in self._named() if p.requires_grad})
+            self._follow()
+            value, found, hessian = loss_with_hessian(closure, {name: p for name, p in self._roster.tensors.items() if p.requires_grad})
             loss = cast(float, value)  # as torch.optim declares what closures return
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = self._owner(), self._grads(found)
-        self._switch_on(self.param_groups)
-        if unfrozen := [name for name in grads if name not in self._tracked]:
-            self._create_state(also=unfrozen)
-        learn = self._learn_from == "training"
-        if self._step_by_programs(params, grads, learn):
+        grads = self._grads(found)
+        if not grads:
             return loss
-        now = {name: params[name].detach() for name in grads}
-        new, st = self._nested.step(now, grads, self._gather(), self._values(), learn=learn, hessian=hessian)
-        for name, value in new.items():
-            params[name].copy_(value)
-            params[name].grad = grads[name]
-        self._scatter(st)
+        self._prepare(grads)
+        learn = self._learn_from == "training"
+        kept = cast(ParamState, self._kept)
+        if not self._step_by_programs(kept, grads, learn):
+            now = {name: kept.params[name].detach() for name in grads}
+            new, st = kept.nested.step(now, grads, kept.st, self._values(), learn=learn, hessian=hessian)
+            for name, value in new.items():
+                kept.params[name].copy_(value)
+            for name, grad in grads.items() if found is not None else ():
+                kept.params[name].grad = grad
+            kept.take(st, self.state)
+        kept.stepped(grads.keys())
+        self._taken = kept.taken
         return loss
 
-    def _step_by_programs(self, params: dict[str, Tensor], grads: dict[str, Tensor], learn: bool) -> bool:
+    def _step_by_programs(self, kept: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
         """Step by programs, if there are any; whether that was done."""
-        if self._program_step is not None:
-            states, numbers = self._states(), self._values(as_tensors=True)
-            if self._program_step.waits(getattr(self, "_taken", 0), params, grads, states, numbers, learn=learn):
-                self._taken = getattr(self, "_taken", 0) + 1
-                return False
-            self._program_step.step(self._program_step.prepare(params, grads, states, numbers, learn=learn), grads, states)
-        return self._program_step is not None
+        program = self._program_step
+        if program is None:
+            return False
+        given = kept.params, grads, kept.states, self._values(as_tensors=True)
+        if program.waits(self._taken, *given, learn=learn):
+            return False
+        program.step(program.prepare(*given, learn=learn), grads, kept.states)
+        return True
+
+    def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Those found, or else those that the tensors have."""
+        self._follow()
+        grads = {name: p.grad for name, p in self._roster.tensors.items() if p.grad is not None} if found is None else dict(found)
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
+        return grads
+
+    def _prepare(self, grads: Mapping[str, Tensor]) -> None:
+        """Make all ready for a step of what has a gradient."""
+        if self._have_numbers_changed():
+            self._lists = {}
+            optimizers = self._switched(self.param_groups)
+            if any(optimizers[name] is not each for name, each in self._optimizers.items()):
+                self._create_state(optimizers=optimizers)
+        kept = cast(ParamState, self._kept)
+        unfrozen = [name for name in grads if name not in kept.params]
+        first = kept.fresh.intersection(grads)
+        if unfrozen or (first and kept.is_converted(first)):
+            self._create_state(also=unfrozen)
+            kept = cast(ParamState, self._kept)
+            first = kept.fresh.intersection(grads)
+        if first and self._begins_at_first_step:
+            kept.begin(first, self._how["state_dtype"])
+        self._mind_changes(grads.keys())
+
+    def _mind_changes(self, names: Collection[str]) -> None:
+        """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
+        kept = cast(ParamState, self._kept)
+        if not (changed := kept.changed(names)):
+            return
+        kept.forget(changed)
+        if new := [name for name in changed if name not in self.changed]:
+            more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+            other = "use discount=0" if self._how["discount"] else "use memory='kept'"
+            warn(
+                f"the weights of {new[0]!r}{more} were changed after the last step, so learned hypers learn nothing from that step there: "
+                f"put the change into the optimizer, as a combinator such as hn.project, or {other}. This is said once a tensor; "
+                "`changed` counts it",
+                stacklevel=4,
+            )
+        for name in changed:
+            self.changed[name] = self.changed.get(name, 0) + 1
 
     @torch.no_grad()
     def hyper_step(self) -> None:
@@ -302,16 +255,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         """
         if self._learn_from != "validation":
             raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
-        grads = {name: grad for name, grad in self._grads().items() if name in self._tracked}
-        self._scatter(self._nested.hyper_step({name: p.detach() for name, p, _ in self._named()}, grads, self._gather()))
-
-    def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Those found, or else those that the parameters have."""
-        grads = {name: p.grad for name, p, _ in self._named() if p.grad is not None} if found is None else dict(found)
-        for name, grad in grads.items():
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
-        return grads
+        grads = self._grads()
+        kept = cast(ParamState, self._kept)
+        grads = {name: grad for name, grad in grads.items() if name in kept.params}
+        self._mind_changes(grads.keys())
+        kept.take(kept.nested.hyper_step({name: p.detach() for name, p in kept.params.items()}, grads, kept.st), self.state)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
         """Effective value of every learned hyper, a copy, on its device: nothing waits for the device until you read one.
@@ -320,12 +268,12 @@ class HyperOptimizer(torch.optim.Optimizer):
             By hyper ("lr"; its learner's is "lr.lr", and so on): a value per model by group ("group 0"), others by tensor name.
             Values of learners go by the key of what they learn ("model" where all tensors share it).
         """
-        st = self._gather()
+        st = self._state()
         found = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
-        where = {name: index for index, names in enumerate(self._keys) for name in names}
+        where = self._roster.group_of
         for key, learned in self._nested.learned.items():
             found[key] = {}
-            for name in self._tracked:
+            for name in st["rule"]:
                 for hyper, used in self._nested.learned_of(name).items():
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
@@ -335,7 +283,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def rejected(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
-        return map_tree(torch.clone, self._nested.rejected(self._gather()))
+        return map_tree(torch.clone, self._nested.rejected(self._state()))
 
     def evaluated(self) -> dict[str, Tensor]:
         """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.
@@ -346,61 +294,77 @@ class HyperOptimizer(torch.optim.Optimizer):
             >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
             >>> prediction = torch.func.functional_call(model, opt.evaluated(), torch.ones(3, 2))
         """
-        st = self._gather()
-        return self._nested.evaluated({name: p.detach() for name, p, _ in self._named() if name in st["rule"]}, st)
+        st, kept = self._state(), cast(ParamState, self._kept)
+        params = {name: p.detach() for name, p in kept.params.items()}
+        return {**self._nested.evaluated(params, st), **{name: params[name] for name in kept.fresh if self._begins_at_first_step}}
+
+    def _state(self) -> State:
+        """The engine's state."""
+        self._follow()
+        return cast(ParamState, self._kept).st
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim gives it; entries of tensors that no group holds any more are left out."""
+        self._follow()
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        gone = {p: self.state.pop(p) for p in [*self.state] if isinstance(p, Tensor) and id(p) not in held}
+        try:
+            return super().state_dict()
+        finally:
+            self.state.update(gone)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in the dtypes that it has; continuing is bitwise what not stopping would have been.
 
+        Entries go to the tensors of their names where both sides have names, else by position. What learned hypers were declared as is
+        loaded too, so that the learned values, and the factors that schedules have made, are those that were saved.
+
         Raises:
             ValueError: the state is not one of this optimizer with these parameters. Nothing has been changed then.
         """
-        final: dict[str, Any] = {}
-
-        def capture(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            self._check_loadable(loaded)
-            final.update(loaded)
-
-        handle = self.register_load_state_dict_pre_hook(capture)
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict={state_dict!r} must be what state_dict() of an optimizer returned")
+        self._follow()
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: self._check_loadable(given))  # after all others
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
         finally:
             handle.remove()
-        for (_, p, _), index in zip(self._named(), _indices(final), strict=True):
-            if index in final["state"]:  # torch has rounded these to the parameter's dtype
-                self.state[p] = {key: leaf.detach().clone().to(self._place(p, key)) for key, leaf in final["state"][index].items()}
+            self._plan = None
 
-    def _check_loadable(self, loaded: dict[str, Any]) -> None:
-        if [len(g["params"]) for g in loaded["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch says so itself
-        self._switch_on(loaded["param_groups"])
-        saved = [loaded["state"].get(index, {}) for index in _indices(loaded)]
-        frozen_here = [
-            name for (name, p, _), state in zip(self._named(), saved, strict=True) if state.keys() - self.state.get(p, {}).keys()
-        ]
-        self._create_state(also=frozen_here)
-        for (name, p, _), state in zip(self._named(), saved, strict=True):
-            own = self.state.get(p, {})
-            if state.keys() != own.keys():
-                odd = sorted(state.keys() ^ own.keys())
-                raise ValueError(
-                    f"state_dict does not fit {name!r}: {odd[0]!r} is only in {'it' if odd[0] in state else 'this optimizer'}; "
-                    "build the optimizer with the same arguments as the one that was saved"
-                )
-            for key, leaf in state.items():
-                if leaf.shape != own[key].shape:
-                    raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(own[key].shape)}")
+    def _check_loadable(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Make all that is to be loaded, apart from the optimizer; and what is left for torch to load."""
+        found = matched(given, self.param_groups, [self._numbers_of(names) for names in self._roster.names])
+        groups = found["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return found  # torch says so itself
+        indices = [index for group in groups for index in group["params"]]
+        names = [name for each in self._roster.names for name in each]
+        saved = {name: found["state"].get(index, {}) for index, name in zip(indices, names, strict=True)}
+        optimizers = self._switched(groups)
+        nested = Nested(optimizers, **self._how)
+        tracked = {*cast(ParamState, self._kept).params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
+        start = built(nested, self._roster, tracked, {}, None, self._elsewhere)
+        kept = built(nested, self._roster, tracked, loaded(start, saved), None, self._elsewhere)
+        chosen(self._backend, nested, kept.params)
+        self._plan = self._roster, optimizers, kept
+        return {**found, "state": {key: entry for key, entry in found["state"].items() if key not in indices}}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_choice", "_elsewhere", "_how", "_learn_from", "_backend", "_keys", "_optimizers", "_tracked")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}  # programs are made again
+        self._follow()
+        own = ("_choice", "_elsewhere", "_how", "_learn_from", "_backend", "_given", "_optimizers", "changed")
+        tracked = [*cast(ParamState, self._kept).params]
+        own_state = {**{name: getattr(self, name) for name in own}, "_names": self._roster.names, "_tracked": tracked}
+        return {**super().__getstate__(), **own_state}  # the rest is made again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_optimizers" in state:  # a copy or an unpickled one; torch also calls this to load a state_dict
-            self._programs = None
-            self._create_state()
-
-
-def _indices(state_dict: Mapping[str, Any]) -> list[Any]:
-    return [index for group in state_dict["param_groups"] for index in group["params"]]
+        names, tracked = state.get("_names"), state.get("_tracked")
+        super().__setstate__({key: value for key, value in state.items() if key not in ("_names", "_tracked")})
+        if self._plan is not None:  # torch calls this to load a state_dict
+            roster, optimizers, kept = self._plan
+            self._take(Roster(self.param_groups, roster.names), optimizers, kept)
+        elif names is not None and tracked is not None:  # a copy or an unpickled one
+            self._programs, self._kept = None, None
+            roster = Roster(self.param_groups, names)
+            nested = Nested(self._optimizers, **self._how)
+            self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None, self._elsewhere))

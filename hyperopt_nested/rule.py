@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyperopt_nested import registry
 from hyperopt_nested.hyper import Bijection, Hyper
-from hyperopt_nested.ops import State, state_dtype, zeros_like
+from hyperopt_nested.ops import State, number_dtype, zeros_like
 
 Coupling = Literal["element", "row", "tensor"]
 """The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""
@@ -125,12 +125,12 @@ class Optimizer:
     def __repr__(self) -> str:
         return f"{self.rule.name}({', '.join(f'{name}={setting!r}' for name, setting in self.settings.items())})"
 
-    @property
+    @functools.cached_property
     def learned(self) -> dict[str, Learn]:
         """The learned hypers, by name."""
         return {name: setting for name, setting in self.settings.items() if isinstance(setting, Learn)}
 
-    @property
+    @functools.cached_property
     def declared(self) -> dict[str, float]:
         """The declared value of each hyper: of a learned one, its start."""
         return {name: setting.value if isinstance(setting, Learn) else setting for name, setting in self.settings.items()}
@@ -210,6 +210,7 @@ class FunctionRule(Rule):
 
     def __post_init__(self) -> None:
         self._update_options = chosen(self.options, self.function)
+        self._finish_takes = frozenset(_keywords(self.finishing))
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         return self.initial(param, **chosen({**settings, **self.options}, self.initial)) if self.initial else {}
@@ -227,7 +228,7 @@ class FunctionRule(Rule):
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
         if self.finishing is None:
             return super().finish(param, state, hypers)
-        return self.finishing(param, state, **chosen(hypers, self.finishing))
+        return self.finishing(param, state, **{name: value for name, value in hypers.items() if name in self._finish_takes})
 
     @property
     def signature(self) -> Hashable:
@@ -369,7 +370,7 @@ def accumulator(param: Tensor, *settings: float | Learn) -> Tensor:
         settings: what `init` is given for the hypers.
 
     Returns:
-        A tensor of shape (), or of the parameter's shape, in `state_dtype(param)`.
+        A tensor of shape (), in float64 where the device has it; or of the parameter's shape, in `state_dtype(param)`.
     """
     many = any(isinstance(setting, Learn) and setting.per in ("row", "element") for setting in settings)
-    return zeros_like(param) if many else param.new_zeros((), dtype=state_dtype(param))
+    return zeros_like(param) if many else param.new_zeros((), dtype=number_dtype(param.device))

@@ -3,20 +3,30 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
+import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.learned import LearnedHyper, number
-from hyperopt_nested.ops import State, map_tree, state_dtype
+from hyperopt_nested.ops import State, finite, map_tree, state_dtype
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.sensitivity import Raws, pull_reverse
+from hyperopt_nested.sensitivity import Raws
 
 
 class TensorUpdate:
-    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one."""
+    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one.
+
+    Args:
+        optimizer: what steps the tensor.
+        learned: its learned hypers, by the names that its rule gives them.
+        param: the tensor.
+        grad: its gradient.
+        state: the rule's state.
+        values: what a schedule has made of declared values.
+        numbers: values of hypers that are not learned, as `fixed` gives them.
+    """
 
     def __init__(
         self,
@@ -26,48 +36,77 @@ class TensorUpdate:
         grad: Tensor,
         state: State,
         values: Mapping[str, float | Tensor],
+        numbers: Raws,
     ) -> None:
         self._dtype = state_dtype(param)
-        self._rule, self._declared, self._learned, self._values = optimizer.rule, optimizer.declared, learned, values
+        self._rule, self._settings, self._learned, self._values, self._numbers = optimizer.rule, optimizer.settings, learned, values, numbers
         self._device = param.device
-        self._inputs = self._widened(param), self._widened(grad), map_tree(self._widened, state)
+        self._param, self._grad, self._state = self._widened(param), self._widened(grad), map_tree(self._widened, state)
         self.measures = optimizer.rule.measures
 
+    @staticmethod
+    def fixed(
+        optimizer: Optimizer, learned: Mapping[str, LearnedHyper], values: Mapping[str, float | Tensor], device: torch.device
+    ) -> Raws:
+        """Values of the hypers that are not learned, shape () each."""
+        return {name: number(values.get(name, value), device) for name, value in optimizer.declared.items() if name not in learned}
+
     def _widened(self, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.promote_types(tensor.dtype, self._dtype)) if tensor.is_floating_point() else tensor
+        if tensor.dtype == self._dtype or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, self._dtype))
 
     def _hypers(self, raws: Raws) -> dict[str, Tensor]:
-        hypers = {}
-        for name, setting in self._declared.items():
-            given = self._values.get(name, setting)
-            if name in self._learned:
-                hypers[name] = self._learned[name].value(raws[self._learned[name].key].to(self._device), given)
-            else:
-                hypers[name] = number(given, self._device)
-        return hypers
+        return {name: self._numbers[name] if name in self._numbers else self._value(name, raws) for name in self._settings}
+
+    def _value(self, name: str, raws: Raws) -> Tensor:
+        learned = self._learned[name]
+        return learned.value(raws[learned.key].to(self._device), self._values.get(name))
 
     def measure(self, raws: Raws) -> Tensor:
-        return self._rule.measure(*self._inputs, self._hypers(raws))
+        return self._rule.measure(self._param, self._grad, self._state, self._hypers(raws))
 
     def __call__(self, raws: Raws, total: Tensor | None = None) -> tuple[Tensor, State]:
         total = None if total is None else total.to(self._device)
-        new, state = self._rule.update(*self._inputs, self._hypers(raws), total)
+        new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), total)
         return new.to(self._dtype), state
 
     def param(self, raws: Raws, total: Tensor | None) -> Tensor:
         return self(raws, total)[0]
 
-    def pull_late(self, grad: Tensor, raws: Raws) -> Raws:
-        """Pull a gradient back through the last part of an update, `Rule.finish`, given the tensor and the state that it left.
+    def finish(self, param: Tensor, raws: Raws) -> Tensor:
+        """The last part of the update, `Rule.finish`, given the new state."""
+        return self._rule.finish(param, self._state, self._hypers(raws))
 
-        The tensor before it is worked out: `finish` is affine in it.
+    def left(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor, where it is what an update left, and the cotangent of it; both `cleaned`."""
+        along = self.cleaned(cotangent)
+        return self._param, along
+
+    def cleaned(self, cotangent: Tensor) -> Tensor:
+        """Leave out the elements that are not finite in the tensor, the gradient or the state, so that derivatives stay so elsewhere.
+
+        Args:
+            cotangent: of the update's result, of the tensor's shape.
+
+        Returns:
+            The cotangent, zero in these elements; but where it is not finite itself, NaN.
         """
-        after, _, state = self._inputs
+        shape = self._param.shape
+        leaves = [leaf for leaf in _leaves(self._state) if leaf.shape == shape and leaf.is_floating_point()] if shape else []
+        good = torch.isfinite(functools.reduce(operator.add, [self._param, self._grad, *leaves]))
 
-        def finish(raws: Raws, param: Tensor) -> Tensor:
-            return self._rule.finish(param, state, self._hypers(raws))
+        def clean(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf
+            return torch.where(good, leaf, 0) if leaf.shape == shape and shape else finite(leaf)
 
-        linearized: Any = torch.func.vjp(functools.partial(finish, raws), torch.zeros_like(after))
-        (slope,) = linearized[1](torch.ones_like(after))
-        before = (after - linearized[0]) / slope
-        return pull_reverse(grad, functools.partial(finish, param=before), raws)
+        self._param, self._grad, self._state = clean(self._param), clean(self._grad), map_tree(clean, self._state)
+        return torch.where(good, cotangent, cotangent * 0)
+
+
+def _leaves(tree: State) -> list[Tensor]:
+    found: list[Tensor] = []
+    for leaf in tree.values():
+        found += _leaves(leaf) if isinstance(leaf, dict) else [leaf]
+    return found

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from hyperopt_nested.joint_update import Hessian
 
-Loss = Callable[[dict[str, Tensor]], Tensor]
-
 _MISSING = (
     re.compile(r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"),
     re.compile(r"forward AD with (?P<operation>\w+) that does not support it"),
@@ -37,26 +35,22 @@ def named(needed: str, remedy: str) -> Iterator[None]:
         raise _refusal(found["operation"], needed, remedy) from error
 
 
-def check_double_backward(loss: Loss, params: Mapping[str, Tensor]) -> None:
-    """Try to differentiate the gradient of a loss in reverse.
+def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Try to differentiate gradients in reverse.
 
     Args:
-        loss: pure function of tensors to a loss of shape ().
+        loss: of shape ().
+        grads: its gradients, made with their graph, by name.
         params: the tensors, by name.
 
     Raises:
         NotImplementedError: an operation has no double backward; the message names it.
     """
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), twice():
-        value = loss(leaves)
-        if not value.requires_grad:
-            return
-        grads = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
-        curved = [grad for grad in grads if grad is not None and grad.requires_grad]
-        refuse_once_differentiable(value, curved)
+    curved = [grad for grad in grads.values() if grad.requires_grad]
+    with twice():
+        refuse_once_differentiable(loss, curved)
         if curved:
-            torch.autograd.grad([grad.sum() for grad in curved], list(leaves.values()), allow_unused=True)
+            torch.autograd.grad([grad.sum() for grad in curved], list(params.values()), retain_graph=True, allow_unused=True)
 
 
 def twice() -> AbstractContextManager[None]:
@@ -104,22 +98,6 @@ def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) 
             return dict(zip(tangents, torch.autograd.grad(list(curved.values()), inputs, along, **how), strict=True))
 
     return loss.detach(), {name: grad.detach() for name, grad in grads.items()}, hessian
-
-
-def check_forward(loss: Loss, params: Mapping[str, Tensor]) -> None:
-    """Try to differentiate the gradient of a loss by forward mode, batched.
-
-    Args:
-        loss: as of `check_double_backward`.
-        params: the tensors, by name.
-
-    Raises:
-        NotImplementedError: an operation has no forward derivative, or can not be batched; the message names it.
-    """
-    at = {name: p.detach() for name, p in params.items()}
-    along = {name: torch.zeros_like(p)[None] for name, p in at.items()}
-    with torch.random.fork_rng(devices=[]), named("forward derivative of its gradient", "try method='reverse'"):
-        torch.func.vmap(lambda tangent: torch.func.jvp(torch.func.grad(loss), (at,), (tangent,))[1], randomness="same")(along)
 
 
 def _refusal(operation: str, needed: str, remedy: str) -> NotImplementedError:

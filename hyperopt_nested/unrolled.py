@@ -1,31 +1,22 @@
 """Hypergradients beyond one step: through many, in reverse (with rematerialisation) or forward, or at the point of rest."""
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hyperopt_nested.implicit import Solver, implicit
+from hyperopt_nested.hyper import Hyper
+from hyperopt_nested.implicit import Solver
+from hyperopt_nested.losses import Hypers, OuterLoss, Tensors, TrainLoss
 from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.rule import Learn, Optimizer
-from hyperopt_nested.twice import check_double_backward, check_forward
+from hyperopt_nested.training import Trace, Training
 
-Tensors = dict[str, Tensor]
-Hypers = Mapping[str, Mapping[str, Tensor]]
-"""Values of learned hypers, by hyper and by key ("model", or the tensor's name)."""
 Method = Literal["reverse", "forward", "implicit"]
 """How a hypergradient is taken through the steps of training: see `hypergradient`."""
-
-TrainLoss = Callable[[Tensors, Any], Tensor]
-OuterLoss = Callable[[Tensors, Any, Hypers], Tensor]
 
 
 def hypergradient(
@@ -40,6 +31,7 @@ def hypergradient(
     horizon: int | None = None,
     memory: Literal["full", "sqrt"] | int = "full",
     hypers: Mapping[str, Mapping[str, Tensor | float]] | None = None,
+    has_aux: bool = False,
     create_graph: bool = False,
     solver: Solver = "cg",
     iterations: int = 100,
@@ -53,7 +45,8 @@ def hypergradient(
             mapping from each tensor's name to its optimizer.
         params: the tensors before the first step, by name.
         batches: one a step; anything that `train_loss` takes. `method="forward"` takes them one by one.
-        train_loss: pure function of tensors and a batch to a loss of shape ().
+        train_loss: pure function of tensors and a batch to a loss of shape (). Tensors that do not enter it in a step are left alone in
+            that step, as without a gradient in `torch.optim`.
         outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
         method: "reverse" takes time that does not depend on the number of hypers, and memory that grows with the number of steps;
@@ -63,8 +56,9 @@ def hypergradient(
         horizon: differentiate through so many last steps only, and do those before them without; None: through all.
         memory: of "reverse": "full" keeps all steps; "sqrt", or a number, keeps the start of each segment of about sqrt(steps), or so
             many, steps and does the steps of one segment again at a time.
-        hypers: other values than those declared, by hyper and by key. A value with one more leading dimension, as long as there are
-            steps, is a schedule: an entry a step.
+        hypers: other values than those declared, in their domains, by hyper and by key. A value with one more leading dimension, as long as
+            there are steps, is a schedule: an entry a step.
+        has_aux: whether the losses may return a pair of the loss and anything else, such as metrics, which the result then has.
         solver: of "implicit"; see `Solver`.
         iterations: of "implicit": how many the solver makes.
         create_graph: of "reverse" with `memory="full"`: whether the result can be differentiated by autograd.
@@ -90,11 +84,13 @@ def hypergradient(
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
     st = nested.init(params)
-    values = _started(st["hypers"], hypers or {})
-    carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"]}
-    training = _Training(nested, st["hypers"], train_loss, lambda params, values: outer_loss(params, outer_batch, values))
+    values = _started(nested, st["hypers"], hypers or {})
+    carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
+    reverse = method != "forward"
+    losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
+    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux)
     if method == "forward" and horizon is None:
-        return Hypergradients(training.forward(carry, values, batches, 0))
+        return Hypergradients(training.forward(carry, values, batches, 0), trace=training.trace)
     steps = list(batches)
     if method == "implicit":
         if solver not in get_args(Solver):
@@ -105,16 +101,16 @@ def hypergradient(
                 "of rest is of, and no horizon"
             )
         found, residual = training.implicit(carry, values, steps[0], solver, iterations)
-        return Hypergradients(found, residual=residual)
+        return Hypergradients(found, residual=residual, trace=training.trace)
     if horizon is not None and (not isinstance(horizon, int) or not 1 <= horizon <= len(steps)):
         raise ValueError(f"horizon={horizon!r} must be in 1 to {len(steps)}, the number of batches; None looks through all")
     begin = 0 if horizon is None else len(steps) - horizon
     segment = _segment(memory, len(steps) - begin)
     carry = training.run(carry, values, steps[:begin], 0, graph=False)
     if method == "forward":
-        return Hypergradients(training.forward(carry, values, steps[begin:], begin))
+        return Hypergradients(training.forward(carry, values, steps[begin:], begin), trace=training.trace)
     found, through = training.reverse(carry, values, steps[begin:], begin, segment, create_graph)
-    return Hypergradients(found, params=through)
+    return Hypergradients(found, params=through, trace=training.trace)
 
 
 class Hypergradients(dict[str, Tensors]):
@@ -124,11 +120,19 @@ class Hypergradients(dict[str, Tensors]):
         params: of "reverse": the derivative with respect to the tensors as they were before the first of the steps that are looked
             through, by name, which costs nothing more. Else None.
         residual: of "implicit": norm of the residual of its linear system, relative to the right-hand side; shape (). Else None.
+        loss: the outer loss, shape ().
+        aux: with `has_aux`: what `outer_loss` returned beside its loss, without graphs. Else None.
+        train_losses: the training loss before each step, shape () each.
+        train_aux: what `train_loss` returned beside its loss in each step, as `aux`.
     """
 
-    def __init__(self, found: Mapping[str, Tensors], *, params: Tensors | None = None, residual: Tensor | None = None) -> None:
+    def __init__(
+        self, found: Mapping[str, Tensors], *, params: Tensors | None = None, residual: Tensor | None = None, trace: Trace | None = None
+    ) -> None:
         super().__init__(found)
-        self.params, self.residual = params, residual
+        trace = trace or Trace()
+        self.params, self.residual, self.loss, self.aux = params, residual, trace.outer, trace.outer_aux
+        self.train_losses, self.train_aux = trace.losses, trace.aux
 
 
 def in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dict[str, Optimizer]:
@@ -146,21 +150,34 @@ def in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dic
     return {name: found[id(each)] for name, each in optimizer.items()}
 
 
-def _started(declared: Hypers, given: Mapping[str, Mapping[str, Tensor | float]]) -> dict[str, Tensors]:
+def check_values(name: str, values: Tensor, hyper: Hyper, via: Any = None) -> None:
+    """Refuse a tensor of values of a hyper with one that is outside its domain; values under `torch.func.vmap` are not seen.
+
+    Raises:
+        ValueError: one is; the message names it.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return
+    for end in (values.detach().amin(), values.detach().amax()) if values.numel() else ():
+        hyper.check(name, float(end), via)
+
+
+def _started(nested: Nested, declared: Hypers, given: Mapping[str, Mapping[str, Tensor | float]]) -> dict[str, Tensors]:
     """The declared values, replaced by those given: of the same shape, or with a leading dimension of steps."""
     for key, by_name in given.items():
         for name in by_name:
             if key not in declared or name not in declared[key]:
                 known = ", ".join(f"{key}/{name}" for key, names in declared.items() for name in names)
                 raise ValueError(f"hypers has {key!r}/{name!r}, which is not learned; learned are {known}")
-    values: dict[str, Tensors] = {}
-    for key, by_name in declared.items():
-        values[key] = {}
-        for name, start in by_name.items():
-            value = torch.as_tensor(given.get(key, {}).get(name, start), dtype=start.dtype, device=start.device)
+    values = {key: dict(by_name) for key, by_name in declared.items()}
+    for key, by_name in given.items():
+        for name, replaced in by_name.items():
+            start = declared[key][name]
+            value = torch.as_tensor(replaced, dtype=start.dtype, device=start.device)
             if value.shape != start.shape and value.shape[1:] != start.shape:
                 wanted = tuple(start.shape)
                 raise ValueError(f"hypers[{key!r}][{name!r}] has shape {tuple(value.shape)}; it must be {wanted}, or (steps, *{wanted})")
+            check_values(f"hypers[{key!r}][{name!r}]", value, nested.learned[key].hyper)
             values[key][name] = value
     return values
 
@@ -174,142 +191,3 @@ def _segment(memory: Literal["full", "sqrt"] | int, steps: int) -> int:
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory={memory!r} must be 'full', 'sqrt' or a number of steps >= 1")
     return memory
-
-
-class _Training:
-    """Training as a function of the values of hypers. What goes from step to step is the tensors and the states of their rules."""
-
-    def __init__(self, nested: Nested, declared: Hypers, train_loss: TrainLoss, outer_loss: Callable[[Tensors, Hypers], Tensor]) -> None:
-        self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
-
-    def reverse(
-        self, carry: State, values: dict[str, Tensors], batches: Sequence[Any], first: int, segment: int, create_graph: bool
-    ) -> tuple[dict[str, Tensors], Tensors]:
-        """By autograd, one segment of steps at a time, the last one first; from step number `first`."""
-        self._check_schedules(values, first + len(batches))
-        if batches:
-            check_double_backward(functools.partial(self._loss, batches[0]), carry["params"])
-        starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
-        random = []
-        for begin in starts[:-1]:
-            random.append((*get_device_states(*tree_leaves(carry)), torch.get_rng_state()))
-            kept.append(self.run(kept[-1], values, batches[begin : begin + segment], first + begin, graph=False))
-        total = map_tree(torch.zeros_like, values)
-        cotangents: list[Tensor | None] | None = None
-        for begin in reversed(starts):
-            start, hypers = map_tree(_leaf, kept.pop()), map_tree(_differentiable if create_graph else _leaf, values)
-            with torch.enable_grad(), _drawn_again(*random.pop()) if cotangents else nullcontext():
-                end = self.run(start, hypers, batches[begin : begin + segment], first + begin, graph=True)
-                outputs = [self._outer_loss(end["params"], hypers)] if cotangents is None else tree_leaves(end)
-            pairs = [(each, weight) for each, weight in zip(outputs, cotangents or [None], strict=True) if each.requires_grad]
-            inputs, structure = tree_flatten((start, hypers))
-            found = torch.autograd.grad(
-                [each for each, _ in pairs],
-                inputs,
-                [weight for _, weight in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            before, through = tree_unflatten(found, structure)
-            cotangents = tree_leaves(before)
-            total = map_tree(torch.add, total, through)
-        return total, before["params"]
-
-    def run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
-        """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
-        for step, batch in enumerate(batches, start=begin):
-            params = carry["params"] if graph else map_tree(_leaf, carry["params"])
-            with torch.enable_grad():
-                loss = self._train_loss(params, batch)
-                found = torch.autograd.grad(loss, list(params.values()), create_graph=graph, allow_unused=True, materialize_grads=True)
-            with torch.set_grad_enabled(graph):
-                carry = self._update(carry, dict(zip(params, found, strict=True)), values, step)
-        return carry
-
-    def forward(self, carry: State, values: dict[str, Tensors], batches: Iterable[Any], first: int) -> dict[str, Tensors]:
-        """By jvp, with one tangent for each entry of the hypers, all at once under vmap; from step number `first`."""
-        flat, structure = tree_flatten(values)
-        sizes = [value.numel() for value in flat]
-        rows = torch.split(torch.eye(sum(sizes), dtype=torch.float64), sizes, dim=1)
-        basis = tree_unflatten([row.reshape(-1, *value.shape).to(value) for row, value in zip(rows, flat, strict=True)], structure)
-        tangents = map_tree(lambda leaf: leaf.new_zeros(sum(sizes), *leaf.shape), carry)
-
-        def pushed(function: Callable[[State, dict[str, Tensors]], Any], carry: State, tangents: State) -> Any:
-            """The function's value, and its derivative along each tangent."""
-            values_at = []  # the value is not batched, and so can leave vmap this way
-
-            def push(*along: Any) -> Any:
-                pushed: Any = torch.func.jvp(function, (carry, values), along)
-                values_at.append(pushed[0])
-                return pushed[1]
-
-            slopes = torch.func.vmap(push, randomness="same")(tangents, basis)
-            return values_at[0], slopes
-
-        step = first - 1
-        for step, batch in enumerate(batches, start=first):
-            if step == first:
-                check_forward(functools.partial(self._loss, batch), carry["params"])
-
-            def advance(carry: State, values: dict[str, Tensors], step: int = step, batch: Any = batch) -> State:
-                return self._update(carry, torch.func.grad(self._train_loss)(carry["params"], batch), values, step)
-
-            carry, tangents = pushed(advance, carry, tangents)
-        self._check_schedules(values, step + 1)
-        _, slopes = pushed(lambda carry, values: self._outer_loss(carry["params"], values), carry, tangents)
-        parts = [part.reshape(value.shape).to(value) for part, value in zip(torch.split(slopes, sizes), flat, strict=True)]
-        found: dict[str, Tensors] = tree_unflatten(parts, structure)
-        return found
-
-    def implicit(self, carry: State, values: dict[str, Tensors], batch: Any, solver: Solver, iterations: int) -> tuple[Any, Tensor]:
-        """At the point of rest of the first update."""
-
-        def update(params: Tensors, values: dict[str, Tensors]) -> Tensors:
-            grads = torch.func.grad(self._train_loss)(params, batch)
-            new: Tensors = self._update({**carry, "params": params}, grads, values, 0)["params"]
-            return new
-
-        check_double_backward(functools.partial(self._loss, batch), carry["params"])
-        return implicit(update, self._outer_loss, carry["params"], values, solver, iterations)
-
-    def _loss(self, batch: Any, params: Tensors) -> Tensor:
-        return self._train_loss(params, batch)
-
-    def _update(self, carry: State, grads: Tensors, values: Hypers, step: int) -> State:
-        """One step with the values of that step: of a schedule, its entry."""
-        now: dict[str, Tensors] = {key: {} for key in values}
-        for key, name, value, scheduled in self._each(values):
-            if scheduled and step >= len(value):
-                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are more batches")
-            now[key][name] = value[step] if scheduled else value
-        params, rule = self._nested.update(carry["params"], grads, carry["rule"], now)
-        return {"params": params, "rule": rule}
-
-    def _each(self, values: Hypers) -> Iterator[tuple[str, str, Tensor, bool]]:
-        """Hyper, key and value of each, and whether it is a schedule."""
-        for key, by_name in values.items():
-            for name, value in by_name.items():
-                yield key, name, value, value.shape != self._declared[key][name].shape
-
-    def _check_schedules(self, values: Hypers, steps: int) -> None:
-        for key, name, value, scheduled in self._each(values):
-            if scheduled and len(value) != steps:
-                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are {steps}")
-
-
-@contextmanager
-def _drawn_again(devices: list[int], states: list[Tensor], cpu: Tensor) -> Iterator[None]:
-    """Draw the random numbers again that were drawn from these states of the generators on, and no others after that."""
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
-        yield
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
-
-
-def _differentiable(tensor: Tensor) -> Tensor:
-    return tensor if tensor.requires_grad else _leaf(tensor)

@@ -10,8 +10,9 @@ import hyperopt_nested as hn
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
 LAYERS = ["hyper", "registry", "ops", "rule", "projections", "combinator", "sensitivity", "rules", "combinators", "learned"]
-LAYERS += ["tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "functional", "implicit", "unrolled"]
-LAYERS += ["sweep", "audit", "kept_state", "backends", "group", "optimizer", "testing", "cli"]
+LAYERS += ["tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "draws", "carried"]
+LAYERS += ["layers", "functional", "losses", "implicit", "training", "unrolled", "sweep", "audit", "kept_state", "pinned"]
+LAYERS += ["backends", "group", "roster", "param_state", "loading", "grouped", "optimizer", "testing", "cli"]
 PACKAGES = ["rules", "combinators", "backends", "testing"]
 
 

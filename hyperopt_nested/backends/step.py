@@ -14,7 +14,7 @@ from hyperopt_nested.backends.choice import _MANY, WARM_UP, Programs, form
 from hyperopt_nested.backends.program import Batch, Function, Program, Request, write_over
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.kept_state import Ref, pairs
-from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.learned import COUNTED, LearnedHyper
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
 
@@ -216,7 +216,7 @@ class ProgramStep:
         if (name, learn) in self._plans:
             return self._plans[name, learn]
         kept, state = _in_order(self._part(name))
-        counts = [i for i, ref in enumerate(kept) if ".rejected." in f".{ref.key}"]
+        counts = [i for i, ref in enumerate(kept) if any(f".{part}." in f".{ref.key}" for part in COUNTED)]
         reached = [(each.key, each.key_of(name)) for each in self._nested.learned_of(name).values() if learn and each.key not in self._own]
         reached = list(dict.fromkeys(reached))
         size = len(kept) + 1
@@ -259,7 +259,7 @@ class ProgramStep:
             "hypers": {key: {each.key_of(name): self._refs["hypers"][key][each.key_of(name)]} for key, each in used.items()},
             "learners": {key: _only(name, self._refs["learners"][key]) for key in used if key in self._own},
             "memory": {name: self._refs["memory"][name]},
-            "rejected": {key: self._refs["rejected"][key] for key in used if key in self._own},
+            **{part: {key: self._refs[part][key] for key in used if key in self._own} for part in COUNTED},
         }
 
     def _learn(
@@ -287,13 +287,14 @@ class ProgramStep:
     def _learner(self, key: str, values: list[str]) -> tuple[list[Ref], Function]:
         """Where the state of a shared hyper's learner is kept, and what steps it, given the totals of its values and this state."""
         learned = self._nested.learned[key]
-        parts = {"learner": self._refs["learners"][key], "raws": self._refs["hypers"][key], "rejected": self._refs["rejected"][key]}
+        counts = {part: self._refs[part][key] for part in COUNTED}
+        parts = {"learner": self._refs["learners"][key], "raws": self._refs["hypers"][key], "counts": counts}
         kept, state = _in_order(parts)
 
         def step(*given: Tensor) -> list[Tensor | None]:
             st, found = state(given[len(values) :]), dict(zip(values, given, strict=False))
-            raws, learner, rejected = learned.step(st["raws"], found, st["learner"], st["rejected"])
-            return [*(None for _ in values), *_leaves({"learner": learner, "raws": raws, "rejected": rejected}, parts)]
+            raws, learner, counts = learned.step(st["raws"], found, st["learner"], st["counts"])
+            return [*(None for _ in values), *_leaves({"learner": learner, "raws": raws, "counts": counts}, parts)]
 
         return kept, step
 
@@ -440,7 +441,7 @@ def _only(name: str, refs: State) -> State:
         "hypers": {key: {name: raws[name]} for key, raws in refs["hypers"].items()},
         "learners": {key: _only(name, inner) for key, inner in refs["learners"].items()},
         "memory": {name: refs["memory"][name]},
-        "rejected": refs["rejected"],
+        **{part: refs[part] for part in COUNTED},
     }
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from hyperopt_nested.ops import State
 
 Anchor = Literal["start", "zero"] | Tensor
-"""A point to stay near: the parameter's values when the optimizer is initialised ("start"), zero (which takes no memory), or a tensor
-of the parameter's shape, of which the state keeps a copy."""
+"""A point to stay near: the parameter's values before its first step ("start"), zero (which takes no memory), or a tensor of the
+parameter's shape, of which the state keeps a copy. `HyperOptimizer` takes "start" at the first step of each tensor; in `Nested`, that is
+what `init` is given."""
 
 
 def keep_anchor(param: Tensor, anchor: Anchor, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> State:

@@ -35,7 +35,7 @@ def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tenso
 
     Args:
         decay: strength, \(\alpha \ge 0\).
-        anchor: the pre-trained weights: "start", the values at initialisation, or a tensor.
+        anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
     """
     return step(param, grad + decay * displacement(param, state)), state
 
@@ -63,7 +63,7 @@ def spd(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor)
 
     Args:
         decay: strength, \(\lambda \ge 0\); 1 undoes the growth of the distance.
-        anchor: the pre-trained weights: "start", the values at initialisation, or a tensor.
+        anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
     """
     before = displacement(param, state)
     new = step(param, grad)

@@ -3,7 +3,7 @@
 from hyperopt_nested.testing.check import Reference, Report, check_case, check_rule
 from hyperopt_nested.testing.differences import Difference, central_difference, finite_difference
 from hyperopt_nested.testing.registered import every_rule
-from hyperopt_nested.testing.strategies import Case, cases, hyper_values, shape_trees, tensors, trees
+from hyperopt_nested.testing.strategies import Case, cases, hyper_values, normal_case, shape_trees, tensors, trees
 from hyperopt_nested.testing.subject import Checkable, RuleError
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "every_rule",
     "finite_difference",
     "hyper_values",
+    "normal_case",
     "shape_trees",
     "tensors",
     "trees",

@@ -1,6 +1,7 @@
 """`check_rule`: is a new optimizer right?"""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from torch import Tensor
 
 from hyperopt_nested.rule import Per
+from hyperopt_nested.testing.derivatives import check_derivatives
 from hyperopt_nested.testing.gradients import EXACT, PERS, Record, check_granularities
-from hyperopt_nested.testing.laws import LAWS, Law, check_compile
-from hyperopt_nested.testing.strategies import Case, cases
+from hyperopt_nested.testing.laws import LAWS, Law, check_compile, check_precision, check_purity, check_structure
+from hyperopt_nested.testing.strategies import SHAPES, Case, cases, inside, normal_case
 from hyperopt_nested.testing.subject import Checkable, Inapplicable, RuleError, Subject, direct, history, numbers, start, subject
 
 Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
@@ -19,6 +21,9 @@ Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
 
 _ROUNDS, _EXAMPLES = 8, 240  # at most, or at most so many examples, until every hyper is verified at every granularity
 _SHRINKS = 200  # examples tried in search of a smaller one that fails
+
+_LARGE = ((40, 64), (2560,), (16, 10, 4, 4))  # shapes; the first that the rule accepts is checked
+_LATE, _LATER = 25, 101  # steps, of a large tensor and a small one, and of a small one
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     for law in LAWS:
         _search(checked, law, examples // 2 + 1)
     _search(checked, check_compile, 1)
-    return verify(checked, examples=examples)
+    report = verify(checked, examples=examples)
+    _search(checked, check_derivatives, examples // 2 + 1)
+    _search_long(checked)
+    return report
 
 
 def verify(checked: Subject, *, examples: int = 30) -> Report:
@@ -120,7 +128,7 @@ def check_case(rule: Checkable, case: Case) -> None:
         RuleError: a law is broken.
     """
     checked = subject(rule)
-    laws: list[Law] = [*LAWS, check_compile, functools.partial(check_granularities, record=Record(), missing=())]
+    laws: list[Law] = [*LAWS, check_compile, functools.partial(check_granularities, record=Record(), missing=()), check_derivatives]
     for law in laws:
         try:
             law(checked, case)
@@ -156,11 +164,7 @@ def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequ
             except Inapplicable:
                 reject()
             except RuleError as error:
-                name = checked.name if checked.name.isidentifier() else "rule"
-                broken[written] = (
-                    f"{checked.name}: {error}\n\nTo see it again:\n\nimport torch\nimport hyperopt_nested as hn\n\n"
-                    f"case = {error.case or case!r}\nhn.testing.check_case({name}, case)"
-                )
+                broken[written] = _message(checked, error, error.case or case)
         if written in broken:
             raise RuleError(broken[written])
 
@@ -172,6 +176,54 @@ def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequ
         raise RuleError(str(error)) from None  # without hypothesis's own notes
     finally:
         torch.set_num_threads(threads)
+
+
+def _search_long(checked: Subject) -> None:
+    """Check late steps, and a tensor larger than those that are drawn; raise what the smallest case that fails raises."""
+    shapes = [shape for shape in (*_LARGE, *SHAPES) if checked.accepts(shape) and math.prod(shape)]
+    if not shapes:
+        return
+    large, small = shapes[0], next((shape for shape in shapes if math.prod(shape) < 10), shapes[0])
+    flipped = [{name: choices[1]} for name, choices in checked.choices.items()]
+    runs = [({"a": large, "b": small}, _LATE, {}), ({"a": small}, _LATER, {}), *(({"a": small}, _LATE, each) for each in flipped)]
+    rule = checked.template.rule
+    values = {name: inside(rule.hypers[name]) for name in checked.own}
+    for tree, steps, options in runs:
+        broken = _broken(checked, normal_case(values, tree, steps, options))
+        if broken is None:
+            continue
+        for smaller in ({"a": small}, *({"a": (rows, *large[1:])} for rows in (1, 2, 4, 8, 16, 32)), {"a": large}):
+            case = normal_case(values, smaller, steps, options)
+            if checked.accepts(smaller["a"]) and (found := _broken(checked, case)) is not None:
+                tree, broken = smaller, found
+                break
+        fewest = 1
+        while fewest < steps:  # bisection
+            middle = (fewest + steps) // 2
+            found = _broken(checked, normal_case(values, tree, middle, options))
+            steps, fewest, broken = (middle, fewest, found) if found is not None else (steps, middle + 1, broken)
+        raise RuleError(_message(checked, broken, normal_case(values, tree, steps, options)))
+
+
+def _broken(checked: Subject, case: Case) -> RuleError | None:
+    """What breaks a law in a long case, if one is broken."""
+    for law in (check_structure, check_purity, check_precision, check_derivatives):
+        try:
+            law(checked, case)
+        except Inapplicable:
+            continue
+        except RuleError as error:
+            return error
+    return None
+
+
+def _message(checked: Subject, error: RuleError, case: Case) -> str:
+    """The first line says what is broken, and the rest how to see it again."""
+    name = checked.name if checked.name.isidentifier() else "rule"
+    return (
+        f"{checked.name}: {error}\n\nTo see it again:\n\nimport torch\nimport hyperopt_nested as hn\n\n"
+        f"case = {case!r}\nhn.testing.check_case({name}, case)"
+    )
 
 
 def _same_as(reference: Reference) -> Law:

@@ -120,7 +120,7 @@ def _by_engine(
     new, st = nested.step(params, case.grads[-1], {**st, "rule": states})
     found = nested.hypergradients(new, case.after, st)
     moves = torch.stack([(case.after[t] * (new[t] - param)).abs().sum() for t, param in params.items()]).sum()
-    sizes = {name: moves / _room(nested.learned[name].hyper, case.hypers[name]) for name in learned}
+    sizes = {name: moves / room(nested.learned[name].hyper, case.hypers[name]) for name in learned}
     for tensor, memory_of in st["memory"].items():
         for name, sensitivity in memory_of["sensitivity"].items():
             sizes[name] = sizes[name] + (case.after[tensor] * sensitivity).abs().sum()
@@ -138,7 +138,7 @@ def _differences(
     where = ["model"] if case.per == "model" else list(params)
     counts = [shapes[name].numel() if case.per != "model" else 1 for name in where]
     at = torch.cat([torch.full((count,), case.hypers[name], dtype=torch.float64) for name in hypers for count in counts])
-    scale = torch.cat([torch.full((count,), _room(hyper, case.hypers[name])) for name, hyper in hypers.items() for count in counts])
+    scale = torch.cat([torch.full((count,), room(hyper, case.hypers[name])) for name, hyper in hypers.items() for count in counts])
 
     def moved(values: Tensor) -> dict[str, Tree]:
         pieces = iter(torch.split(values, [count for _ in hypers for count in counts]))
@@ -186,7 +186,7 @@ def _shape(param: Tensor, per: Per) -> torch.Size:
     return torch.Size([*param.shape[:1], *(1 for _ in param.shape[1:])] if param.ndim > 1 else [1] * param.ndim)
 
 
-def _room(hyper: Hyper, value: float) -> float:
+def room(hyper: Hyper, value: float) -> float:
     """How far a value can be moved both ways inside its domain."""
     room = min(value - hyper.lower, hyper.upper - value)
     return room if room < float("inf") else max(abs(value), 0.1)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import map_tree
@@ -132,7 +134,7 @@ def check_ends(subject: Subject, case: Case) -> None:
         for end in ends:
             at_end = Case({**case.hypers, name: end}, case.params, case.grads, case.after, "tensor", case.options)
             learned = {} if name in subject.template.rule.flat else {name: at_end.per}
-            nested = Nested(subject.learning(at_end, learned))
+            nested = Nested(subject.learning(at_end, learned), memory="reverse")  # which hides nothing that is not finite
             try:
                 params, st = case.params, nested.init(case.params)
             except ValueError:  # at zero it switches something off that another hyper needs, or that it acts on itself
@@ -143,6 +145,42 @@ def check_ends(subject: Subject, case: Case) -> None:
             for path, leaf in found.items():
                 if not bool(torch.isfinite(leaf).all()):
                     raise RuleError(f"with {name}={end!r}, {path} is not finite: {leaf}")
+
+
+def check_precision(subject: Subject, case: Case) -> None:
+    """In float64, nothing is rounded to fewer digits: no cast to a narrower dtype, and no number in one that is not exact there."""
+    optimizer = subject.fixed(case)
+    params, states = history(optimizer, case)
+    with _Widths():
+        direct(optimizer, params, case.grads[-1], states, numbers(case, optimizer))
+
+
+class _Widths(TorchDispatchMode):
+    """Raises RuleError in an operation that mixes float64 with what was rounded to a narrower dtype."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given, made = _floating((args, kwargs)), _floating(found)
+        if any(each.dtype == torch.float64 for each in (*given, *made)):
+            for each in made:
+                if each.dtype != torch.float64:
+                    raise RuleError(f"the update casts float64 to {each.dtype} in {func}: compute in the parameter's dtype")
+            for each in given:
+                if each.dtype != torch.float64 and not _exact(each.to(torch.float64)):
+                    raise RuleError(
+                        f"the update uses a number in {each.dtype}, {each.flatten()[0].item():.10g}, with others in float64 in {func}: "
+                        "give torch.tensor and the like dtype=param.dtype, and cast a counter before it is divided or rooted"
+                    )
+        return found
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _exact(values: Tensor) -> bool:
+    """Whether these are multiples of 2^-12, as counters, masks and halves are: they have been rounded nowhere."""
+    return bool(((values * 4096).round() == values * 4096).all())
 
 
 def check_descent(subject: Subject, case: Case) -> None:
@@ -156,7 +194,7 @@ def check_descent(subject: Subject, case: Case) -> None:
             raise RuleError(f"the first update goes up the gradient: their inner product is {float(along):.6g}, not negative")
 
 
-LAWS: tuple[Law, ...] = (check_structure, check_purity, check_devices, check_vmap, check_ends, check_descent)
+LAWS: tuple[Law, ...] = (check_structure, check_purity, check_precision, check_devices, check_vmap, check_ends, check_descent)
 
 
 def _run(optimizer: Optimizer, params: Tree, grads: list[Tree], hypers: Mapping[str, Tree]) -> dict[str, Any]:
@@ -167,7 +205,7 @@ def _run(optimizer: Optimizer, params: Tree, grads: list[Tree], hypers: Mapping[
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return a.shape == b.shape and (torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b))
 
 
 def _forms(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
@@ -176,7 +214,8 @@ def _forms(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dt
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], how: str) -> None:
-    largest = max([1.0, *(float(leaf.abs().amax()) for leaf in expected.values() if leaf.numel())])
+    sized = [leaf.to(torch.float64) for leaf in expected.values() if leaf.numel()]  # masks and counters too
+    largest = max([1.0, *(float(leaf.abs().amax()) for leaf in sized)])
     for path, leaf in expected.items():
-        if leaf.numel() and float((found[path] - leaf).abs().amax()) > EXACT * largest:
+        if leaf.numel() and not float((found[path].to(torch.float64) - leaf.to(torch.float64)).abs().amax()) <= EXACT * largest:
             raise RuleError(f"{path} is {found[path].tolist()} {how}, but {leaf.tolist()} without")

@@ -77,8 +77,11 @@ class Case:
     after: dict[str, Tensor]
     per: Per = "model"
     options: dict[str, Any] = field(default_factory=dict)
+    _recipe: str = field(default="", init=False)
 
     def __repr__(self) -> str:
+        if self._recipe:
+            return self._recipe
         grads = "".join(f"        {_written(each)},\n" for each in self.grads)
         return (
             f"hn.testing.Case(\n    hypers={self.hypers!r},\n    params={_written(self.params)},\n    grads=[\n{grads}    ],\n"
@@ -123,6 +126,49 @@ def cases(
         per=draw(st.sampled_from(list(pers))),
         options={name: draw(st.sampled_from(list(choices))) for name, choices in (options or {}).items()},
     )
+
+
+def normal_case(
+    hypers: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]], steps: int, options: Mapping[str, Any] | None = None
+) -> Case:
+    """Make a case of normally distributed numbers, the same in every call: for tensors and runs that are too long to be written out.
+
+    Args:
+        hypers: values of all hypers.
+        shapes: shapes of the tensors, by name.
+        steps: number of updates, >= 1; the last one is checked.
+        options: the rule's options.
+
+    Returns:
+        The case, in float64.
+
+    Raises:
+        ValueError: `steps` is less than 1.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.testing.normal_case({"lr": 0.1}, {"a": (40, 64)}, 25)
+        hn.testing.normal_case({'lr': 0.1}, {'a': (40, 64)}, 25)
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps!r} must be at least 1")
+    generator = torch.Generator().manual_seed(0)
+
+    def tree() -> dict[str, Tensor]:
+        return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+    case = Case(dict(hypers), tree(), [tree() for _ in range(steps)], tree(), options=dict(options or {}))
+    more = f", {case.options!r}" if case.options else ""
+    object.__setattr__(case, "_recipe", f"hn.testing.normal_case({case.hypers!r}, {dict(shapes)!r}, {steps}{more})")
+    return case
+
+
+def inside(hyper: Hyper) -> float:
+    """The default, or, where that is an end of the domain, a value near it."""
+    if hyper.lower < hyper.default < hyper.upper:
+        return hyper.default
+    other = hyper.upper if hyper.default == hyper.lower else hyper.lower
+    return hyper.default + (math.copysign(0.1, other - hyper.default) if math.isinf(other) else 0.1 * (other - hyper.default))
 
 
 def _written(tree: Mapping[str, Tensor]) -> str:

@@ -57,9 +57,10 @@ class Subject:
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes that it accepts."""
-        return [shape for shape in SHAPES if self._accepts(shape)]
+        return [shape for shape in SHAPES if self.accepts(shape)]
 
-    def _accepts(self, shape: tuple[int, ...]) -> bool:
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether it steps a tensor of this shape."""
         try:
             start(self.template, {"a": torch.zeros(shape)})
         except Inapplicable:

@@ -1,0 +1,352 @@
+"""The engine's state where a torch optimizer keeps it: in `optimizer.state`, by tensor, where others may change, replace or clear it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.kept_state import Ref, pairs, refs
+from hyperopt_nested.learned import COUNTED
+from hyperopt_nested.nested import Nested
+from hyperopt_nested.ops import State, in_dtype, map_tree
+from hyperopt_nested.roster import Roster
+
+STEPS = "steps"
+"""The entry of a tensor's state that counts its steps: float64, shape (), always on the CPU."""
+
+DECLARED = "declared."
+"""Prefix of entries that hold what learned hypers were declared as, by the run that began: float64, shape (), always on the CPU."""
+
+_PER_TENSOR = ("rule", "memory")
+_PARTS = ("rule.", "memory.", "hypers.", "learners.", DECLARED, *(f"{part}." for part in COUNTED))
+_NONE: dict[str, Tensor] = {}
+
+Path = tuple[str, ...]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class ParamState:
+    """State of an engine, and where each leaf is kept.
+
+    Args:
+        nested: the engine.
+        roster: the tensors.
+        tracked: names of those that have state.
+        leaves: leaves of the engine's state, by path.
+        places: where each is kept.
+        steps: how many steps each tensor has taken.
+        declared: the declared value of each learned hyper.
+
+    Attributes:
+        params: the tensors that have state, by name.
+        refs: tree of the state's structure that says where each leaf is kept.
+        st: the engine's state.
+        states: the optimizer's entries of each tensor that has any, by name.
+        taken: how many steps the tensor has taken that has taken most.
+        fresh: names of tensors that have taken none.
+    """
+
+    def __init__(
+        self,
+        nested: Nested,
+        roster: Roster,
+        tracked: Collection[str],
+        leaves: dict[Path, Tensor],
+        places: State,
+        steps: dict[str, Tensor],
+        declared: dict[str, Tensor],
+    ) -> None:
+        self.nested, self.roster, self.refs, self.steps, self.declared = nested, roster, places, steps, declared
+        self.params = {name: roster.tensors[name] for name in roster.tensors if name in tracked}
+        by_ref = {ref: leaves[path] for path, ref in _flat(places).items()}
+        self.st = map_tree(by_ref.__getitem__, places)
+        self._owners = {name: param for name, param in roster.tensors.items() if name in tracked or name == roster.home}
+        self._notes: dict[str, tuple[Any, ...]] = {}
+        self._watched = [name for name in self.params if places["memory"][name].keys() & {"numbers", "carried"}]
+        for key, learned in nested.learned.items():
+            learned.declared = float(declared[key])
+        self._count()
+        self._look()
+
+    def _count(self) -> None:
+        self._counts = {name: int(count) for name, count in self.steps.items()}
+        self.taken = max(self._counts.values(), default=0)
+        self.fresh = {name for name, count in self._counts.items() if not count}
+
+    def _look(self) -> None:
+        self._forms = [(param.shape, param.dtype) for param in self.params.values()]
+        self._devices = [param.device for param in self._owners.values()]
+
+    # What is kept, and whether it still is what it was
+
+    def write(self, state: States) -> None:
+        """Write all entries, and take out those of the engine that do not belong there."""
+        expected: dict[str, dict[str, Tensor]] = {name: {} for name in self._owners}
+        for ref, leaf in pairs(self.refs, self.st):
+            expected[ref.name][ref.key] = leaf
+        for name, count in self.steps.items():
+            expected[name][STEPS] = count
+        for key, value in self.declared.items():
+            if self.roster.home:
+                expected[self.roster.home][DECLARED + key] = value
+        for name, param in self.roster.tensors.items():
+            given = state.get(param, _NONE)
+            wanted = expected.get(name, _NONE)
+            for key in [key for key in given if key not in wanted and is_entry(key)]:
+                del given[key]
+            if wanted:
+                state.setdefault(param, {}).update(wanted)
+        self._snapshot(state)
+
+    def _snapshot(self, state: States) -> None:
+        self._entries = self._found(state)
+        self.states = {name: state[param] for name, param in self._owners.items() if param in state}
+
+    def _found(self, state: States) -> list[Any]:
+        return [*chain.from_iterable([state.get(param, _NONE).values() for param in self._owners.values()])]
+
+    def is_current(self, state: States) -> bool:
+        """Whether entries, and the tensors' shapes and devices, are what they were."""
+        found = self._found(state)
+        return (
+            len(found) == len(self._entries)
+            and all(map(is_, found, self._entries))
+            and [param.device for param in self._owners.values()] == self._devices
+            and [param.shape for param in self.params.values()] == [shape for shape, _ in self._forms]
+        )
+
+    def adopted(self, state: States, elsewhere: Collection[str]) -> bool:
+        """Take over entries that were replaced by others of the same shape, and move all to where the tensors are.
+
+        Returns:
+            Whether that is all that has changed.
+        """
+        if any(param.shape != shape for param, (shape, _) in zip(self.params.values(), self._forms, strict=True)):
+            return False
+        found: dict[Ref, Tensor] = {}
+        for ref, last in pairs(self.refs, self.st):
+            entry, param = self.entry(state, ref.name, ref.key), self.roster.tensors[ref.name]
+            if entry is None or entry.shape != last.shape:
+                return False
+            found[ref] = placed(entry, ref.key, param, elsewhere).to(last.dtype)
+        steps = {name: self.entry(state, name, STEPS) for name in self.steps}
+        declared = {key: self.entry(state, self.roster.home, DECLARED + key) for key in self.declared}
+        if any(entry is None for entry in chain(steps.values(), declared.values() if self.roster.home else ())):
+            return False
+        self.steps = {name: counted(count) for name, count in steps.items()}
+        self.st = map_tree(found.__getitem__, self.refs)
+        self._count()
+        self._look()
+        self.write(state)
+        return True
+
+    def entry(self, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
+        """What is kept there; None if it is no tensor."""
+        return _entry(self.roster, state, name, key)
+
+    def shared(self) -> frozenset[str]:
+        """Keys of the entries that tensors share, which are kept with the first."""
+        return frozenset(ref.key for ref, _ in pairs(refs(self.nested, self.st, ""), self.st) if not ref.name)
+
+    # Steps
+
+    def take(self, st: State, state: States) -> None:
+        """Take a new state."""
+        for ref, leaf in pairs(self.refs, st):
+            state[self.roster.tensors[ref.name]][ref.key] = leaf
+        self.st = st
+        self._snapshot(state)
+
+    def is_converted(self, names: Iterable[str]) -> bool:
+        """Whether one of these tensors has another dtype than when its state was made."""
+        dtypes = {name: dtype for name, (_, dtype) in zip(self.params, self._forms, strict=True)}
+        return any(self.params[name].dtype != dtypes[name] for name in names)
+
+    def begin(self, names: Iterable[str], dtype: torch.dtype | None) -> None:
+        """Set the states of rules, in place, to what they are before the first step from the values that the tensors have now.
+
+        Copies of tensors that were given as options, such as anchors, stay.
+        """
+        for name in names:
+            optimizer, param = self.nested.optimizer_of(name), self.params[name].detach()
+            given = _given(optimizer.rule)
+            new = _flat(in_dtype(optimizer.rule.init(param, optimizer.settings), param, dtype))
+            for path, old in _flat(self.st["rule"][name]).items():
+                if path not in given:
+                    old.copy_(new[path])
+
+    def stepped(self, names: Collection[str]) -> None:
+        """Count a step that these tensors have taken, and note what they are now, where its memory needs that they stay so."""
+        torch._foreach_add_([self.steps[name] for name in names], 1)
+        counts = self._counts
+        for name in names:
+            counts[name] += 1
+        self.taken = max(self.taken, *map(counts.__getitem__, names))
+        if self.fresh:
+            self.fresh.difference_update(names)
+        for name in self._watched:
+            if name in names:
+                self._notes[name] = _version(self.params[name])
+
+    def changed(self, names: Collection[str]) -> list[str]:
+        """Which of these tensors have been changed since their last step, where its memory is worth nothing then."""
+        return [
+            name
+            for name in self._watched
+            if name in names and name in self._notes and _differs(self._notes[name], _version(self.params[name]))
+        ]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget the last updates of these tensors, in place, as far as their memory needs the weights that they left."""
+        for name in names:
+            memory = self.st["memory"][name]
+            for leaf in [memory["taken"]] if "taken" in memory else _flat(memory.get("carried", {})).values():
+                leaf.zero_()
+
+
+def built(
+    nested: Nested,
+    roster: Roster,
+    tracked: Collection[str],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    before: ParamState | None,
+    elsewhere: Collection[str],
+) -> ParamState:
+    """The state of tensors: what is kept, and, where there is nothing, what it is before the first step.
+
+    Where an entry of a tensor's rule is missing that was there, all of its rule and memory begins anew; where one of its memory is
+    missing, the memory. Learned values, and the state of what learns them, stay what they were last.
+
+    Args:
+        nested: the engine.
+        roster: the tensors.
+        tracked: names of those that have state.
+        state: what the optimizer keeps now; it is not changed.
+        before: the state until now.
+        elsewhere: last parts of the keys of entries that stay on devices of their own.
+
+    Raises:
+        ValueError: an entry, or a tensor, has another shape than it had. The message names both, and the remedy.
+    """
+    params = {name: param.detach() for name, param in roster.tensors.items() if name in tracked}
+    fresh = nested.init(params)
+    tree = refs(nested, fresh, roster.home)
+    places, leaves = _flat(tree), _flat(fresh)
+    last: dict[Path, Tensor] = _flat(before.st) if before else {}
+    known: Collection[str] = before.params if before else ()
+
+    def entry(name: str, key: str) -> Tensor | None:
+        return _entry(roster, state, name, key)
+
+    anew, forgotten = set[str](), set[str]()
+    if before:
+        for (name, param), (shape, dtype) in zip(before.params.items(), before._forms, strict=True):
+            if roster.tensors.get(name) is param and (param.shape != shape or (name in before.fresh and param.dtype != dtype)):
+                has_state = any(entry(name, ref.key) is not None for path, ref in places.items() if path[0] == "rule" and path[1] == name)
+                if name not in before.fresh and (has_state or entry(name, STEPS) is not None):
+                    raise _resized(name, param.shape, shape)
+                anew.add(name)
+    anew |= {name for name in params if entry(name, STEPS) is None}
+    for path, ref in places.items():
+        if path[0] in _PER_TENSOR and (path in last or path[1] not in known) and entry(ref.name, ref.key) is None:
+            (anew if path[0] == "rule" else forgotten).add(path[1])
+    lost: set[tuple[str, str]] = set()  # learned values that do not fit their tensors any more
+    for path, ref in places.items():
+        like, found = leaves[path], entry(ref.name, ref.key)
+        if path[0] in _PER_TENSOR:
+            begins = path[1] in anew or (path[0] == "memory" and path[1] in forgotten)
+            found = None if begins else found
+        elif found is None or (found.shape != like.shape and ref.name in anew):
+            found = last.get(path)
+            found = None if found is None or found.shape != like.shape else found
+            if found is None and path[0] == "hypers" and path in last:
+                lost.add((path[1], path[2]))
+            if path[0] == "learners" and any((path[1], value) in lost for value in path[2:]):
+                found = None
+        if found is None:
+            continue
+        if found.shape != like.shape:
+            raise _misfit(ref, found.shape, like.shape)
+        kept = placed(found, ref.key, roster.tensors[ref.name], elsewhere)
+        leaves[path] = kept.to(last[path].dtype) if path in last else kept
+    steps = {name: torch.zeros((), dtype=torch.float64) if name in anew else counted(entry(name, STEPS)) for name in params}
+    declared = {}
+    for key, learned in nested.learned.items():
+        found = entry(roster.home, DECLARED + key)
+        found = before.declared.get(key) if found is None and before else found
+        declared[key] = torch.tensor(learned.learn.value, dtype=torch.float64) if found is None else counted(found)
+    made = ParamState(nested, roster, params, leaves, tree, steps, declared)
+    if before:
+        made._notes = {name: note for name, note in before._notes.items() if before.params[name] is made.params.get(name)}
+    return made
+
+
+def is_entry(key: Any) -> bool:
+    """Whether that is the key of an entry of the engine's, and not of one that others have put there."""
+    return isinstance(key, str) and (key == STEPS or key.startswith(_PARTS))
+
+
+def is_own(key: Any) -> bool:
+    """Whether that is the key of an entry that each tensor that trains has of its own."""
+    return isinstance(key, str) and (key == STEPS or key.startswith(("rule.", "memory.")))
+
+
+def placed(entry: Tensor, key: str, param: Tensor, elsewhere: Collection[str]) -> Tensor:
+    """An entry where it is kept: with its tensor, unless it has a device of its own."""
+    return entry if key.rpartition(".")[2] in elsewhere else entry.to(param.device)
+
+
+def counted(entry: Any) -> Tensor:
+    """A count, or another number that is never cast, as it is kept."""
+    return torch.as_tensor(entry).detach().to("cpu", torch.float64)
+
+
+def _entry(roster: Roster, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
+    entries = state.get(roster.tensors[name], _NONE) if name else _NONE
+    found = entries.get(key)
+    return found if isinstance(found, Tensor) else None
+
+
+def _given(rule: Any) -> set[Path]:
+    """Paths, in a rule's state, of copies of options."""
+    found = {(key,) for key, option in getattr(rule, "options", {}).items() if isinstance(option, Tensor)}
+    return found | {("base", *path) for path in _given(rule.base)} if hasattr(rule, "base") else found
+
+
+def _version(param: Tensor) -> tuple[Any, ...]:
+    try:
+        address = param.data_ptr()
+    except RuntimeError:  # a tensor without memory of its own
+        address = 0
+    return param._version, address, param.dtype, param.device
+
+
+def _differs(noted: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether a tensor has been changed, and not only converted or moved."""
+    return noted != now and (noted[0] != now[0] or noted[2:] == now[2:])
+
+
+def _flat(tree: State, path: Path = ()) -> dict[Path, Any]:
+    found: dict[Path, Any] = {}
+    for key, leaf in tree.items():
+        found |= _flat(leaf, (*path, key)) if isinstance(leaf, dict) else {(*path, key): leaf}
+    return found
+
+
+def _resized(name: str, shape: torch.Size, before: torch.Size) -> ValueError:
+    return ValueError(
+        f"{name!r} has shape {tuple(shape)}, but its state is of shape {tuple(before)}: its data was replaced. Put a new parameter in its "
+        f"place in param_groups, or begin its state anew by removing it (optimizer.state.pop(parameter))"
+    )
+
+
+def _misfit(ref: Ref, shape: torch.Size, expected: torch.Size) -> ValueError:
+    return ValueError(
+        f"the state of {ref.name!r} has {ref.key!r} of shape {tuple(shape)}, which must be {tuple(expected)}: replace it by one of that "
+        "shape, or begin the state of the tensor anew by removing it (optimizer.state.pop(parameter))"
+    )
