@@ -24,7 +24,7 @@ def with_early_writes(graphs: Sequence[UpdateGraph], changing: Collection[int]) 
     first, last = graphs
     written = {i for i, _ in first.outputs}
     movable = [i for i, value in last.outputs if i not in written and _waits_for_nothing(value, {*changing, *written})]
-    early = read_back(dict(last.outputs), movable)
+    early = read_back(dict(last.outputs), movable, [total.operands[0] for total in last.values if total.is_total])
     if not early:
         return [first, last]
     moved = replace(first, outputs=(*first.outputs, *early.items()))

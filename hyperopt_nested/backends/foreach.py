@@ -109,8 +109,8 @@ class Interpreter:
         many = [
             operand if operand is None or isinstance(operand, list) or operand.ndim == 0 else list(operand.unbind()) for operand in operands
         ]
-        if value.op in _FOREACH and isinstance(many[0], list) and value.dtype.is_floating_point:
-            others = [each if isinstance(each, list) else each.item() for each in many[1:]]
+        others = [arg.args[0] if arg and arg.op == "constant" else each for arg, each in zip(value.args[1:], many[1:], strict=True)]
+        if value.op in _FOREACH and value.dtype.is_floating_point and not any(isinstance(each, Tensor) for each in [many[0], *others]):
             return list(_FOREACH[value.op](many[0], *others))
         each_row = ([each[i] if isinstance(each, list) else each for each in many] for i in range(count))
         return [self._operator(value.op, row) for row in each_row]
