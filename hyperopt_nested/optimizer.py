@@ -1,11 +1,12 @@
 """`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal, cast, overload
 from warnings import warn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
@@ -147,6 +148,7 @@ class HyperOptimizer(GroupedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # what is kept between steps is not for tracing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the learned hypers, then the parameters that have a gradient.
@@ -206,9 +208,10 @@ class HyperOptimizer(GroupedOptimizer):
     def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those found, or else those that the tensors have."""
         self._follow()
-        grads = {name: p.grad for name, p in self._roster.tensors.items() if p.grad is not None} if found is None else dict(found)
+        tensors, strided = self._roster.tensors, torch.strided
+        grads = {name: grad for name, p in tensors.items() if (grad := p.grad) is not None} if found is None else dict(found)
         for name, grad in grads.items():
-            if grad.layout != torch.strided:
+            if grad.layout is not strided:
                 raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
         return grads
 
@@ -230,10 +233,10 @@ class HyperOptimizer(GroupedOptimizer):
             kept.begin(first, self._how["state_dtype"])
         self._mind_changes(grads.keys())
 
-    def _mind_changes(self, names: Collection[str]) -> None:
+    def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
         kept = cast(ParamState, self._kept)
-        if not (changed := kept.changed(names)):
+        if not (changed := kept.weights.changed(names)):
             return
         kept.forget(changed)
         if new := [name for name in changed if name not in self.changed]:
@@ -248,6 +251,7 @@ class HyperOptimizer(GroupedOptimizer):
         for name in changed:
             self.changed[name] = self.changed.get(name, 0) + 1
 
+    @_disable_dynamo
     @torch.no_grad()
     def hyper_step(self) -> None:
         """Step the learned hypers alone, from the gradients that the parameters have now: of a validation loss, after the last step.
