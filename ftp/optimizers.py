@@ -87,7 +87,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
             raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
         if not (anchor is None or isinstance(anchor, (str, Mapping))):
             kind = type(anchor).__name__
-            raise TypeError(f"anchor is a {kind}; it must be None, 'zero', or a mapping from names to tensors, such as a state dict")
+            raise TypeError(f"anchor has type {kind}; it must be None, 'zero', or a mapping from names to tensors, such as a state dict")
         for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
             if not (dtype is None or isinstance(dtype, torch.dtype)):
                 raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")

@@ -71,7 +71,9 @@ def not_an_optimizer(name: str, value: Any) -> TypeError:
         )
     else:
         remedy = "such as hn.sgd(lr=1e-3)"
-    said = f"{name} {value!r} ({kind}), which" if name.endswith(" returned") else f"{name}={value!r} ({kind})"
+    shown = " ".join(f"{value!r}".split())
+    shown = f"{shown[:80]}..." if len(shown) > 80 else shown
+    said = f"{name} {shown} ({kind}), which" if name.endswith(" returned") else f"{name}={shown} ({kind})"
     return TypeError(f"{said} must be an optimizer of this library, {remedy}")
 
 

@@ -37,7 +37,7 @@ class Combinator:
     def __post_init__(self) -> None:
         self._kinds = kinds_of(self.options, self.function, self.initial)
 
-    def __call__(self, optimizer: Optimizer, /, **settings: Any) -> Optimizer:
+    def __call__(self, optimizer: Optimizer, /, *given: Any, **settings: Any) -> Optimizer:
         """The optimizer with this combinator around it.
 
         Raises:
@@ -46,6 +46,9 @@ class Combinator:
         """
         if not isinstance(optimizer, Optimizer):
             raise not_an_optimizer("optimizer", optimizer)
+        if given:
+            first = next(iter([*self.hypers, *self.options]), "")
+            raise TypeError(f"{self.name} takes an optimizer and then arguments by name, such as {self.name}(optimizer, {first}=...)")
         check_options(self.name, self._kinds, self.options, settings)
         values, options = assigned(self.name, self.hypers, self.options, settings)
         base = optimizer.rule

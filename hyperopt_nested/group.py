@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from hyperopt_nested.checks import is_number
 from hyperopt_nested.learned import LearnedHyper, number
@@ -56,7 +57,8 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
     hypers = list(dict.fromkeys(hyper for optimizer in found for hyper in optimizer.settings))
     options = {option for optimizer in found for option in options_of(optimizer.rule)}
     for key, value in overrides.items():
-        if key in hypers or not found:
+        whole = key.startswith("beta") and key[4:].isdigit()
+        if key in hypers or not found or (whole and "beta1" in hypers):
             continue
         if key in options or (key == "maximize" and value):
             raise ValueError(
@@ -65,13 +67,24 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
             )
         if close := get_close_matches(key, hypers, cutoff=0.8):
             raise ValueError(f"a group gives {key!r}; did you mean {close[0]!r}?")
-        whole = key.startswith("beta") and key[4:].isdigit()
         if whole or (
             (is_number(value) or isinstance(value, Learn)) and not any(hyper in key.split("_") or hyper in key for hyper in hypers)
         ):
             raise ValueError(
                 f"a group gives {key}={value!r}, but its tensors have no hyper {key!r}; they have {', '.join(hypers) or 'none'}"
             )
+
+
+def check_betas(group: Mapping[str, Any], optimizers: Iterable[Optimizer]) -> None:
+    """Refuse `betas` of a group that are not as many as its tensors' optimizers have.
+
+    Raises:
+        ValueError: they are more or fewer.
+    """
+    for optimizer in optimizers:
+        own = [hyper for hyper in optimizer.settings if hyper.startswith("beta") and hyper[4:].isdigit()]
+        if own and "betas" in group and len(group["betas"]) != len(own):
+            raise ValueError(f"a group gives betas={group['betas']!r}, which must be {len(own)} numbers: {', '.join(own)}")
 
 
 def check_numbers(index: int, group: Mapping[str, Any], optimizer: Optimizer) -> None:
@@ -125,6 +138,14 @@ class ByName(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (list(self.items()),)
+
+
+def _named(values: Iterable[Any], context: Any) -> ByName:
+    what, keys = context
+    return ByName(what, dict(zip(keys, values, strict=True)))
+
+
+register_pytree_node(ByName, lambda found: (list(found.values()), (found._what, list(found))), _named)
 
 
 def with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimizer:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_nested.checks import not_an_optimizer
 from hyperopt_nested.combinator import Combinator
-from hyperopt_nested.group import Numbers, check_keys, check_numbers, pack, unpack, with_overrides
+from hyperopt_nested.group import Numbers, check_betas, check_keys, check_numbers, pack, unpack, with_overrides
 from hyperopt_nested.learned import number
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.param_state import ParamState
@@ -57,6 +57,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"params has two tensors named {name!r}; give each its own name")
         overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
         chosen = self._choose(dict(named), overrides)
+        check_betas(param_group, chosen.values())
         declared: dict[str, float] = {}
         for name, optimizer in chosen.items():
             for hyper, value in self._declared(optimizer).items():

@@ -200,7 +200,12 @@ def check_step(
         TypeError: `learn` is neither a bool nor a collection of names.
         ValueError: something is of no tensor or hyper, of another shape, or outside its domain.
     """
+    for argument, given in (("params", params), ("grads", grads), ("values", values)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument} is a {type(given).__name__}; it must be a mapping from the names of tensors")
     for name, grad in grads.items():
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"grads[{name!r}]={grad!r} ({type(grad).__name__}) must be a tensor; leave out tensors without a gradient")
         if name not in params or name not in st["rule"]:
             where = "params" if name not in params else "st, which init makes"
             raise ValueError(f"grads has {name!r}, which is not in {where}; there are: {_listed(params if name in grads else st['rule'])}")
@@ -213,6 +218,8 @@ def check_step(
         last = given
         if name not in st["rule"]:
             raise ValueError(f"values has {name!r}, which is no tensor; there are: {_listed(st['rule'])}")
+        if not isinstance(given, Mapping):
+            raise TypeError(f"values[{name!r}]={given!r} ({type(given).__name__}) must be a mapping from hypers to numbers")
         optimizer = optimizer_of(name)
         for hyper, value in given.items():
             if hyper not in optimizer.settings:
@@ -221,6 +228,6 @@ def check_step(
                 optimizer.rule.hypers[hyper].check_scheduled(f"values[{name!r}][{hyper!r}]", value)
     if not isinstance(learn, bool):
         if isinstance(learn, str) or not isinstance(learn, Collection):
-            raise TypeError(f"learn={learn!r} must be True, False, or a collection of learned hypers, such as learn=[{learn!r}]")
+            raise TypeError(f"learn={learn!r} must be True, False, or a collection of learned hypers, such as {[*learned][:1]}")
         if odd := [key for key in learn if key not in learned]:
             raise ValueError(f"learn has {odd[0]!r}, which is not learned; learned are: {_listed(learned)}")

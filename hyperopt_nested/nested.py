@@ -30,7 +30,7 @@ from hyperopt_nested.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.ops import State, evaluated, in_dtype, map_tree
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.sensitivity import Raws
-from hyperopt_nested.signatures import check_form
+from hyperopt_nested.signatures import check_form, check_state
 
 
 class Nested:
@@ -142,7 +142,9 @@ class Nested:
             if (id(optimizer), param.ndim) not in checked:
                 checked.add((id(optimizer), param.ndim))
                 check_used(optimizer, self.learned_of(name), name, param, self.memory, self.discount)
-            rule[name] = in_dtype(optimizer.rule.init(param, optimizer.settings), param, self._state_dtype)
+            start_state = optimizer.rule.init(param, optimizer.settings)
+            check_state(optimizer.rule.name, start_state)
+            rule[name] = in_dtype(start_state, param, self._state_dtype)
             for learned in self.learned_of(name).values():
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:

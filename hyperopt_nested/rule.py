@@ -126,6 +126,8 @@ class Optimizer:
     maximize: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule={self.rule!r} ({type(self.rule).__name__}) must be a rule, such as hn.get('sgd')")
         check_flag(f"{self.rule.name}: maximize", self.maximize)
         for name in self.rule.hypers:
             if name not in self.settings:

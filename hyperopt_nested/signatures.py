@@ -46,6 +46,22 @@ def checked_pair(name: str, found: Any) -> tuple[Tensor, State]:
     return found
 
 
+def check_state(rule: str, state: Any, at: str = "") -> None:
+    """Refuse an initial state that is no tree of tensors.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(state, dict):
+        where = f"has {at!r} of type" if at else "is a"
+        raise TypeError(
+            f"the initial state of {rule} {where} {type(state).__name__}: init must return a dict of tensors (or dicts of them)"
+        )
+    for key, leaf in state.items():
+        if not isinstance(leaf, Tensor):
+            check_state(rule, leaf, f"{at}{key}")
+
+
 def check_form(name: str, param: Tensor, state: State, old_param: Tensor, old: State, at: str = "") -> None:
     """Refuse a new tensor, or a state, of another form than the old one.
 
@@ -62,6 +78,11 @@ def check_form(name: str, param: Tensor, state: State, old_param: Tensor, old: S
         raise ValueError(f"the update of {name!r} returned a state that {odd} {at + key!r}: init and update must agree on the state's keys")
     for key, leaf in state.items():
         before = old[key]
+        if isinstance(before, dict) != isinstance(leaf, dict) or not isinstance(leaf, (dict, Tensor)):
+            kind = type(leaf).__name__
+            raise ValueError(
+                f"the update of {name!r} returned a {kind} as its state {at + key!r}, which init made a {type(before).__name__}"
+            )
         if isinstance(before, dict):
             check_form(name, param, leaf, old_param, before, f"{at}{key}.")
         elif leaf.shape != before.shape:
