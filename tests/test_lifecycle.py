@@ -801,3 +801,174 @@ def test_counts_are_numbers_of_their_own_kind() -> None:
     opt.load_state_dict(torch.load(file))
     assert opt._taken == 301
     assert copy.deepcopy(opt)._taken == pickle.loads(pickle.dumps(opt))._taken == 301
+
+
+# Weights that were changed between steps
+
+
+OTHER = torch.tensor([3.0, -2.0], dtype=torch.float64)
+WEIGHT_CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "clamped": lambda w: w.clamp_(max=0.5),
+    "copied to": lambda w: w.copy_(OTHER),
+    "loaded": lambda w: nn.ParameterDict({"w": w}).load_state_dict({"w": OTHER}),
+    "data replaced": lambda w: setattr(w, "data", OTHER.clone()),
+    "swapped": lambda w: torch.utils.swap_tensors(w, nn.Parameter(OTHER.clone())),
+    "scaled": lambda w: w.mul_(2),
+}
+
+
+def late(**how: Any) -> Any:
+    rule = hn.adamw(lr=hn.learn(0.1, by=hn.sgd(lr=0.01)), weight_decay=hn.learn(0.1, by=hn.sgd(lr=0.01)))
+    w, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    return w, other, hn.HyperOptimizer([("w", w), ("other", other)], rule, **how)
+
+
+@cells("change", *WEIGHT_CHANGES, also="clamped")
+def test_an_update_that_does_not_explain_the_weights_teaches_nothing(change: str, backend: Any) -> None:
+    """The learned values move as if this tensor had had no gradient for them; the step itself is as always."""
+    w, other, opt = late(backend=backend)
+    for _ in range(2):
+        step(opt, w, other)
+    u, v, alone = late(backend=backend)
+    for _ in range(2):
+        step(alone, u, v)
+    w.grad = None
+    with torch.no_grad():
+        WEIGHT_CHANGES[change](w)
+        u.copy_(w)
+        alone.state[u]["memory.taken"].zero_()
+    alone._kept.weights.note({"w"})
+    with pytest.warns(UserWarning, match=r"the weights of 'w' were changed .* combinator such as hn\.project, or use memory='kept'"):
+        step(opt, w, other)
+    step(alone, u, v)
+    assert repr(opt.hypers()) == repr(alone.hypers())
+    assert torch.equal(w, u)
+    assert opt.changed == {"w": 1}
+    before = opt.hypers()["lr"]["group 0"]
+    step(opt, w, other)  # and learns again
+    assert opt.hypers()["lr"]["group 0"] != before
+    with torch.no_grad():
+        w.add_(0.5)
+    step(opt, w, other)  # is not told again
+    assert opt.changed == {"w": 2}
+
+
+def test_without_a_gradient_a_change_is_minded_at_the_next_step_that_has_one() -> None:
+    w, other, opt = late()
+    step(opt, w, other)
+    with torch.no_grad():
+        w.mul_(3)
+    step(opt, other)
+    assert opt.changed == {}
+    with pytest.warns(UserWarning, match="the weights of 'w' were changed"):
+        step(opt, w)
+    assert opt.changed == {"w": 1}
+
+
+@pytest.mark.parametrize("memory", ["kept", "forward", "reverse"])
+def test_memory_that_does_not_need_the_weights_goes_on_learning(memory: Any) -> None:
+    """The hypergradient is the product of the gradient at the weights that there are with the derivative of the last update."""
+    w = nn.Parameter(torch.ones(2))
+    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), memory=memory)
+    step(opt, w, grad=2.0)
+    with torch.no_grad():
+        w.clamp_(max=0.5)
+    step(opt, w, grad=3.0)
+    assert float(opt.hypers()["lr"]["group 0"]) == pytest.approx(0.1 + 0.01 * 2 * 2.0 * 3.0)
+    assert opt.changed == {}
+
+
+@every_backend
+def test_a_horizon_begins_anew_when_weights_are_changed(backend: Any) -> None:
+    w = nn.Parameter(torch.ones(2))
+    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), discount=0.9, backend=backend)
+    for _ in range(3):
+        step(opt, w)
+    before = float(opt.hypers()["lr"]["group 0"])
+    with torch.no_grad():
+        w.copy_(OTHER)
+    with pytest.warns(UserWarning, match="or use discount=0"):
+        step(opt, w)
+    assert float(opt.hypers()["lr"]["group 0"]) == before
+    step(opt, w)
+    assert float(opt.hypers()["lr"]["group 0"]) == pytest.approx(before + 0.01 * 2)  # the last update alone
+
+
+def test_hyper_steps_mind_changes_too() -> None:
+    w, _, opt = late(learn_from="validation")
+    step(opt, w)
+    before = repr(opt.hypers())
+    with torch.no_grad():
+        w.copy_(OTHER)
+    with pytest.warns(UserWarning, match="the weights of 'w' were changed"):
+        opt.hyper_step()
+    assert repr(opt.hypers()) == before
+    step(opt, w)
+    opt.hyper_step()
+    assert repr(opt.hypers()) != before
+
+
+@pytest.mark.parametrize("how", ["model first", "optimizer first", "copied", "pickled", "converted", "frozen"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_is_no_change_is_not_taken_for_one(how: str) -> None:
+    model = network()
+    opt = hn.HyperOptimizer(model.named_parameters(), learned_adamw())
+    train(model, opt, 3)
+    if how in ("model first", "optimizer first"):
+        saved = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+        train(model, opt, 2, 3)
+        for load in [lambda: model.load_state_dict(saved[0]), lambda: opt.load_state_dict(saved[1])][:: 1 if how == "model first" else -1]:
+            load()
+    elif how == "copied":
+        model, opt = copy.deepcopy((model, opt))
+    elif how == "pickled":
+        model, opt = pickle.loads(pickle.dumps((model, opt)))
+    elif how == "converted":
+        model.float()
+        train(model, opt, 1, 3)
+        model.double()
+    else:
+        model[0].requires_grad_(False)
+        train(model, opt, 1, 3)
+        model[0].requires_grad_(True)
+    before = repr(opt.hypers())
+    train(model, opt, 2, 4)
+    assert repr(opt.hypers()) != before
+    assert opt.changed == {}
+
+
+@every_backend
+def test_the_optimizers_own_writes_are_no_changes_and_raise_versions(backend: Any) -> None:
+    w, other, opt = late(backend=backend)
+    step(opt, w, other)
+    version = w._version
+    step(opt, w, other)
+    assert w._version > version
+    assert opt.changed == {}
+    assert opt._taken == 2
+
+
+@pytest.mark.parametrize("how", [{}, {"discount": 0.5}, {"memory": "reverse"}, {"backend": "foreach"}])
+def test_a_step_without_any_gradient_does_nothing(how: dict[str, Any]) -> None:
+    model = network()
+    opt = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.adam(lr=1e-3))), **how)
+    train(model, opt, 2)
+    before = repr(copy.deepcopy(opt.state_dict())), copy.deepcopy(model)
+    opt.zero_grad()
+    opt.step()
+    assert repr(opt.state_dict()) == before[0]
+    assert same(model, before[1])
+    assert opt._taken == 2
+
+
+def test_a_step_in_a_compiled_function_is_the_step() -> None:
+    models = network(), network()
+    opts = [hn.HyperOptimizer(model.parameters(), learned_adamw()) for model in models]
+    compiled = torch.compile(lambda: opts[1].step(), backend="eager")
+    for count in range(3):
+        for model, opt, call in zip(models, opts, (opts[0].step, compiled), strict=True):
+            opt.zero_grad()
+            model(torch.full((2, 4), 0.1 * count)).square().mean().backward()
+            call()
+    assert same(*models)
+    assert opts[1]._taken == 3
