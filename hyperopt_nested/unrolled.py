@@ -83,6 +83,8 @@ def hypergradient(
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(Method)))}")
+    if create_graph and (method != "reverse" or memory != "full"):
+        raise ValueError(f"create_graph=True needs method='reverse' and memory='full', not {method!r} and {memory!r}")
     nested = Nested(in_values(optimizer), memory="none")
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")

@@ -481,6 +481,23 @@ def test_derivatives_of_hypergradients_are_right_or_refused(layer: str) -> None:
     assert second.item() == pytest.approx(difference.item(), rel=1e-6)
 
 
+def test_derivatives_of_hypergradients_need_all_steps_in_memory() -> None:
+    loop = statistics()
+    for how in ({"memory": "sqrt"}, {"memory": 2}, {"method": "forward"}, {"method": "implicit"}):
+        with pytest.raises(ValueError, match=r"create_graph=True needs method='reverse' and memory='full'"):
+            loop.found(RULES["sgd"], create_graph=True, **how)
+
+
+@hn.rule(lambda param: {"count": torch.zeros((), dtype=torch.long), "m": torch.zeros_like(param)}, lr=hn.Positive(0.1))
+def counting(param: Tensor, grad: Tensor, state: Any, *, lr: Tensor) -> Any:
+    count, m = state["count"] + 1, 0.9 * state["m"] + grad
+    return param - lr * m / count, {"count": count, "m": m}
+
+
+def test_a_rule_may_count_in_integers() -> None:
+    Loop(lambda: norm(nn.Tanh()), batches(*VECTORS)).check(lambda lr: counting(lr=lr))
+
+
 def test_weight_norm_outside_of_a_function_is_refused_where_it_would_be_wrong() -> None:
     net = norm(nn.Tanh(), first=parametrizations.weight_norm(nn.Linear(3, 4)))
     params, (x, *_) = dict(net.named_parameters()), batches(*VECTORS)
