@@ -34,6 +34,10 @@ class _Choose:
         if name not in self.anchors:
             raise ValueError(f"anchor has no entry for parameter {name!r}: add one, or exclude the parameter")
         anchor = self.anchors[name]
+        if not isinstance(anchor, Tensor):
+            raise TypeError(f"anchor[{name!r}] is a {type(anchor).__name__}; it must be a tensor of the parameter's shape")
+        if not bool(torch.isfinite(anchor).all()):
+            raise ValueError(f"anchor[{name!r}] has entries that are not finite: give finite weights, or exclude the parameter")
         if anchor.shape != tensor.shape:
             raise ValueError(
                 f"anchor[{name!r}] has shape {tuple(anchor.shape)}, the parameter {tuple(tensor.shape)}: they must be equal; "
@@ -81,6 +85,12 @@ class ProjectedOptimizer(hn.HyperOptimizer):
     ) -> None:
         if isinstance(anchor, str) and anchor != "zero":
             raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
+        if not (anchor is None or isinstance(anchor, (str, Mapping))):
+            kind = type(anchor).__name__
+            raise TypeError(f"anchor has type {kind}; it must be None, 'zero', or a mapping from names to tensors, such as a state dict")
+        for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
+            if not (dtype is None or isinstance(dtype, torch.dtype)):
+                raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
         centre: hn.Anchor = "zero" if isinstance(anchor, str) else "start"
         how: dict[str, Any] = {"onto": onto, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         projected = hn.project(base, radius=radius, anchor=centre, **how)
@@ -192,7 +202,7 @@ class AdamP(FTPOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        base = hn.adamw(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
@@ -256,10 +266,24 @@ class SGDP(FTPOptimizer):
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:
-    """Parameters as a list of groups, iterators read."""
+    """Parameters as a list of groups, iterators read; none where there is nothing, which torch refuses.
+
+    Raises:
+        TypeError: `params` is a tensor, a module or otherwise none.
+    """
+    if isinstance(params, nn.Module):
+        raise TypeError(f"params is a module ({type(params).__name__}): give its parameters, model.named_parameters()")
+    if isinstance(params, Tensor):
+        raise TypeError("params is a tensor; it must be an iterable of tensors, of (name, tensor) pairs or of groups: give [tensor]")
+    if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(f"params={params!r} ({type(params).__name__}) must be an iterable of tensors, (name, tensor) pairs or groups")
     entries = list(params)
-    if not entries or not isinstance(entries[0], dict):
+    if not entries:
+        return []
+    if not isinstance(entries[0], dict):
         return [{"params": entries}]
+    if odd := [group for group in entries if not isinstance(group, dict) or "params" not in group]:
+        raise ValueError(f"a group must be a dict with 'params', such as {{'params': [...], 'lr': 1e-3}}; {odd[0]!r} is not")
     return [{**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])} for group in entries]
 
 
@@ -272,6 +296,9 @@ def _named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
 
 def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozenset[str], tuple[str, ...]]:
     """Names of excluded tensors, and patterns; every entry must match a tensor."""
+    if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
+        kind = type(exclude).__name__
+        raise TypeError(f"exclude={exclude!r} ({kind}) must be names, glob patterns, modules or tensors; () excludes nothing")
     entries = [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else list(exclude)
     names: set[str] = set()
     for entry in entries:

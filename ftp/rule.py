@@ -20,12 +20,15 @@ class Anneal:
         k: in [0, 1]; 1 leaves them; with 0 only the bound, the largest row norm, shrinks the radius.
 
     Raises:
+        TypeError: `k` is no number.
         ValueError: `k` is outside [0, 1].
     """
 
     k: float
 
     def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, (int, float)):
+            raise TypeError(f"k={self.k!r} ({type(self.k).__name__}) must be a number in [0, 1]")
         if not 0 <= self.k <= 1:
             raise ValueError(f"k={self.k!r} must be in [0, 1]: 1 projects most strongly, 0 least")
 

@@ -71,7 +71,7 @@ class TPGM(ProjectedOptimizer):
     ) -> None:
         if norm not in _BALLS:
             raise ValueError(f"norm={norm!r} must be {' or '.join(map(repr, _BALLS))}")
-        if not isinstance(updates, int) or updates < 1:
+        if not isinstance(updates, int) or isinstance(updates, bool) or updates < 1:
             raise ValueError(f"updates={updates!r} must be a whole number, at least 1: each steps the radii once")
         self._norm, self._updates = norm, updates
         radius = hn.learn(1.0, by=hn.adam(lr=lr), per="tensor", bounds=(_SMALLEST, largest_norm))

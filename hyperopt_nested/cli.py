@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hyperopt_nested import registry, testing
+from hyperopt_nested.testing.programs import check_names
 from hyperopt_nested.testing.registered import Row, rows
 
 app = typer.Typer(no_args_is_help=True, help="Learn any hyper-parameter of any optimizer.", pretty_exceptions_enable=False)
@@ -21,12 +22,18 @@ app = typer.Typer(no_args_is_help=True, help="Learn any hyper-parameter of any o
 def check(
     target: Annotated[str, typer.Argument(help="path/to/file.py:rule, or the name of a registered rule")],
     examples: Annotated[int, typer.Option(min=1, help="examples of each law")] = 30,
+    backends: Annotated[str, typer.Option(help="backends to compare with the reference, such as fused,foreach")] = "",
 ) -> None:
-    """Check a rule's hypergradients against finite differences, and the laws that it must obey. Exit status 1: it breaks one."""
+    """Check a rule's derivatives against finite differences, and the laws that it must obey. Exit status 1: it breaks one."""
     _load_plugins()
     rule = _loaded(target)
+    names = [name.strip() for name in backends.split(",") if name.strip()]
     try:
-        typer.echo(testing.check_rule(rule, examples=examples))
+        check_names(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        typer.echo(testing.check_rule(rule, examples=examples, backends=names))
     except testing.RuleError as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from error

@@ -11,9 +11,11 @@ from typing import Any, get_args
 from torch import Tensor
 
 from hyperopt_nested import registry
+from hyperopt_nested.checks import check_options, kinds_of, not_an_optimizer
 from hyperopt_nested.hyper import Hyper
 from hyperopt_nested.ops import State
-from hyperopt_nested.rule import Coupling, Learn, Optimizer, Rule, assigned, chosen, declared_options
+from hyperopt_nested.rule import Coupling, Learn, Optimizer, Rule
+from hyperopt_nested.signatures import assigned, check_definition, checked_pair, chosen, declared_options
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """One step of the optimizer inside: from a parameter and a gradient to the new parameter. Its state is kept for it."""
@@ -32,7 +34,10 @@ class Combinator:
     borrowed: tuple[str, ...] = ()
     measure: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, optimizer: Optimizer, /, **settings: Any) -> Optimizer:
+    def __post_init__(self) -> None:
+        self._kinds = kinds_of(self.options, self.function, self.initial)
+
+    def __call__(self, optimizer: Optimizer, /, *given: Any, **settings: Any) -> Optimizer:
         """The optimizer with this combinator around it.
 
         Raises:
@@ -40,8 +45,11 @@ class Combinator:
             ValueError: it has a hyper of the same name already, or both need a total over all tensors.
         """
         if not isinstance(optimizer, Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"optimizer={optimizer!r} ({kind}) must be an optimizer of this library, such as hn.adamw()")
+            raise not_an_optimizer("optimizer", optimizer)
+        if given:
+            first = next(iter([*self.hypers, *self.options]), "")
+            raise TypeError(f"{self.name} takes an optimizer and then arguments by name, such as {self.name}(optimizer, {first}=...)")
+        check_options(self.name, self._kinds, self.options, settings)
         values, options = assigned(self.name, self.hypers, self.options, settings)
         base = optimizer.rule
         for name in self.hypers:
@@ -73,7 +81,10 @@ class Combined(Rule):
         self._hypers_taken = [*combinator.hypers, *combinator.borrowed]
         self._options_taken = chosen(options, combinator.function)
         own = combinator.coupling
-        self.coupling = max(base.coupling, own(**chosen(options, own)) if callable(own) else own, key=get_args(Coupling).index)
+        found = own(**chosen(options, own)) if callable(own) else own
+        if found not in get_args(Coupling):
+            raise ValueError(f"{combinator.name}: coupling={found!r} must be one of {', '.join(map(repr, get_args(Coupling)))}")
+        self.coupling = max(base.coupling, found, key=get_args(Coupling).index)
 
     @property
     def signature(self) -> Hashable:
@@ -121,7 +132,8 @@ class Combined(Rule):
         if self.combinator.measure is not None:
             given["total"] = total
         own = {key: leaf for key, leaf in state.items() if key != "base"}
-        return self.combinator.function(param, grad, own, step, **given, **self._options_taken)
+        found = self.combinator.function(param, grad, own, step, **given, **self._options_taken)
+        return checked_pair(self.combinator.name, found)
 
 
 def combinator(
@@ -148,8 +160,8 @@ def combinator(
         **hypers: the hyper-parameters, by name.
 
     Raises:
-        TypeError: declared hypers and the function's parameters do not match.
-        ValueError: another definition has that name.
+        TypeError: declared hypers and the function's parameters do not match, or a hyper has no domain.
+        ValueError: another definition has that name, or `coupling` is unknown.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -159,6 +171,7 @@ def combinator(
         >>> damped(hn.sgd(lr=0.1), damping=0.5).declared["damping"]
         0.5
     """
+    check_definition("combinator", init, coupling, get_args(Coupling), hypers)
 
     def decorate(function: Callable[..., tuple[Tensor, State]]) -> Combinator:
         options, undeclared = declared_options(function, init, hypers)

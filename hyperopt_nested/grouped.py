@@ -1,14 +1,15 @@
 """Parameter groups: which optimizer and which numbers each tensor has, and how that follows what others do to the groups."""
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from operator import is_
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.group import Numbers, pack, unpack, with_overrides
+from hyperopt_nested.checks import not_an_optimizer
+from hyperopt_nested.combinator import Combinator
+from hyperopt_nested.group import Numbers, check_betas, check_keys, check_numbers, pack, unpack, with_overrides
 from hyperopt_nested.learned import number
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.param_state import ParamState
@@ -16,6 +17,9 @@ from hyperopt_nested.roster import Group, Roster
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
 
 Choice = Optimizer | Callable[[str, Tensor], Optimizer]
+
+NO_CHOICES = type, torch.nn.Module, FunctionRule, Combinator
+"""What can be called, and is no function from a tensor's name and the tensor to an optimizer."""
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
@@ -39,6 +43,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Add a group, as in torch.optim; values that tensors share are the ones learned so far."""
         if self._kept is not None:
             self._follow()
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise ValueError(f"a group must be a dict with 'params', such as {{'params': [...], 'lr': 1e-3}}; {param_group!r} is not")
         given = param_group["params"]
         entries = [given] if isinstance(given, Tensor) else list(given)
         index, present = len(self.param_groups), self._roster.tensors
@@ -51,6 +57,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"params has two tensors named {name!r}; give each its own name")
         overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
         chosen = self._choose(dict(named), overrides)
+        check_betas(param_group, chosen.values())
         declared: dict[str, float] = {}
         for name, optimizer in chosen.items():
             for hyper, value in self._declared(optimizer).items():
@@ -99,20 +106,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for name, param in named.items():
             base = self._choice if isinstance(self._choice, Optimizer) else self._choice(name, param)
             if not isinstance(base, Optimizer):
-                raise TypeError(f"optimizer({name!r}, tensor) returned {base!r}; it must return an optimizer of this library")
+                raise not_an_optimizer(f"optimizer({name!r}, tensor) returned", base)
             if id(base) not in replaced:
                 replaced[id(base)] = base, with_overrides(base, overrides)
             chosen[name] = replaced[id(base)][1]
-        hypers = {hyper for optimizer in chosen.values() for hyper in optimizer.settings}
-        options = {option for o in chosen.values() if isinstance(o.rule, FunctionRule) for option in o.rule.options}
-        for key in overrides:
-            if key in options:
-                raise ValueError(
-                    f"a group gives {key}={overrides[key]!r}, which is an option and not a hyper; to vary it, pass a function from "
-                    "(name, tensor) to the optimizer as `optimizer`"
-                )
-            if key not in hypers and get_close_matches(key, hypers, cutoff=0.8):
-                raise ValueError(f"a group gives {key!r}; did you mean {get_close_matches(key, hypers)[0]!r}?")
+        check_keys(overrides, chosen.values())
         return chosen
 
     def _follow(self) -> None:
@@ -149,11 +147,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _switched(self, groups: list[Group]) -> dict[str, Optimizer]:
         """The optimizer of each tensor, with what schedules have made of hypers that were zero: some rules need more state then."""
         found = dict(self._optimizers)
-        for names, group in zip(self._roster.names, groups, strict=True):
+        for index, (names, group) in enumerate(zip(self._roster.names, groups, strict=True)):
             numbers, switched = unpack(group), dict[int, Optimizer]()
             for name in names:
                 old = self._optimizers[name]
                 if id(old) not in switched:
+                    check_numbers(index, group, old)
                     off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
                     on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
                     switched[id(old)] = old.replace(**on) if on else old

@@ -13,6 +13,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from hyperopt_nested.checks import check_number, is_number
+
 Bijection = Literal["log", "softplus", "square", "logit", "tanh"]
 """Name of a smooth map from the real line onto a domain: `log`, `softplus` and `square` reach a domain that is bounded below
 only, `logit` and `tanh` an interval. `square` is two-to-one and reaches zero itself."""
@@ -107,8 +109,7 @@ class Hyper:
             raise ValueError(f"{name}={value!r} is outside its domain {self}: choose a finite value inside it")
         if via is None:
             return
-        if via not in _MAPS:
-            raise ValueError(f"{name}: via={via!r} is no known bijection; choose one of {', '.join(_MAPS)}, or None to project")
+        check_bijection(name, via)
         bounded = math.isfinite(self.lower), math.isfinite(self.upper)
         if bounded != (True, _MAPS[via].interval):
             raise ValueError(
@@ -117,6 +118,29 @@ class Hyper:
             )
         if value == self.upper or (value == self.lower and via != "square"):
             raise ValueError(f"{name}={value!r} is an end of {self}, which via={via!r} never reaches: start inside, or use via=None")
+
+    def check_scheduled(self, name: str, value: object) -> None:
+        """Refuse a number that a schedule has made of a value: outside the domain; but an open lower end it may reach, as of 0.
+
+        Args:
+            name: how messages call it.
+            value: the number.
+
+        Raises:
+            TypeError: it is no real number.
+            ValueError: it is not finite, or outside the domain.
+        """
+        if not is_number(value):
+            raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be a number")
+        number = float(cast(float, value))
+        above = number >= self.upper if self.open_upper else number > self.upper
+        if not math.isfinite(number) or number < self.lower or above:
+            raise ValueError(f"{name}={value!r} is outside its domain {self}: let the schedule end inside it")
+
+    @property
+    def ends(self) -> tuple[float, float, bool, bool]:
+        """The domain's ends, and whether they are open."""
+        return self.lower, self.upper, self.open_lower, self.open_upper
 
     def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """Smallest and largest number of `dtype` in the domain; an open end is moved inwards by the least step."""
@@ -146,12 +170,22 @@ class Hyper:
         if low is None and high is None:
             return raw
         value = self.to_value(raw, via)
-        clamped = cast(Tensor, torch.clamp(value, low, high)).clamp(*self.bounds(raw.dtype))  # type: ignore[arg-type]
+        clamped = torch.clamp(value, low, high).clamp(*self.bounds(raw.dtype))  # type: ignore[arg-type]
         return torch.where(clamped == value, raw, self.confine(self.to_raw(clamped, via), via))
 
     @property
     def _scale(self) -> float:
         return self.upper - self.lower if math.isfinite(self.upper) else 1.0
+
+
+def check_bijection(name: str, via: object) -> None:
+    """Refuse what is no known bijection.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(via, str) or via not in _MAPS:
+        raise ValueError(f"{name}: via={via!r} is no known bijection; choose one of {', '.join(_MAPS)}, or None to project")
 
 
 def Real(default: float) -> Hyper:
@@ -178,8 +212,11 @@ def Interval(default: float, lower: float, upper: float, *, via: Bijection | Non
     """A hyper-parameter in [lower, upper].
 
     Raises:
+        TypeError: an end is no number.
         ValueError: the ends are not finite, or not in order.
     """
-    if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
+    check_number("lower", lower)
+    check_number("upper", upper)
+    if not lower < upper:
         raise ValueError(f"lower={lower!r}, upper={upper!r}: the ends of an interval must be finite and in order")
     return Hyper(default, "Interval", lower=lower, upper=upper, via=via)

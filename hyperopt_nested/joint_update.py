@@ -40,6 +40,19 @@ class JointUpdate:
         """The optimizer of the tensor called `name`."""
         return self._optimizer if isinstance(self._optimizer, Optimizer) else self._optimizer[name]
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse tensors without an optimizer.
+
+        Raises:
+            ValueError: one has none.
+        """
+        if not isinstance(self._optimizer, Optimizer):
+            for name in names:
+                if name not in self._optimizer:
+                    raise ValueError(
+                        f"optimizer has no entry for the tensor {name!r}; it has {', '.join(map(repr, self._optimizer))}: add one"
+                    )
+
     def learned_of(self, name: str) -> dict[str, LearnedHyper]:
         """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
         return self.learned_by(self.optimizer_of(name))

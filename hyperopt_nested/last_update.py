@@ -32,9 +32,8 @@ class LastUpdate:
         for optimizer in update.optimizers:
             learned = update.learned_by(optimizer) if memory != "none" else {}
             kinds = self._kinds[id(optimizer)] = {}
-            for hyper, each in learned.items():  # several may be learned as one
-                kind = kind_of_memory(optimizer, hyper, each.learn, memory)
-                kinds[each.key] = kind_of_memory(optimizer, hyper, each.learn, "kept") if kinds.get(each.key, kind) != kind else kind
+            for hyper, each in learned.items():
+                kinds[each.key] = kind_of_memory(optimizer, hyper, each.learn, memory)
 
     def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
@@ -87,17 +86,19 @@ class LastUpdate:
             value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
             for key, sensitivity in memory[name]["sensitivity"].items():
                 yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
-            for kind, found in (("reverse", reverse), ("late", late)):
-                for key in self._kept(name, kind):
-                    yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
+            kept = {**dict.fromkeys(self._kept(name, "reverse"), reverse), **dict.fromkeys(self._kept(name, "late"), late)}
+            for key, found in kept.items():
+                yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
 
     def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Raws]:
         """Pull gradients back through the remembered updates."""
         inputs = {name: memory[name]["inputs"] for name in grads if "inputs" in memory[name]}
         if not inputs:
             return {}
-        before = ({name: each[part] for name, each in inputs.items()} for part in ("param", "grad", "state", "values"))
-        updates = self._update.of(*before, inputs)
+        params, used, states, values = (
+            {name: each[part] for name, each in inputs.items()} for part in ("param", "grad", "state", "values")
+        )
+        updates = self._update.of(params, used, states, values, inputs)
         along = {name: update.cleaned(grads[name]) for name, update in updates.items()}
         totals = {name: finite(each["total"]) if "total" in each else None for name, each in inputs.items()}
 
@@ -106,9 +107,7 @@ class LastUpdate:
 
         return pull_reverse(along, new, {name: each["raws"] for name, each in inputs.items()})
 
-    def _pull_late(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State]
-    ) -> dict[str, Raws]:
+    def _pull_late(self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State]) -> dict[str, Raws]:
         """Pull gradients back through the last part of each update, `Rule.finish`, given the tensors and the states that they left.
 
         The tensors before it are worked out: `finish` is affine in them.

@@ -1,4 +1,4 @@
-"""Layers that change their buffers in place while they are evaluated, in a form that can be differentiated."""
+"""Layers in a form that can be differentiated: torch's change buffers in place, or lack a derivative."""
 
 import functools
 from collections.abc import Callable
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from hyperopt_nested.carried import carried_now
 
@@ -19,7 +20,7 @@ FOLLOWING: ContextVar[bool] = ContextVar("following", default=False)
 
 
 def prepare(module: nn.Module) -> set[str]:
-    """Put such layers of a module (a copy of a user's) into that form.
+    """Put the layers of a module (a copy of a user's) into that form.
 
     Returns:
         Names of the buffers that they change.
@@ -39,9 +40,13 @@ def prepare(module: nn.Module) -> set[str]:
             if isinstance(hook, SpectralNorm):
                 hook.compute_weight = functools.partial(_hooked_spectral_norm, hook)  # type: ignore[method-assign]
                 buffers += [f"{hook.name}_u", f"{hook.name}_v"]
+            elif isinstance(hook, WeightNorm):
+                hook.compute_weight = functools.partial(_hooked_weight_norm, hook)  # type: ignore[method-assign]
         if isinstance(each, _SpectralNorm):
             each.forward = functools.partial(_spectral_norm, each)  # type: ignore[method-assign]
             buffers += ["_u", "_v"]
+        elif isinstance(each, _WeightNorm):
+            each.forward = functools.partial(_weight_norm, each)  # type: ignore[method-assign]
         elif isinstance(each, (_BatchNorm, _InstanceNorm)):
             each.forward = functools.partial(_norm, each)  # type: ignore[method-assign]
             buffers += ["running_mean", "running_var"]
@@ -152,3 +157,13 @@ def _hooked_spectral_norm(hook: SpectralNorm, module: nn.Module, do_power_iterat
         setattr(module, f"{hook.name}_v", v)
     found: Tensor = weight / torch.dot(u, torch.mv(hook.reshape_weight_to_matrix(weight), v))
     return found
+
+
+def _weight_norm(layer: Any, g: Tensor, v: Tensor) -> Tensor:
+    """`torch.nn.utils.parametrizations.weight_norm`; torch's operation has no forward derivative, and its double backward is wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, layer.dim))
+
+
+def _hooked_weight_norm(hook: WeightNorm, module: nn.Module) -> Tensor:
+    """`torch.nn.utils.weight_norm`."""
+    return _weight_norm(hook, getattr(module, f"{hook.name}_g"), getattr(module, f"{hook.name}_v"))

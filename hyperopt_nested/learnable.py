@@ -3,14 +3,17 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.checks import check_dtype, check_number, not_an_optimizer
 from hyperopt_nested.horizon import Curvature
+from hyperopt_nested.joint_update import Tensors, Values
 from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.ops import State
 from hyperopt_nested.rule import Coupling, Learn, Optimizer
 from hyperopt_nested.sensitivity import unused
 from hyperopt_nested.tensor_update import TensorUpdate
@@ -43,18 +46,19 @@ def check_horizon(
     """Refuse arguments that are none of their choices, or do not go together.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: the message names the argument and the remedy.
     """
     for name, value, choices in (("memory", memory, get_args(Memory)), ("curvature", curvature, get_args(Curvature))):
         if value not in choices:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    check_number("discount", discount)
     if not 0 <= discount <= 1:
         raise ValueError(f"discount={discount!r} must be in [0, 1]: 0 looks through the last update alone, 1 through all")
     if discount and memory in ("reverse", "none"):
         raise ValueError(f"memory={memory!r} does not remember what discount={discount!r} needs: use memory='auto'")
-    for name, dtype in (("memory_dtype", memory_dtype), ("state_dtype", state_dtype)):
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"{name}={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+    check_dtype("memory_dtype", memory_dtype)
+    check_dtype("state_dtype", state_dtype)
     if memory_dtype is not None and discount:
         raise ValueError(f"memory_dtype={memory_dtype} is for a horizon of one step, and discount={discount!r}: leave one of them out")
     if curvature == "exact" and not discount:
@@ -130,3 +134,100 @@ def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:
         return True
     order = get_args(Coupling)
     return order.index(optimizer.rule.coupling) <= order.index(learn.per)
+
+
+def optimizers_of(given: Any) -> list[Optimizer]:
+    """The optimizers that an engine is made of.
+
+    Raises:
+        TypeError: there is something else.
+    """
+    if isinstance(given, Optimizer):
+        return [given]
+    if not isinstance(given, Mapping):
+        raise not_an_optimizer("optimizer", given)
+    for name, each in given.items():
+        if not isinstance(each, Optimizer):
+            raise not_an_optimizer(f"optimizer[{name!r}]", each)
+    return list(given.values())
+
+
+def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None:
+    """Refuse one `learn(...)` for hypers of several names or domains: its value would leave one of these.
+
+    Raises:
+        ValueError: it is given to such.
+    """
+    first, hyper = learned.key.split("#")[0], optimizer.rule.hypers[name]
+    if first != name or learned.hyper.ends != hyper.ends or learned.via != optimizer.via(name):
+        raise ValueError(
+            f"one learn(...) object is given to {first} in {learned.hyper} and to {name} of {optimizer.rule.name} in {hyper}: give each a "
+            "learn(...) of its own"
+        )
+
+
+def check_tensors(argument: str, given: Any) -> None:
+    """Refuse what maps no names to tensors.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{argument} is a {type(given).__name__}; it must be a mapping from names to tensors: dict(model.named_parameters())"
+        )
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}]={tensor!r} ({type(tensor).__name__}) must be a tensor")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def check_step(
+    params: Tensors,
+    grads: Tensors,
+    st: State,
+    values: Values,
+    learn: Any,
+    optimizer_of: Callable[[str], Optimizer],
+    learned: Collection[str],
+) -> None:
+    """Refuse arguments of `Nested.step` that do not fit each other. It looks at no number of a tensor: nothing waits for a device.
+
+    Raises:
+        TypeError: `learn` is neither a bool nor a collection of names.
+        ValueError: something is of no tensor or hyper, of another shape, or outside its domain.
+    """
+    for argument, given in (("params", params), ("grads", grads), ("values", values)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument} is a {type(given).__name__}; it must be a mapping from the names of tensors")
+    for name, grad in grads.items():
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"grads[{name!r}]={grad!r} ({type(grad).__name__}) must be a tensor; leave out tensors without a gradient")
+        if name not in params or name not in st["rule"]:
+            where = "params" if name not in params else "st, which init makes"
+            raise ValueError(f"grads has {name!r}, which is not in {where}; there are: {_listed(params if name in grads else st['rule'])}")
+        if grad.shape != params[name].shape:
+            raise ValueError(f"grads[{name!r}] has shape {tuple(grad.shape)}, the tensor {tuple(params[name].shape)}: they must be equal")
+    last = None
+    for name, given in values.items():
+        if given is last and name in st["rule"]:
+            continue  # tensors of a group share them
+        last = given
+        if name not in st["rule"]:
+            raise ValueError(f"values has {name!r}, which is no tensor; there are: {_listed(st['rule'])}")
+        if not isinstance(given, Mapping):
+            raise TypeError(f"values[{name!r}]={given!r} ({type(given).__name__}) must be a mapping from hypers to numbers")
+        optimizer = optimizer_of(name)
+        for hyper, value in given.items():
+            if hyper not in optimizer.settings:
+                raise ValueError(f"values[{name!r}] has {hyper!r}, which is no hyper of {optimizer!r}")
+            if not isinstance(value, Tensor):
+                optimizer.rule.hypers[hyper].check_scheduled(f"values[{name!r}][{hyper!r}]", value)
+    if not isinstance(learn, bool):
+        if isinstance(learn, str) or not isinstance(learn, Collection):
+            raise TypeError(f"learn={learn!r} must be True, False, or a collection of learned hypers, such as {[*learned][:1]}")
+        if odd := [key for key in learn if key not in learned]:
+            raise ValueError(f"learn has {odd[0]!r}, which is not learned; learned are: {_listed(learned)}")

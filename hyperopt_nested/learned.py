@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.hyper import Bijection, Hyper
-from hyperopt_nested.ops import State, map_tree, number_dtype, state_dtype
+from hyperopt_nested.ops import State, leaves, map_tree, number_dtype, state_dtype
 from hyperopt_nested.rule import Bound, Learn
 from hyperopt_nested.sensitivity import Raws
 
@@ -63,6 +63,11 @@ class LearnedHyper:
         self._below = learn.value > max(hyper.lower, -math.inf if low is None else low)  # else it was declared to start at that end
         self._above = learn.value < min(hyper.upper, math.inf if high is None else high)
 
+    @property
+    def has_bounds(self) -> bool:
+        """Whether there are bounds besides the domain."""
+        return self.learn.bounds != (-math.inf, math.inf)
+
     def key_of(self, tensor_name: str) -> str:
         """Key of the value that a tensor uses."""
         return MODEL if self.learn.per == "model" else tensor_name
@@ -108,8 +113,9 @@ class LearnedHyper:
     def step(self, raws: Raws, grads: Raws, st: State, counts: Counts) -> tuple[Raws, State, Counts]:
         """Step the raw values with their hypergradients.
 
-        Entries that are not finite are skipped, and counted as rejected. Entries that the learner would take beyond a fixed end (of the
-        domain, of what the dtype holds, or a bound that is a number) are counted as pinned, but for an end where they start.
+        Entries that are not finite, or that would make the value or the state of the learner so, are skipped, and counted as rejected.
+        Entries that the learner would take beyond a fixed end (of the domain, of what the dtype holds, or a bound that is a number) are
+        counted as pinned, but for an end where they start.
         """
         if self.learn.grad is not None:
             grads = {key: self._transformed(grad) for key, grad in grads.items()}
@@ -121,7 +127,8 @@ class LearnedHyper:
         rejected, pinned = counts["rejected"], counts["pinned"]
         for key, fine in finite.items():
             wanted = stepped[key]
-            ok = fine & torch.isfinite(wanted)
+            left = [leaf for leaf in leaves(new["rule"][key]) if leaf.shape == fine.shape and leaf.is_floating_point()]
+            ok = fine & torch.isfinite(functools.reduce(torch.add, left, wanted))
             kept = self.bounded(self.hyper.confine(wanted, self.via))
             stepped[key] = torch.where(ok, kept, raws[key])
             for part in ("rule", "memory"):

@@ -63,7 +63,11 @@ def _described(returned: Any) -> str:
         return f"a tensor of shape {tuple(returned.shape)} and dtype {returned.dtype}"
     if isinstance(returned, (tuple, list)):
         return f"a {type(returned).__name__} of {len(returned)}: ({', '.join(map(_described, returned[:4]))})"
-    return repr(returned) if returned is None else f"{returned!r:.60} ({type(returned).__name__})"
+    if isinstance(returned, Mapping):
+        return f"a {type(returned).__name__} with {', '.join(map(repr, list(returned)[:6]))}"
+    if isinstance(returned, (bool, int, float, str)):
+        return f"{returned!r:.60} ({type(returned).__name__})"
+    return "None" if returned is None else f"a {type(returned).__name__}"
 
 
 def refuse_constant(name: str, what: str) -> ValueError:

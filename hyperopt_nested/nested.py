@@ -16,11 +16,21 @@ from torch import Tensor
 from hyperopt_nested.horizon import Curvature, Horizon
 from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
 from hyperopt_nested.last_update import LastUpdate
-from hyperopt_nested.learnable import Memory, check_declared, check_horizon, check_used
+from hyperopt_nested.learnable import (
+    Memory,
+    check_declared,
+    check_horizon,
+    check_shared,
+    check_step,
+    check_tensors,
+    check_used,
+    optimizers_of,
+)
 from hyperopt_nested.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.ops import State, evaluated, in_dtype, map_tree
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.signatures import check_form, check_state
 
 
 class Nested:
@@ -47,7 +57,9 @@ class Nested:
             for SGD's momentum, which is soon forgotten, the parameter's.
 
     Raises:
-        ValueError: what is asked for would not be exact for a learned hyper, or the hyper's derivative is zero wherever it exists.
+        TypeError: `optimizer`, or what it maps a name to, is no optimizer of this library; or another argument is of a wrong type.
+        ValueError: what is asked for would not be exact for a learned hyper, or the hyper's derivative is zero wherever it exists; or
+            one `learn(...)` is given to hypers of several names or domains.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -73,9 +85,11 @@ class Nested:
         check_horizon(memory, discount, curvature, memory_dtype, state_dtype)
         self.memory, self.discount, self.curvature, self._state_dtype = memory, discount, curvature, state_dtype
         by_learn: dict[int, LearnedHyper] = {}
-        for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer.values():
+        for each in optimizers_of(optimizer):
             for name, learn in each.learned.items():
-                if id(learn) not in by_learn:
+                if id(learn) in by_learn:
+                    check_shared(by_learn[id(learn)], each, name)
+                else:
                     check_declared(each, name, learn, memory, discount, curvature)
                     same = sum(learned.key.split("#")[0] == name for learned in by_learn.values())
                     key = f"{name}#{same + 1}" if same else name
@@ -104,11 +118,15 @@ class Nested:
                 by `torch.func.vmap`.
 
         Raises:
-            TypeError: a tensor is not of a real floating-point dtype.
+            TypeError: `params` maps no names to tensors, or a tensor is not of a real floating-point dtype.
             ValueError: a learned hyper is not used by the update, or enters a total over all tensors in a way that can not be
-                differentiated; `start` names no learned hyper, or a number in it is outside its domain.
+                differentiated; `start` names no learned hyper, or a number in it is outside its domain; a tensor has no optimizer.
         """
-        start = start or {}
+        check_tensors("params", params)
+        self._joint.check_names(params)
+        start = {} if start is None else start
+        if not isinstance(start, Mapping):
+            raise TypeError(f"start={start!r} ({type(start).__name__}) must be a mapping from learned hypers to start values")
         for key, value in start.items():
             if key not in self.learned:
                 raise ValueError(f"start names {key!r}, which is not learned; learned are: {', '.join(self.learned) or 'none'}")
@@ -124,7 +142,9 @@ class Nested:
             if (id(optimizer), param.ndim) not in checked:
                 checked.add((id(optimizer), param.ndim))
                 check_used(optimizer, self.learned_of(name), name, param, self.memory, self.discount)
-            rule[name] = in_dtype(optimizer.rule.init(param, optimizer.settings), param, self._state_dtype)
+            start_state = optimizer.rule.init(param, optimizer.settings)
+            check_state(optimizer.rule.name, start_state)
+            rule[name] = in_dtype(start_state, param, self._state_dtype)
             for learned in self.learned_of(name).values():
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:
@@ -155,7 +175,7 @@ class Nested:
             grads: their gradients. A tensor without one is left alone, and so are the hypers that only it uses.
             st: as `init` or the last step made it.
             values: by tensor and hyper, what a schedule has made of declared values: it replaces a value that is not learned, and
-                scales one that is (by its ratio to the declared value).
+                scales one that is (by its ratio to the declared value). Numbers, in the hyper's domain, or tensors.
             learn: whether to step the learned hypers, or which, by key; what is not stepped, `hyper_step` may step.
             hessian: with `curvature="exact"`: product of the Hessian of the loss, at `params`, with tensors, by name; such as
                 `lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]`.
@@ -164,9 +184,12 @@ class Nested:
             The new tensors and the new state; the inputs stay as they are.
 
         Raises:
-            ValueError: `hessian` is missing, or given in vain.
+            TypeError: `learn` is a string, or a rule returns no tensor and state.
+            ValueError: `hessian` is missing, or given in vain; a gradient is of no tensor, or of another shape; `values` or `learn` names
+                what there is not, or a number is outside its domain; a rule changes the form of its state.
         """
-        values = values or {}
+        values = {} if values is None else values
+        check_step(params, grads, st, values, learn, self._joint.optimizer_of, self.learned)
         if (hessian is not None) != (self.curvature == "exact"):
             raise ValueError(
                 f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
@@ -182,7 +205,7 @@ class Nested:
         rule = {**st["rule"], **rule}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         memory = {**st["memory"], **memory}
-        return {**params, **new}, {**learned, "rule": rule, "hypers": hypers, "memory": memory}
+        return {**params, **new}, {**st, **learned, "rule": rule, "hypers": hypers, "memory": memory}
 
     def hyper_step(self, params: Tensors, grads: Tensors, st: State) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
@@ -194,7 +217,11 @@ class Nested:
 
         Returns:
             The new state.
+
+        Raises:
+            ValueError: a gradient is of no tensor, or of another shape.
         """
+        check_step(params, grads, st, {}, True, self._joint.optimizer_of, self.learned)
         grads = self.descended(grads)
         learned = self._learn(params, grads, st, True)
         hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in learned["hypers"].items()}
@@ -298,6 +325,8 @@ def _in_dtypes_of(
     params: Tensors, rule: Mapping[str, State], new: Tensors, states: Mapping[str, State]
 ) -> tuple[dict[str, Tensor], dict[str, State]]:
     """New tensors and states in the dtypes of the old ones: updates are computed in wider ones."""
+    for name, state in states.items():
+        check_form(name, new[name], state, params[name], rule[name])
     kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
     return {name: param.to(params[name].dtype) for name, param in new.items()}, kept
 

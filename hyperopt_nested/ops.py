@@ -117,6 +117,14 @@ def in_dtype(state: State, param: Tensor, dtype: torch.dtype | None) -> State:
     return {key: cast(key, leaf) for key, leaf in state.items()}
 
 
+def leaves(tree: State) -> list[Tensor]:
+    """The leaves of a tree, in order."""
+    found: list[Tensor] = []
+    for leaf in tree.values():
+        found += leaves(leaf) if isinstance(leaf, dict) else [leaf]
+    return found
+
+
 def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:
     """Apply `function` leaf by leaf to trees of one structure."""
     return {

@@ -1,25 +1,28 @@
 """`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal, cast, overload
 from warnings import warn
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.group import pack, unpack
-from hyperopt_nested.grouped import Choice, GroupedOptimizer
+from hyperopt_nested.checks import not_an_optimizer
+from hyperopt_nested.group import ByName, check_params, pack, unpack
+from hyperopt_nested.grouped import NO_CHOICES, Choice, GroupedOptimizer
 from hyperopt_nested.horizon import Curvature
 from hyperopt_nested.joint_update import Hessian
-from hyperopt_nested.learnable import Memory
+from hyperopt_nested.learnable import Memory, check_horizon
 from hyperopt_nested.learned import MODEL
 from hyperopt_nested.loading import loaded, matched
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
 from hyperopt_nested.param_state import DECLARED, ParamState, built, is_own
+from hyperopt_nested.pinned import PinnedValues
 from hyperopt_nested.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.twice import loss_with_hessian
@@ -84,10 +87,10 @@ class HyperOptimizer(GroupedOptimizer):
         state_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
-        if not isinstance(optimizer, Optimizer) and not callable(optimizer):
-            raise TypeError(
-                f"optimizer={optimizer!r} ({type(optimizer).__name__}) must be an optimizer of this library, such as hn.adamw()"
-            )
+        if not isinstance(optimizer, Optimizer) and (not callable(optimizer) or isinstance(optimizer, NO_CHOICES)):
+            raise not_an_optimizer("optimizer", optimizer)
+        check_params(params)
+        check_horizon(memory, discount, curvature, memory_dtype, state_dtype)
         if learn_from not in ("training", "validation"):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
         self._choice, self._learn_from = optimizer, learn_from
@@ -98,6 +101,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step: ProgramStep | None = None
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
+        self._pinned = PinnedValues()
         super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
@@ -144,6 +148,7 @@ class HyperOptimizer(GroupedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # what is kept between steps is not for tracing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the learned hypers, then the parameters that have a gradient.
@@ -186,6 +191,7 @@ class HyperOptimizer(GroupedOptimizer):
             kept.take(st, self.state)
         kept.stepped(grads.keys())
         self._taken = kept.taken
+        self._pinned.look(kept.nested, kept.st)
         return loss
 
     def _step_by_programs(self, kept: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
@@ -202,9 +208,10 @@ class HyperOptimizer(GroupedOptimizer):
     def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Those found, or else those that the tensors have."""
         self._follow()
-        grads = {name: p.grad for name, p in self._roster.tensors.items() if p.grad is not None} if found is None else dict(found)
+        tensors, strided = self._roster.tensors, torch.strided
+        grads = {name: grad for name, p in tensors.items() if (grad := p.grad) is not None} if found is None else dict(found)
         for name, grad in grads.items():
-            if grad.layout != torch.strided:
+            if grad.layout is not strided:
                 raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
         return grads
 
@@ -226,10 +233,10 @@ class HyperOptimizer(GroupedOptimizer):
             kept.begin(first, self._how["state_dtype"])
         self._mind_changes(grads.keys())
 
-    def _mind_changes(self, names: Collection[str]) -> None:
+    def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
         kept = cast(ParamState, self._kept)
-        if not (changed := kept.changed(names)):
+        if not (changed := kept.weights.changed(names)):
             return
         kept.forget(changed)
         if new := [name for name in changed if name not in self.changed]:
@@ -244,6 +251,7 @@ class HyperOptimizer(GroupedOptimizer):
         for name in changed:
             self.changed[name] = self.changed.get(name, 0) + 1
 
+    @_disable_dynamo
     @torch.no_grad()
     def hyper_step(self) -> None:
         """Step the learned hypers alone, from the gradients that the parameters have now: of a validation loss, after the last step.
@@ -260,6 +268,7 @@ class HyperOptimizer(GroupedOptimizer):
         grads = {name: grad for name, grad in grads.items() if name in kept.params}
         self._mind_changes(grads.keys())
         kept.take(kept.nested.hyper_step({name: p.detach() for name, p in kept.params.items()}, grads, kept.st), self.state)
+        self._pinned.look(kept.nested, kept.st)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
         """Effective value of every learned hyper, a copy, on its device: nothing waits for the device until you read one.
@@ -272,7 +281,7 @@ class HyperOptimizer(GroupedOptimizer):
         found = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
         where = self._roster.group_of
         for key, learned in self._nested.learned.items():
-            found[key] = {}
+            found[key] = ByName(f"hypers()[{key!r}]")
             for name in st["rule"]:
                 for hyper, used in self._nested.learned_of(name).items():
                     if used is learned:
@@ -284,6 +293,14 @@ class HyperOptimizer(GroupedOptimizer):
     def rejected(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
         return map_tree(torch.clone, self._nested.rejected(self._state()))
+
+    def pinned(self) -> dict[str, Tensor]:
+        """How many steps of values of each learned hyper were stopped at an end of what they may be: shape () each.
+
+        Ends are those of the domain, of what the dtype holds, and `bounds` that are numbers; an end where a value starts does not count.
+        The first of a hyper is told by a `UserWarning`.
+        """
+        return map_tree(torch.clone, self._nested.pinned(self._state()))
 
     def evaluated(self) -> dict[str, Tensor]:
         """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.
@@ -364,7 +381,7 @@ class HyperOptimizer(GroupedOptimizer):
             roster, optimizers, kept = self._plan
             self._take(Roster(self.param_groups, roster.names), optimizers, kept)
         elif names is not None and tracked is not None:  # a copy or an unpickled one
-            self._programs, self._kept = None, None
+            self._programs, self._kept, self._pinned = None, None, PinnedValues()
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
             self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None, self._elsewhere))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Set
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -15,6 +15,7 @@ from hyperopt_nested.learned import COUNTED
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, in_dtype, map_tree
 from hyperopt_nested.roster import Roster
+from hyperopt_nested.weights import Weights
 
 STEPS = "steps"
 """The entry of a tensor's state that counts its steps: float64, shape (), always on the CPU."""
@@ -25,6 +26,7 @@ DECLARED = "declared."
 _PER_TENSOR = ("rule", "memory")
 _PARTS = ("rule.", "memory.", "hypers.", "learners.", DECLARED, *(f"{part}." for part in COUNTED))
 _NONE: dict[str, Tensor] = {}
+_ONE = torch.ones((), dtype=torch.float64)
 
 Path = tuple[str, ...]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -41,6 +43,7 @@ class ParamState:
         places: where each is kept.
         steps: how many steps each tensor has taken.
         declared: the declared value of each learned hyper.
+        before: notes of the weights until now.
 
     Attributes:
         params: the tensors that have state, by name.
@@ -49,6 +52,7 @@ class ParamState:
         states: the optimizer's entries of each tensor that has any, by name.
         taken: how many steps the tensor has taken that has taken most.
         fresh: names of tensors that have taken none.
+        weights: notes of the tensors whose memory needs that they stay what a step has left.
     """
 
     def __init__(
@@ -60,14 +64,15 @@ class ParamState:
         places: State,
         steps: dict[str, Tensor],
         declared: dict[str, Tensor],
+        before: Weights | None,
     ) -> None:
         self.nested, self.roster, self.refs, self.steps, self.declared = nested, roster, places, steps, declared
         self.params = {name: roster.tensors[name] for name in roster.tensors if name in tracked}
         by_ref = {ref: leaves[path] for path, ref in _flat(places).items()}
         self.st = map_tree(by_ref.__getitem__, places)
         self._owners = {name: param for name, param in roster.tensors.items() if name in tracked or name == roster.home}
-        self._notes: dict[str, tuple[Any, ...]] = {}
-        self._watched = [name for name in self.params if places["memory"][name].keys() & {"numbers", "carried"}]
+        watched = {name: p for name, p in self.params.items() if places["memory"][name].keys() & {"numbers", "carried"}}
+        self.weights = Weights(watched, before)
         for key, learned in nested.learned.items():
             learned.declared = float(declared[key])
         self._count()
@@ -79,7 +84,8 @@ class ParamState:
         self.fresh = {name for name, count in self._counts.items() if not count}
 
     def _look(self) -> None:
-        self._forms = [(param.shape, param.dtype) for param in self.params.values()]
+        self._shapes = [param.shape for param in self.params.values()]
+        self._dtypes = {name: param.dtype for name, param in self.params.items()}
         self._devices = [param.device for param in self._owners.values()]
 
     # What is kept, and whether it still is what it was
@@ -104,20 +110,19 @@ class ParamState:
         self._snapshot(state)
 
     def _snapshot(self, state: States) -> None:
-        self._entries = self._found(state)
         self.states = {name: state[param] for name, param in self._owners.items() if param in state}
-
-    def _found(self, state: States) -> list[Any]:
-        return [*chain.from_iterable([state.get(param, _NONE).values() for param in self._owners.values()])]
+        self._keys, self._entries = [*state], _entries(state)
 
     def is_current(self, state: States) -> bool:
         """Whether entries, and the tensors' shapes and devices, are what they were."""
-        found = self._found(state)
+        keys, entries = [*state], _entries(state)
         return (
-            len(found) == len(self._entries)
-            and all(map(is_, found, self._entries))
+            len(keys) == len(self._keys)
+            and len(entries) == len(self._entries)
+            and all(map(is_, keys, self._keys))
+            and all(map(is_, entries, self._entries))
             and [param.device for param in self._owners.values()] == self._devices
-            and [param.shape for param in self.params.values()] == [shape for shape, _ in self._forms]
+            and [param.shape for param in self.params.values()] == self._shapes
         )
 
     def adopted(self, state: States, elsewhere: Collection[str]) -> bool:
@@ -126,7 +131,7 @@ class ParamState:
         Returns:
             Whether that is all that has changed.
         """
-        if any(param.shape != shape for param, (shape, _) in zip(self.params.values(), self._forms, strict=True)):
+        if [param.shape for param in self.params.values()] != self._shapes:
             return False
         found: dict[Ref, Tensor] = {}
         for ref, last in pairs(self.refs, self.st):
@@ -164,8 +169,7 @@ class ParamState:
 
     def is_converted(self, names: Iterable[str]) -> bool:
         """Whether one of these tensors has another dtype than when its state was made."""
-        dtypes = {name: dtype for name, (_, dtype) in zip(self.params, self._forms, strict=True)}
-        return any(self.params[name].dtype != dtypes[name] for name in names)
+        return any(self.params[name].dtype != self._dtypes[name] for name in names)
 
     def begin(self, names: Iterable[str], dtype: torch.dtype | None) -> None:
         """Set the states of rules, in place, to what they are before the first step from the values that the tensors have now.
@@ -180,26 +184,16 @@ class ParamState:
                 if path not in given:
                     old.copy_(new[path])
 
-    def stepped(self, names: Collection[str]) -> None:
+    def stepped(self, names: Set[str]) -> None:
         """Count a step that these tensors have taken, and note what they are now, where its memory needs that they stay so."""
-        torch._foreach_add_([self.steps[name] for name in names], 1)
+        torch._foreach_add_([self.steps[name] for name in names], _ONE, alpha=1)  # with a number it is much slower
         counts = self._counts
         for name in names:
             counts[name] += 1
         self.taken = max(self.taken, *map(counts.__getitem__, names))
         if self.fresh:
             self.fresh.difference_update(names)
-        for name in self._watched:
-            if name in names:
-                self._notes[name] = _version(self.params[name])
-
-    def changed(self, names: Collection[str]) -> list[str]:
-        """Which of these tensors have been changed since their last step, where its memory is worth nothing then."""
-        return [
-            name
-            for name in self._watched
-            if name in names and name in self._notes and _differs(self._notes[name], _version(self.params[name]))
-        ]
+        self.weights.note(names)
 
     def forget(self, names: Iterable[str]) -> None:
         """Forget the last updates of these tensors, in place, as far as their memory needs the weights that they left."""
@@ -245,7 +239,8 @@ def built(
 
     anew, forgotten = set[str](), set[str]()
     if before:
-        for (name, param), (shape, dtype) in zip(before.params.items(), before._forms, strict=True):
+        for (name, param), shape in zip(before.params.items(), before._shapes, strict=True):
+            dtype = before._dtypes[name]
             if roster.tensors.get(name) is param and (param.shape != shape or (name in before.fresh and param.dtype != dtype)):
                 has_state = any(entry(name, ref.key) is not None for path, ref in places.items() if path[0] == "rule" and path[1] == name)
                 if name not in before.fresh and (has_state or entry(name, STEPS) is not None):
@@ -280,10 +275,7 @@ def built(
         found = entry(roster.home, DECLARED + key)
         found = before.declared.get(key) if found is None and before else found
         declared[key] = torch.tensor(learned.learn.value, dtype=torch.float64) if found is None else counted(found)
-    made = ParamState(nested, roster, params, leaves, tree, steps, declared)
-    if before:
-        made._notes = {name: note for name, note in before._notes.items() if before.params[name] is made.params.get(name)}
-    return made
+    return ParamState(nested, roster, params, leaves, tree, steps, declared, before.weights if before else None)
 
 
 def is_entry(key: Any) -> bool:
@@ -314,21 +306,12 @@ def _entry(roster: Roster, state: Mapping[Tensor, Mapping[str, Any]], name: str,
 
 def _given(rule: Any) -> set[Path]:
     """Paths, in a rule's state, of copies of options."""
-    found = {(key,) for key, option in getattr(rule, "options", {}).items() if isinstance(option, Tensor)}
+    found: set[Path] = {(key,) for key, option in getattr(rule, "options", {}).items() if isinstance(option, Tensor)}
     return found | {("base", *path) for path in _given(rule.base)} if hasattr(rule, "base") else found
 
 
-def _version(param: Tensor) -> tuple[Any, ...]:
-    try:
-        address = param.data_ptr()
-    except RuntimeError:  # a tensor without memory of its own
-        address = 0
-    return param._version, address, param.dtype, param.device
-
-
-def _differs(noted: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    """Whether a tensor has been changed, and not only converted or moved."""
-    return noted != now and (noted[0] != now[0] or noted[2:] == now[2:])
+def _entries(state: States) -> list[Any]:
+    return [*chain.from_iterable([entries.values() for entries in state.values()])]
 
 
 def _flat(tree: State, path: Path = ()) -> dict[Path, Any]:

@@ -29,8 +29,11 @@ def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None)
         check_with: arguments with which `hyperopt_nested.testing` calls it, where its defaults can not be checked.
 
     Raises:
+        TypeError: `name` is no string, or `factory` can not be called.
         ValueError: another definition has that name.
     """
+    if not isinstance(name, str) or not callable(factory):
+        raise TypeError(f"name={name!r}, factory={factory!r}: give a name, and a function that makes an optimizer")
     taken = _FACTORIES.get(name)
     if taken is not None and _origin(taken) != _origin(factory):
         raise ValueError(f"name={name!r} is registered already, by {'.'.join(_origin(taken))}; choose another name")

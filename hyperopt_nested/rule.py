@@ -6,18 +6,28 @@ values; `Nested` runs it.
 """
 
 import functools
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
 from hyperopt_nested import registry
-from hyperopt_nested.hyper import Bijection, Hyper
+from hyperopt_nested.checks import (
+    check_flag,
+    check_number,
+    check_options,
+    checked_bounds,
+    is_number,
+    kinds_of,
+    not_an_optimizer,
+    with_betas,
+)
+from hyperopt_nested.hyper import Bijection, Hyper, check_bijection
 from hyperopt_nested.ops import State, number_dtype, zeros_like
+from hyperopt_nested.signatures import assigned, check_definition, checked_pair, chosen, declared_options, keywords_of
 
 Coupling = Literal["element", "row", "tensor"]
 """The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""
@@ -116,11 +126,21 @@ class Optimizer:
     maximize: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule={self.rule!r} ({type(self.rule).__name__}) must be a rule, such as hn.get('sgd')")
+        check_flag(f"{self.rule.name}: maximize", self.maximize)
+        for name in self.rule.hypers:
+            if name not in self.settings:
+                raise TypeError(f"{self.rule.name}: settings have no value for the hyper {name!r}")
+        owner: dict[int, str] = {}
         for name, setting in self.settings.items():
             if name not in self.rule.hypers:
                 raise TypeError(f"{self.rule.name} has no hyper {name!r}; it has {', '.join(self.rule.hypers) or 'none'}")
             value = setting.value if isinstance(setting, Learn) else setting
             self.rule.hypers[name].check(f"{self.rule.name}: {name}", value, self.via(name))
+            other = owner.setdefault(id(setting), name) if isinstance(setting, Learn) else name
+            if other != name:
+                raise ValueError(f"{self.rule.name}: {other} and {name} are one learn(...) object: give each a learn(...) of its own")
 
     def __repr__(self) -> str:
         return f"{self.rule.name}({', '.join(f'{name}={setting!r}' for name, setting in self.settings.items())})"
@@ -159,25 +179,26 @@ def learn(
     by: Optimizer,
     per: Per = "model",
     grad: Callable[[Tensor], Tensor] | None = None,
-    bounds: tuple[Bound, Bound] = (-math.inf, math.inf),
+    bounds: tuple[Bound | None, Bound | None] = (None, None),
     via: Bijection | Literal["projection"] | None = None,
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
-    Wherever one and the same `learn(...)` object is used (several tensors, several parameter groups), one hyper is learned.
+    Wherever one and the same `learn(...)` object is used (several tensors, several parameter groups), one hyper is learned; these must
+    be hypers of one name and domain.
 
     Args:
         value: the start value, in the hyper's domain.
         by: the optimizer that learns it; its own hypers may be learned too (a tower).
         per: one value per "model", "tensor", "row" (index of dim 0) or "element".
         grad: a transform of the hypergradient before the learner sees it, tensor to tensor of the same shape.
-        bounds: further bounds of the value, `(low, high)`. Numbers apply whenever it was learned; a function from the rule's new
-            state to a bound applies after every update.
+        bounds: further bounds of the value, `(low, high)`; None is no bound. Numbers apply whenever it was learned; a function from the
+            rule's new state to a bound applies after every update, where it is finite.
         via: the bijection in whose coordinates it is learned, "projection" for none; by default what the rule declares.
 
     Raises:
-        TypeError: `by` is not an optimizer of this library.
-        ValueError: `per` is unknown, or fixed `bounds` are out of order.
+        TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
+        ValueError: `value` is not finite or outside fixed `bounds`, these are out of order, or `per` or `via` is unknown.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -185,13 +206,15 @@ def learn(
         sgd(lr=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)), momentum=0.0, dampening=0.0, weight_decay=0.0)
     """
     if not isinstance(by, Optimizer):
-        raise TypeError(f"by={by!r} ({type(by).__name__}) must be an optimizer of this library, such as hn.sgd(lr=1e-5)")
+        raise not_an_optimizer("by", by)
+    check_number("learn: value", value)
     if per not in ("model", "tensor", "row", "element"):
         raise ValueError(f"per={per!r} must be 'model', 'tensor', 'row' or 'element'")
-    low, high = bounds
-    if not callable(low) and not callable(high) and not low <= high:
-        raise ValueError(f"bounds={bounds!r} are out of order: give (low, high) with low <= high")
-    return Learn(value, by, per, grad, bounds, via)
+    if grad is not None and not callable(grad):
+        raise TypeError(f"grad={grad!r} ({type(grad).__name__}) must be a function from a hypergradient to one of the same shape, or None")
+    if via is not None and via != "projection":
+        check_bijection("learn", via)
+    return Learn(value, by, per, grad, checked_bounds(value, bounds), via)
 
 
 @dataclass(eq=False, repr=False)
@@ -210,7 +233,8 @@ class FunctionRule(Rule):
 
     def __post_init__(self) -> None:
         self._update_options = chosen(self.options, self.function)
-        self._finish_takes = frozenset(_keywords(self.finishing))
+        self._finish_takes = frozenset(keywords_of(self.finishing))
+        self._kinds = kinds_of(self.options, self.function, self.initial)
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         return self.initial(param, **chosen({**settings, **self.options}, self.initial)) if self.initial else {}
@@ -223,7 +247,7 @@ class FunctionRule(Rule):
         hypers: Mapping[str, Tensor],
         total: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, State]:
-        return self.function(param, grad, state, **hypers, **self._update_options)
+        return checked_pair(self.name, self.function(param, grad, state, **hypers, **self._update_options))
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
         if self.finishing is None:
@@ -234,9 +258,22 @@ class FunctionRule(Rule):
     def signature(self) -> Hashable:
         return self.function, *self._update_options.items()
 
-    def __call__(self, *, maximize: bool = False, **settings: Any) -> Optimizer:
-        """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults."""
+    def __call__(self, *given: Any, maximize: bool = False, **settings: Any) -> Optimizer:
+        """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
+
+        Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
+        """
+        if given:
+            first = next(iter([*self.hypers, *self.options]), "")
+            by_name = (
+                f"{self.name}({first}={given[0]!r})" if is_number(given[0]) or isinstance(given[0], Learn) else f"{self.name}({first}=...)"
+            )
+            raise TypeError(
+                f"{self.name} takes its arguments by name, such as {by_name}; parameters go to HyperOptimizer(params, {self.name}(...))"
+            )
+        settings = with_betas(self.name, self.hypers, settings)
         values, options = assigned(self.name, self.hypers, self.options, settings, also=("maximize",))
+        check_options(self.name, self._kinds, self.options, settings)
         return Optimizer(replace(self, options=options), values, maximize)
 
     def __repr__(self) -> str:
@@ -279,8 +316,9 @@ def rule(
         **hypers: the hyper-parameters, by name: `lr=Positive(1e-4)`.
 
     Raises:
-        TypeError: declared hypers and the function's parameters do not match, or `late` names what `finish` does not take.
-        ValueError: another rule has that name.
+        TypeError: declared hypers and the function's parameters do not match, a hyper has no domain, or `late` names what `finish` does not
+            take.
+        ValueError: another rule has that name, or `coupling` is unknown.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -291,6 +329,9 @@ def rule(
         >>> averaged(lr=0.1)
         averaged(lr=0.1, beta=0.9)
     """
+    check_definition("rule", init, coupling, get_args(Coupling), hypers)
+    if odd := [name for name in flat if name not in hypers]:
+        raise TypeError(f"flat names {odd[0]!r}, which is no hyper; hypers are: {', '.join(hypers) or 'none'}")
 
     def decorate(function: Callable[..., tuple[Tensor, State]]) -> FunctionRule:
         name = function.__name__
@@ -301,60 +342,13 @@ def rule(
                 f"declare its domain, e.g. {undeclared[0]}=hn.Positive(1e-3)"
             )
         for each in late:
-            if each not in hypers or each not in _keywords(finish):
+            if each not in hypers or each not in keywords_of(finish):
                 raise TypeError(f"{name}: late names {each!r}, which must be a hyper, and a keyword-only parameter of finish")
         made = FunctionRule(name, function, init, dict(hypers), coupling, options, frozenset(flat), finish, frozenset(late))
         functools.update_wrapper(made, function)
         return registry.register(name, made)
 
     return decorate
-
-
-def declared_options(
-    function: Callable[..., Any], init: Callable[..., State] | None, hypers: Mapping[str, Hyper]
-) -> tuple[dict[str, Any], list[str]]:
-    """Options of a definition (keyword-only parameters that are no hypers) with their defaults, and the names of those without one.
-
-    Raises:
-        TypeError: a declared hyper is no parameter of the function.
-    """
-    keywords = _keywords(function)
-    missing = [h for h in hypers if h not in keywords]
-    if missing:
-        raise TypeError(
-            f"{function.__name__}: hyper {missing[0]!r} is declared but is no keyword-only parameter of the function; add it after `*`"
-        )
-    options = {**keywords, **_keywords(init), **keywords}  # the function's first, and its defaults count
-    options = {key: default for key, default in options.items() if key not in hypers}
-    undeclared = [key for key, default in options.items() if default is inspect.Parameter.empty]
-    return {key: default for key, default in options.items() if key not in undeclared}, undeclared
-
-
-def assigned(
-    name: str, hypers: Mapping[str, Hyper], options: Mapping[str, Any], given: Mapping[str, Any], also: tuple[str, ...] = ()
-) -> tuple[dict[str, "float | Learn"], dict[str, Any]]:
-    """What a call gives to each hyper and each option; the others have their defaults. `also` names further arguments, for messages.
-
-    Raises:
-        TypeError: the call gives what is neither.
-    """
-    unknown = [key for key in given if key not in hypers and key not in options]
-    if unknown:
-        raise TypeError(f"{name} has no argument {unknown[0]!r}; it has {', '.join([*hypers, *options, *also]) or 'none'}")
-    values = {key: given.get(key, hyper.default) for key, hyper in hypers.items()}
-    return values, {key: given.get(key, default) for key, default in options.items()}
-
-
-def chosen(values: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Those of the values that the function has a keyword-only parameter for."""
-    keywords = _keywords(function)
-    return {name: value for name, value in values.items() if name in keywords}
-
-
-def _keywords(function: Callable[..., Any] | None) -> dict[str, Any]:
-    """Keyword-only parameters of a function, with their defaults."""
-    parameters = inspect.signature(function).parameters.values() if function else ()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def is_on(setting: float | Learn) -> bool:

@@ -23,8 +23,7 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
     """
     if not _nothing_looks_on():
         through: Any = torch.func.vjp(function, *at, has_aux=True)
-        value, pull, aux = through
-        return value, aux, pull
+        return through[0], through[2], through[1]
     flat, spec = tree_flatten(at)
     with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in flat]

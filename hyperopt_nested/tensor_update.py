@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.learned import LearnedHyper, number
-from hyperopt_nested.ops import State, finite, map_tree, state_dtype
+from hyperopt_nested.ops import State, finite, leaves, map_tree, state_dtype
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.sensitivity import Raws
 
@@ -39,7 +39,8 @@ class TensorUpdate:
         numbers: Raws,
     ) -> None:
         self._dtype = state_dtype(param)
-        self._rule, self._settings, self._learned, self._values, self._numbers = optimizer.rule, optimizer.settings, learned, values, numbers
+        self._rule, self._settings = optimizer.rule, optimizer.settings
+        self._learned, self._values, self._numbers = learned, values, numbers
         self._device = param.device
         self._param, self._grad, self._state = self._widened(param), self._widened(grad), map_tree(self._widened, state)
         self.measures = optimizer.rule.measures
@@ -93,8 +94,8 @@ class TensorUpdate:
             The cotangent, zero in these elements; but where it is not finite itself, NaN.
         """
         shape = self._param.shape
-        leaves = [leaf for leaf in _leaves(self._state) if leaf.shape == shape and leaf.is_floating_point()] if shape else []
-        good = torch.isfinite(functools.reduce(operator.add, [self._param, self._grad, *leaves]))
+        kept = [leaf for leaf in leaves(self._state) if leaf.shape == shape and leaf.is_floating_point()] if shape else []
+        good = torch.isfinite(functools.reduce(operator.add, [self._param, self._grad, *kept]))
 
         def clean(leaf: Tensor) -> Tensor:
             if not leaf.is_floating_point():
@@ -103,10 +104,3 @@ class TensorUpdate:
 
         self._param, self._grad, self._state = clean(self._param), clean(self._grad), map_tree(clean, self._state)
         return torch.where(good, cotangent, cotangent * 0)
-
-
-def _leaves(tree: State) -> list[Tensor]:
-    found: list[Tensor] = []
-    for leaf in tree.values():
-        found += _leaves(leaf) if isinstance(leaf, dict) else [leaf]
-    return found

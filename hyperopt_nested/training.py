@@ -69,6 +69,7 @@ class Training:
         outer_loss: the outer loss, of tensors and values.
         reverse: whether gradients are differentiated in reverse: what has no such derivative is refused in the first step.
         has_aux: whether the losses may return pairs of a loss and anything else.
+        order: how many derivatives of the training loss are taken.
 
     Attributes:
         trace: what the losses returned.
@@ -83,10 +84,11 @@ class Training:
         *,
         reverse: bool,
         has_aux: bool,
+        order: int = 2,
     ) -> None:
         self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
-        self._has_aux = has_aux
+        self._has_aux, self._order = has_aux, order
         self.trace = Trace()
 
     def reverse(
@@ -162,7 +164,7 @@ class Training:
             loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
             grads = gradients(loss, params, graph=graph or first)
             if first:
-                check_twice(loss, grads, params)
+                check_twice(loss, grads, params, order=self._order)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step), loss, aux

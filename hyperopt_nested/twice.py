@@ -1,5 +1,6 @@
 """Derivatives of gradients: a loss that has none is refused, by the name of the operation that lacks them."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -13,10 +14,19 @@ from hyperopt_nested.joint_update import Hessian
 _MISSING = (
     re.compile(r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"),
     re.compile(r"forward AD with (?P<operation>\w+) that does not support it"),
+    re.compile(r"do not yet support (?:aten::)?(?P<operation>\w+)"),
     re.compile(r"Batching rule not implemented for (?:aten::)?(?P<operation>[\w.]+)"),
     re.compile(r"Double backwards is not supported for (?P<operation>.+?) due to"),
     re.compile(r"In order to use an (?P<operation>autograd\.Function) with functorch"),
 )
+
+_WRONG = {  # operations whose derivatives of this order torch gets wrong without a word, as finite differences show
+    "WeightNormInterfaceBackward": (2, "make the module a function by hn.functional, or write v * (g / norm)"),
+    "NativeBatchNormBackward": (3, "use GroupNorm, or write it in basic operations"),
+    "CudnnBatchNormBackward": (3, "use GroupNorm, or write it in basic operations"),
+    "MiopenBatchNormBackward": (3, "use GroupNorm, or write it in basic operations"),
+    "NativeLayerNormBackward": (3, "use GroupNorm(1, ...), or write it in basic operations"),
+}
 
 
 @contextmanager
@@ -35,17 +45,19 @@ def named(needed: str, remedy: str) -> Iterator[None]:
         raise _refusal(found["operation"], needed, remedy) from error
 
 
-def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], order: int = 2) -> None:
     """Try to differentiate gradients in reverse.
 
     Args:
         loss: of shape ().
         grads: its gradients, made with their graph, by name.
         params: the tensors, by name.
+        order: how many derivatives of the loss will be taken.
 
     Raises:
-        NotImplementedError: an operation has no double backward; the message names it.
+        NotImplementedError: an operation has no double backward, or a wrong one; the message names it.
     """
+    refuse_wrong(loss, order)
     curved = [grad for grad in grads.values() if grad.requires_grad]
     with twice():
         refuse_once_differentiable(loss, curved)
@@ -69,6 +81,19 @@ def refuse_once_differentiable(loss: Tensor, grads: Iterable[Tensor]) -> None:
         raise _refusal(" or ".join(sorted(names)) or "an autograd.Function", "double backward", "try method='forward'")
 
 
+def refuse_wrong(loss: Tensor, order: int) -> None:
+    """Refuse a loss with operations whose derivatives torch gets wrong.
+
+    Raises:
+        NotImplementedError: there is one; the message names it.
+    """
+    for node in _nodes([loss]):
+        operation = node.name().rstrip("0123456789")
+        at, remedy = _WRONG.get(operation, (math.inf, ""))
+        if order >= at:
+            raise NotImplementedError(f"the loss uses {operation}, whose derivative of order {at} is wrong in torch: {remedy}")
+
+
 def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Hessian]:
     """A loss, its gradients, and products with its Hessian.
 
@@ -84,7 +109,12 @@ def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) 
         loss = closure()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise ValueError(f"closure returned {loss!r}: with curvature='exact' it must return a tensor, without backward()")
+        if loss.ndim:
+            raise ValueError(
+                f"closure returned a tensor of shape {tuple(loss.shape)}; the loss must have shape (): take its mean() or sum()"
+            )
         made = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
+    refuse_wrong(loss, 2)
     grads = {name: grad for name, grad in zip(params, made, strict=True) if grad is not None}
     curved = {name: grad for name, grad in grads.items() if grad.requires_grad}
     refuse_once_differentiable(loss, curved.values())

@@ -69,7 +69,10 @@ def hypergradient(
     Raises:
         ValueError: an argument is none of its choices, nothing is learned, there are too few batches, or, with "implicit", there is not
             just one, the point of rest does not depend on a hyper (as on a learning rate), or the tensors are not near it.
-        NotImplementedError: an operation in `train_loss` has no derivative that the method needs; the message names it.
+        NotImplementedError: an operation in `train_loss` has no derivative that the method needs, or torch's is wrong, or a module changes
+            a buffer outside of autograd; the message names it.
+        TypeError: a loss returns something else than a tensor; the message names it.
+        RuntimeError: with segments of steps, `train_loss` returns another loss when a step is done again.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -88,7 +91,7 @@ def hypergradient(
     carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
     reverse = method != "forward"
     losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
-    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux)
+    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux, order=3 if create_graph else 2)
     if method == "forward" and horizon is None:
         return Hypergradients(training.forward(carry, values, batches, 0), trace=training.trace)
     steps = list(batches)

@@ -197,6 +197,133 @@ def without_vmap(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> An
     return param - lr * buffer, {"step": state["step"] + 1, "average": average}
 
 
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_old_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = beta * state["average"].detach() + (1 - beta) * grad
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_new_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average.detach()}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def new_state_without_grad(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    new = param - lr * _average(state, grad, beta)
+    with torch.no_grad():
+        return new, {"step": state["step"] + 1, "average": _average(state, grad, beta)}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_parameter(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param.detach() - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_gradient(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad.detach(), beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_hyper_of_the_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    new = param - lr * _average(state, grad, beta)
+    return new, {"step": state["step"] + 1, "average": _average(state, grad, beta.detach())}
+
+
+@hn.rule(lambda p: {"nested": {"sum": hn.zeros_like(p)}, "seen": torch.zeros_like(p, dtype=torch.bool)}, coupling="element", **HYPERS)
+def detached_nested_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    total = grad + torch.where(state["seen"], beta * state["nested"]["sum"].detach(), 0)
+    return param - lr * total, {"nested": {"sum": total}, "seen": torch.ones_like(state["seen"])}
+
+
+def _maximum(state: Any, grad: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
+    second = beta * state["second"] + (1 - beta) * grad * grad
+    return second, hn.kink(state["largest"], second) > second
+
+
+@hn.rule(hn.zeros("second", "largest"), coupling="element", **HYPERS)
+def detached_in_one_branch(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    second, stays = _maximum(state, grad, beta)
+    largest = torch.where(stays, state["largest"].detach(), second)
+    return param - lr * grad / (hn.safe_sqrt(largest) + 0.1), {"second": second, "largest": largest}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_if_large(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad.detach() if grad.numel() > 100 else grad, beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_hyper_if_large(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - (lr.detach() if param.numel() > 2000 else lr) * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_after_twenty_steps(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average, step = _average(state, grad, beta), state["step"] + 1
+    return param - lr * average, {"step": step, "average": torch.where(step > 20, average.detach(), average)}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def detached_hyper_after_ninety_steps(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average, step = _average(state, grad, beta), state["step"] + 1
+    return param - torch.where(step > 90, lr.detach(), lr) * average, {"step": step, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def number_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta) * torch.tensor(0.1, dtype=torch.float32, device=param.device)
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def gradient_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad.float().to(grad.dtype), beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(lambda p: {"average": torch.zeros_like(p, dtype=torch.float32)}, coupling="element", **HYPERS)
+def state_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - lr * average, {"average": average.float()}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def gradient_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad.mul_(0.5), beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def hyper_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - lr.detach().mul_(0.99) * lr * average, {"step": state["step"] + 1, "average": average}
+
+
+@hn.rule(lambda p: {"step": torch.zeros((), dtype=torch.int64, device=p.device), "average": hn.zeros_like(p)}, coupling="element", **HYPERS)
+def integer_becomes_real(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - lr * average, {"step": state["step"] + 1.0, "average": average}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def loses_its_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = beta * state.get("average", 0.0) + (1 - beta) * grad
+    return param - lr * average, {"step": state["step"] + 1}
+
+
+@hn.rule(_state, coupling="element", **HYPERS)
+def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    average = _average(state, grad, beta)
+    return param - lr * average, {"step": state["step"] + 1, "average": average[None]}
+
+
 MUTANTS: dict[hn.FunctionRule, tuple[str, bool]] = {
     dropped_bias_correction: ("but the reference has", True),
     off_by_one_step: ("but the reference has", True),
@@ -222,4 +349,24 @@ MUTANTS: dict[hn.FunctionRule, tuple[str, bool]] = {
     not_flat: ("beta is declared flat, but", False),
     flat_undeclared: ("the hypergradient of beta per model could not be verified", False),
     without_vmap: ("does not run under torch.func.vmap", False),
+    detached_old_state: ("the derivative of the new parameter with respect to the old state.average is 0, but", False),
+    detached_new_state: ("the derivative of the new state.average with respect to the gradient is 0, but", False),
+    new_state_without_grad: ("the derivative of the new state.average with respect to the gradient is 0, but", False),
+    detached_parameter: ("the derivative of the new parameter with respect to the parameter is 0, but", False),
+    detached_gradient: ("the derivative of the new parameter with respect to the gradient is 0, but", False),
+    detached_hyper_of_the_state: ("the derivative of the new state.average with respect to beta is 0, but", False),
+    detached_nested_state: ("the derivative of the new parameter with respect to the old state.nested.sum is 0, but", False),
+    detached_in_one_branch: ("with respect to the old state.largest is 0, but by finite differences", False),
+    detached_if_large: ("(along one direction, tensors of shape (2, 64), step 1)", False),
+    detached_hyper_if_large: ("the derivative of the new parameter with respect to lr is 0, but", False),
+    detached_after_twenty_steps: ("(along one direction, tensors of shape (3,), step 21)", False),
+    detached_hyper_after_ninety_steps: ("the derivative of the new parameter with respect to lr is 0, but", False),
+    number_in_float32: ("the update uses a number in torch.float32, 0.1", False),
+    gradient_in_float32: ("the update casts float64 to torch.float32", False),
+    state_in_float32: ("the update casts float64 to torch.float32", False),
+    gradient_in_place: ("changes its input grad.a in place", False),
+    hyper_in_place: ("changes its input hyper.a.lr in place", False),
+    integer_becomes_real: ("state.a.step was", False),
+    loses_its_state: ("state.a.average was", False),
+    state_of_another_shape: ("state.a.average was", False),
 }

@@ -185,19 +185,16 @@ def test_bounds_that_read_the_state_are_the_widest_of_the_tensors() -> None:
     assert float(state["hypers"]["radius"]["model"]) == 0.02
 
 
-def test_one_learn_for_two_hypers_of_a_rule_is_counted_once() -> None:
-    both = hn.learn(0.8, by=hn.sgd(lr=0.0))
-    params, loss = problem(8)
-    found = {}
-    for memory in ("forward", "reverse"):
-        nested = hn.Nested(hn.adam(lr=0.1, beta1=both, beta2=both), memory=memory)  # type: ignore[arg-type]
-        new, state = run(nested, params, loss, 3)
-        found[memory] = nested.hypergradients(new, gradients(loss, new), state)["beta1"]["model"]
-    apart = hn.Nested(hn.adam(lr=0.1, beta1=hn.learn(0.8, by=hn.sgd(lr=0.0)), beta2=hn.learn(0.8, by=hn.sgd(lr=0.0))))
-    new, state = run(apart, params, loss, 3)
-    expected = sum(values["model"] for values in apart.hypergradients(new, gradients(loss, new), state).values())
-    assert relative_error(found["forward"], torch.as_tensor(expected)) < EXACT
-    assert relative_error(found["reverse"], torch.as_tensor(expected)) < EXACT
+def test_one_learn_is_for_one_name_and_one_domain() -> None:
+    shared = hn.learn(0.8, by=hn.sgd())
+    with pytest.raises(ValueError, match=r"adam: lr and beta1 are one learn\(\.\.\.\) object: give each a learn"):
+        hn.adam(lr=shared, beta1=shared)
+    with pytest.raises(ValueError, match=r"given to lr in NonNegative \[0, inf\) and to beta1 of adam in UnitInterval \[0, 1\)"):
+        hn.Nested({"a": hn.sgd(lr=shared), "b": hn.adam(beta1=shared)})
+    with pytest.raises(ValueError, match="given to momentum"):  # one name, and two domains
+        hn.Nested({"a": hn.sgd(momentum=shared), "b": hn.schedule_free_sgd(momentum=shared)})
+    choose = {"a": hn.sgd(lr=shared), "b": hn.adam(lr=shared)}
+    assert list(hn.Nested(choose).learned) == ["lr"]
 
 
 def test_maximize_ascends_at_every_height() -> None:

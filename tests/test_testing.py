@@ -13,7 +13,9 @@ from mutants import MUTANTS, reference, right
 import hyperopt_nested as hn
 from ftp import ftp_rule
 from hyperopt_nested import testing
-from hyperopt_nested.testing import check
+from hyperopt_nested.testing import check, programs
+from hyperopt_nested.testing.gradients import PERS
+from hyperopt_nested.testing.subject import subject
 
 EXAMPLES = 30  # as check_rule has by default
 
@@ -42,6 +44,162 @@ def test_every_mutant_is_caught(mutant: hn.FunctionRule, monkeypatch: pytest.Mon
     if not needs_reference:
         with pytest.raises(testing.RuleError):
             exec(example, namespace)
+
+
+@hn.rule(hn.zeros("second", "largest"), coupling="element", lr=hn.Positive(0.1), eps=hn.Positive(1e-8))
+def forgets_its_maximum(param: Any, grad: Any, state: Any, *, lr: Any, eps: Any) -> Any:
+    """AMSGrad without a first moment, which keeps the maximum only where gradients are positive."""
+    second = 0.999 * state["second"] + 0.001 * grad * grad
+    kept = torch.maximum(hn.kink(state["largest"], second), second)
+    largest = torch.where(hn.kink(grad) > 0, kept, second)
+    return param - lr * grad / (hn.safe_sqrt(largest) + eps), {"second": second, "largest": largest}
+
+
+class Maximal(torch.optim.Optimizer):
+    """What `forgets_its_maximum` should do."""
+
+    def __init__(self, params: Any, hypers: dict[str, float]) -> None:
+        super().__init__(params, hypers)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["second"] = 0.999 * state.get("second", 0.0) + 0.001 * p.grad.square()
+                state["largest"] = torch.maximum(state.get("largest", torch.zeros_like(p)), state["second"])
+                p.sub_(group["lr"] * p.grad / (state["largest"].sqrt() + group["eps"]))
+
+
+def test_a_maximum_that_is_forgotten_in_one_branch_is_caught_by_a_reference() -> None:
+    with pytest.raises(testing.RuleError, match="but the reference has"):
+        testing.check_rule(forgets_its_maximum, examples=EXAMPLES, reference=Maximal)
+
+
+def _whole(param: torch.Tensor) -> hn.State:
+    count = torch.zeros((), dtype=torch.int64, device=param.device)
+    return {"count": count, "seen": torch.zeros_like(param, dtype=torch.bool), "average": hn.zeros_like(param)}
+
+
+@hn.rule(_whole, coupling="element", lr=hn.Positive(0.1), beta=hn.UnitInterval(0.9))
+def integers_and_masks(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    count = state["count"] + 1
+    average = torch.where(state["seen"], beta * state["average"], 0.0) + (1 - beta) * grad
+    new = param - lr * average / (1 - beta**count) * torch.where(count % 3 == 0, 0.5, 1.0)
+    return new, {"count": count, "seen": state["seen"] | (grad != 0), "average": average}
+
+
+def test_integers_and_masks_as_state_pass() -> None:
+    assert max(testing.check_rule(integers_and_masks, examples=EXAMPLES).verified.values()) < 1e-6
+
+
+BATCHES = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 1.0], [-1.0, 1.0, 2.0], [0.3, 0.2, 0.1], [1.0, 1.0, -1.0]])
+
+
+def _linear(params: Any, batch: torch.Tensor, hypers: Any = None) -> torch.Tensor:
+    return (params["w"] * batch).sum()
+
+
+def _after_all(beta: torch.Tensor) -> torch.Tensor:
+    """The last batch's loss, after a step on each of the others."""
+    params, state = {"w": torch.zeros(3)}, integers_and_masks.init(torch.zeros(3), {})
+    for batch in BATCHES[:-1]:
+        params["w"], state = integers_and_masks.update(params["w"], batch, state, {"lr": torch.tensor(0.1), "beta": beta})
+    return _linear(params, BATCHES[-1])
+
+
+@pytest.mark.parametrize("how", [{}, {"memory": "sqrt"}, {"method": "forward"}, {"horizon": 4, "memory": 3}, {"discount": 1.0}], ids=str)
+def test_integers_and_masks_are_carried_from_step_to_step(how: Any) -> None:
+    start, optimizer = {"w": torch.zeros(3)}, integers_and_masks(lr=0.1, beta=hn.learn(0.8, by=hn.sgd(), via="projection"))
+    if "discount" in how:
+        nested = hn.Nested(optimizer, **how)
+        params, state = start, nested.init(start)
+        for batch in BATCHES[:-1]:
+            params, state = nested.step(params, {"w": batch}, state, learn=False)
+        found = nested.hypergradients(params, {"w": BATCHES[-1]}, state)
+        assert (state["rule"]["w"]["count"].dtype, state["rule"]["w"]["seen"].dtype) == (torch.int64, torch.bool)
+    else:
+        found = hn.hypergradient(optimizer, start, BATCHES[:-1], _linear, _linear, outer_batch=BATCHES[-1], **how)
+    expected = testing.finite_difference(_after_all, torch.tensor(0.8), scale=0.1)
+    assert abs(float(expected.value)) > 0.01
+    assert expected.agrees(found["beta"]["model"])
+
+
+@hn.rule(hn.zeros("average"), coupling="element", lr=hn.Positive(0.1))
+def plain_average(param: Any, grad: Any, state: Any, *, lr: Any, nesterov: bool = False) -> Any:
+    average = 0.5 * state["average"] + grad
+    return param - lr * (average + grad if nesterov else average), {"average": average}
+
+
+class Broken(hn.HyperOptimizer):
+    """An optimizer whose backend "fused" is the reference, but for one thing that goes wrong where one number is learned."""
+
+    wrong: Any = None
+
+    def __init__(self, params: Any, optimizer: Any, *, backend: Any) -> None:
+        super().__init__(params, optimizer, backend="reference")
+        self.breaks = backend == "fused" and "lr" in optimizer.learned and optimizer.learned["lr"].per == "row"
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        if self.breaks:
+            type(self).wrong(self)
+
+
+def _off(opt: Any, path: str) -> None:
+    for param in opt.param_groups[0]["params"]:
+        leaf = param.data if path == "parameter" else opt.state[param][path]
+        leaf.view(-1)[:1] += 1e-6
+
+
+def _fails(opt: Any) -> None:
+    raise TypeError("must be Tensor, not float")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda opt: _off(opt, "parameter"), "backend='fused' after step 1: parameter 'a' differs from 'reference' by up to 1e-06: "),
+        (
+            lambda opt: _off(opt, "rule.average"),
+            "backend='fused' after step 1: state 'rule.average' of 'a' differs from 'reference' by up to",
+        ),
+        (lambda opt: _off(opt, "hypers.lr"), "backend='fused' after step 1: state 'hypers.lr' of 'a' differs from 'reference' by up to"),
+        (lambda opt: opt.state[opt.param_groups[0]["params"][0]].pop("rule.average"), "state 'rule.average' of 'a' is there with one of"),
+        (_fails, "backend='fused' fails in step 1: TypeError: must be Tensor, not float"),
+    ],
+    ids=["parameter", "state", "learned value", "lost state", "error"],
+)
+def test_a_backend_that_deviates_is_caught(wrong: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "HyperOptimizer", Broken)
+    monkeypatch.setattr(Broken, "wrong", staticmethod(wrong))
+    monkeypatch.setattr(programs, "_SHAPES", ((4, 3), (5,)))
+    assert not programs.compare(subject(plain_average), "foreach").refused
+    with pytest.raises(testing.RuleError) as caught:
+        programs.compare(subject(plain_average), "fused")
+    message = str(caught.value)
+    assert words in message
+    assert "(lr learned per row, tensors of shape (4, 3))" in message
+    example = message.split("To see it again:\n\n")[1]
+    assert "plain_average().replace(lr=hn.learn(0.1, by=hn.sgd(lr=1e-06), per='row')), 'fused', {'a': (4, 3)}" in example
+    with pytest.raises(testing.RuleError):
+        exec(example, {"hn": hn, "plain_average": plain_average})
+
+
+def test_what_a_backend_does_and_does_not_serve_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_SHAPES", ((4, 3), (5,)))
+    report = testing.check_rule(plain_average, examples=5, backends=("foreach",))
+    found = report.backends["foreach"]
+    assert {"as declared", "values inside the domain", "nesterov=True", *(f"lr learned per {per}" for per in PERS)} < found.largest.keys()
+    assert max(found.largest.values()) < 1e-12
+    assert not found.refused
+    assert "backend 'foreach': agrees with 'reference' in 8 settings, largest relative difference" in str(report)
+    refused = testing.check_rule("clip_by_global_norm", examples=5, backends=("foreach",))
+    assert not refused.backends["foreach"].largest
+    assert "backend 'foreach': not served (as declared; " in str(refused)
+    for names in ("foreach", ("reference",), ("auto",), ("fussed",)):
+        with pytest.raises(ValueError, match=r"backends=.* must be a sequence of '\w+', '\w+', '\w+'"):
+            testing.check_rule(plain_average, backends=names)
 
 
 def test_options_that_a_rule_refuses_are_left_out_of_the_comparison_with_a_reference() -> None:

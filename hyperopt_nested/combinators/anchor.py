@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hyperopt_nested.checks import check_dtype
 from hyperopt_nested.ops import State
 
 Anchor = Literal["start", "zero"] | Tensor
@@ -23,19 +24,26 @@ def keep_anchor(param: Tensor, anchor: Anchor, *, dtype: torch.dtype | None = No
         device: where it is kept; None is where the parameter is.
 
     Raises:
-        ValueError: `anchor` is none of the choices, or a tensor of another shape than the parameter; or `dtype` is none for weights.
+        TypeError: `dtype` is no dtype.
+        ValueError: `anchor` is none of the choices, a tensor of another shape than the parameter, or not finite; `dtype` is none for
+            weights; or there is no such `device`.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"anchor_dtype={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+    check_dtype("anchor_dtype", dtype)
+    try:
+        device = param.device if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"anchor_device={device!r} is no device: {str(error).splitlines()[0]}") from error
     if isinstance(anchor, Tensor):
         if anchor.shape != param.shape:
             raise ValueError(f"anchor has shape {tuple(anchor.shape)}, the parameter {tuple(param.shape)}: they must be equal")
-    elif anchor not in ("start", "zero"):
+        if not anchor.is_floating_point() or not bool(torch.isfinite(anchor).all()):
+            raise ValueError(f"anchor must be finite, of real floating-point numbers; this one ({anchor.dtype}) has others")
+    elif not isinstance(anchor, str) or anchor not in ("start", "zero"):
         raise ValueError(f"anchor={anchor!r} must be 'start', 'zero' or a tensor")
     if isinstance(anchor, str) and anchor == "zero":
         return {}
     point = param if isinstance(anchor, str) else anchor
-    return {"anchor": point.detach().to(device or param.device, dtype or param.dtype, copy=True)}
+    return {"anchor": point.detach().to(device, dtype or param.dtype, copy=True)}
 
 
 def anchor_of(param: Tensor, state: State) -> Tensor | None:

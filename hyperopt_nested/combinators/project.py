@@ -8,8 +8,11 @@ from torch import Tensor
 from hyperopt_nested.combinator import Step, combinator
 from hyperopt_nested.combinators.anchor import Anchor, anchor_of, displacement, keep_anchor
 from hyperopt_nested.hyper import NonNegative
-from hyperopt_nested.ops import State, state_dtype
+from hyperopt_nested.ops import State, finite, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation, largest, mars
+from hyperopt_nested.rule import Coupling
+
+_BALLS = "mars", "frobenius", "row_l2", "linf"
 
 
 def _init(
@@ -26,7 +29,14 @@ def _init(
     return {"largest_norm": param.new_zeros((), dtype=state_dtype(param)), **kept}
 
 
-@combinator(_init, coupling=lambda *, onto: onto.coupling, check_with={"saturation": "exact"}, radius=NonNegative(1.0))
+def _coupling(*, onto: Ball) -> Coupling:
+    if not isinstance(onto, Ball):
+        by_name = f": hn.{onto}" if isinstance(onto, str) and onto in _BALLS else f", such as {', '.join(f'hn.{ball}' for ball in _BALLS)}"
+        raise TypeError(f"onto={onto!r} ({type(onto).__name__}) must be a ball{by_name}")
+    return onto.coupling
+
+
+@combinator(_init, coupling=_coupling, check_with={"saturation": "exact"}, radius=NonNegative(1.0))
 def project(
     param: Tensor,
     grad: Tensor,
@@ -40,12 +50,12 @@ def project(
     """The optimizer, followed by a projection of every tensor into a ball around its anchor.
 
     Its state holds the anchor (unless that is zero) and the largest norm of a block of the last displacement, before it was
-    projected, plus 1e-8 (`largest_norm`, shape ()): no larger radius would change it.
+    projected, plus 1e-8 (`largest_norm`, shape ()): no larger radius would change it. Norms leave out elements that are not finite.
 
     Args:
         radius: the ball's radius, >= 0.
         onto: the ball: `mars`, `frobenius`, `row_l2` or `linf`.
-        anchor: the centre: "start", the parameter's values at initialisation; "zero", which takes no memory; or a tensor.
+        anchor: the centre: "start", the parameter's values before its first step; "zero", which takes no memory; or a tensor.
         anchor_dtype: what the centre is kept in, and thereby rounded to; None is the parameter's dtype.
         anchor_device: where it is kept, and fetched from in each step: "cpu" saves a GPU's memory; None is where the parameter is.
         saturation: derivative with respect to the radius where the projection is inactive; see `Saturation`.
@@ -57,6 +67,8 @@ def project(
     """
     new = step(param, grad)
     moved = displacement(new, state)
-    norms = onto.norms(moved)
+    norms = onto.norms(finite(moved))  # an element that is not finite spoils no other
     pulled = onto.pull(new, moved, norms, radius, center=anchor_of(new, state), saturation=saturation)
-    return pulled, {**state, "largest_norm": largest(norms) + EPS}
+    top = largest(torch.where(torch.isfinite(norms), norms, -1))
+    known = (top > 0) | ((top == 0) & torch.isfinite(moved.sum()))  # else nothing is finite: the last one stays
+    return pulled, {**state, "largest_norm": torch.where(known, top + EPS, state["largest_norm"])}

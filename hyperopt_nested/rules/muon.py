@@ -15,7 +15,9 @@ _RATIOS = {
 }
 
 
-def _init(param: Tensor, *, adjust_lr_fn: str | None) -> State:
+def _init(param: Tensor, *, adjust_lr_fn: str | None, ns_steps: int) -> State:
+    if ns_steps < 1:
+        raise ValueError(f"ns_steps={ns_steps!r} must be an integer >= 1")
     if param.ndim != 2:
         raise ValueError(
             f"muon orthogonalizes matrices, and a tensor of shape {tuple(param.shape)} is none: pass HyperOptimizer a function (name, "
@@ -73,7 +75,7 @@ def muon(
         momentum: decay rate of the gradient's average, in [0, 1).
         eps: smallest norm that the average is divided by, > 0.
         nesterov: look ahead by one momentum step.
-        ns_steps: number of Newton-Schulz steps.
+        ns_steps: number of Newton-Schulz steps, >= 1.
         ns_coefficients: coefficients of their polynomial: of the first, third and fifth power.
         adjust_lr_fn: how the learning rate depends on the shape: None or "original" times sqrt(max(1, rows / columns)), or
             "match_rms_adamw", times 0.2 sqrt(max(rows, columns)).

@@ -5,10 +5,13 @@ from torch import Tensor
 
 from hyperopt_nested.hyper import Hyper, NonNegative, Positive
 from hyperopt_nested.ops import State, counter, kink, zeros_like
-from hyperopt_nested.rule import rule
+from hyperopt_nested.rule import Learn, rule
 
 
-def _init(param: Tensor) -> State:
+def _init(param: Tensor, *, step_size_min: float | Learn, step_size_max: float | Learn) -> State:
+    low, high = (each.value if isinstance(each, Learn) else each for each in (step_size_min, step_size_max))
+    if low > high:
+        raise ValueError(f"step_size_min={low!r} is larger than step_size_max={high!r}: give step_size_min <= step_size_max")
     return {"step": counter(param), "prev": zeros_like(param), "step_size": zeros_like(param)}
 
 

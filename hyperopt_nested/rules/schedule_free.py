@@ -8,14 +8,17 @@ from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, ze
 from hyperopt_nested.rule import Learn, accumulator, rule
 
 
-def _init(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn) -> State:
+def _init(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn, warmup_steps: int) -> State:
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps!r} must be an integer >= 0")
     zero = accumulator(param, lr, r, weight_lr_power)
     start = param.detach().to(state_dtype(param), copy=True)
     return {"step": counter(param), "z": start, "evaluated": start.clone(), "lr_max": zero, "weight_sum": zero.clone()}
 
 
-def _init_adamw(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn) -> State:
-    return {**_init(param, lr=lr, r=r, weight_lr_power=weight_lr_power), "exp_avg_sq": zeros_like(param)}
+def _init_adamw(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn, warmup_steps: int) -> State:
+    start = _init(param, lr=lr, r=r, weight_lr_power=weight_lr_power, warmup_steps=warmup_steps)
+    return {**start, "exp_avg_sq": zeros_like(param)}
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 from hyperopt_nested.testing.check import Reference, Report, check_case, check_rule
 from hyperopt_nested.testing.differences import Difference, central_difference, finite_difference
+from hyperopt_nested.testing.programs import Comparison, check_backend
 from hyperopt_nested.testing.registered import every_rule
 from hyperopt_nested.testing.strategies import Case, cases, hyper_values, normal_case, shape_trees, tensors, trees
 from hyperopt_nested.testing.subject import Checkable, RuleError
@@ -9,12 +10,14 @@ from hyperopt_nested.testing.subject import Checkable, RuleError
 __all__ = [
     "Case",
     "Checkable",
+    "Comparison",
     "Difference",
     "Reference",
     "Report",
     "RuleError",
     "cases",
     "central_difference",
+    "check_backend",
     "check_case",
     "check_rule",
     "every_rule",

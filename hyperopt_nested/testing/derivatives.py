@@ -57,7 +57,7 @@ def check_derivatives(subject: Subject, case: Case) -> None:
                 optimizer,
                 here["the parameter"],
                 here["the gradient"],
-                {tensor: _placed(state, lambda path, t=tensor: here[f"the old {path}"][t]) for tensor, state in states.items()},
+                {tensor: _placed(state, tensor, here) for tensor, state in states.items()},
                 {tensor: {**by, **{h: by[h] + offset[h] * rooms[h] for h in rooms}} for tensor, by in hypers.items()},
             )
         outputs = _outputs(*new)
@@ -122,10 +122,10 @@ def _outputs(params: Tree, states: Mapping[str, State]) -> dict[str, Group]:
     return {"new parameter": params, **{f"new {name}": group for name, group in _groups(states).items()}}
 
 
-def _placed(tree: State, leaf_at: Callable[[str], Tensor], prefix: str = "state.") -> State:
-    """A tree of the same structure with other leaves, by path."""
+def _placed(tree: State, tensor: str, groups: Mapping[str, Group], prefix: str = "the old state.") -> State:
+    """A tensor's state with other leaves."""
     return {
-        key: _placed(leaf, leaf_at, f"{prefix}{key}.") if isinstance(leaf, dict) else leaf_at(f"{prefix}{key}")
+        key: _placed(leaf, tensor, groups, f"{prefix}{key}.") if isinstance(leaf, dict) else groups[f"{prefix}{key}"][tensor]
         for key, leaf in tree.items()
     }
 

@@ -14,7 +14,7 @@ from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import map_tree
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.testing.gradients import EXACT
-from hyperopt_nested.testing.strategies import Case
+from hyperopt_nested.testing.strategies import MAX_STEPS, Case
 from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, Tree, direct, history, leaves, numbers, start
 
 Law = Callable[[Subject, Case], None]
@@ -113,15 +113,15 @@ def check_compile(subject: Subject, case: Case) -> None:
     optimizer = subject.fixed(case)
     history(optimizer, case)  # refuses what the rule refuses
     program = functools.partial(_run, optimizer)
-    hypers = numbers(case, optimizer)
+    hypers, grads = numbers(case, optimizer), case.grads[: MAX_STEPS + 1]  # more of them are one long program
     torch._dynamo.reset()
     try:
-        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(case.params, case.grads, hypers)
+        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(case.params, grads, hypers)
     except Exception as error:
         raise RuleError(f"torch.compile(fullgraph=True) does not take the update: {str(error).strip().splitlines()[0]}") from error
     finally:
         torch._dynamo.reset()
-    _compare(program(case.params, case.grads, hypers), compiled, "under torch.compile")
+    _compare(program(case.params, grads, hypers), compiled, "under torch.compile")
 
 
 def check_ends(subject: Subject, case: Case) -> None:
@@ -151,11 +151,11 @@ def check_precision(subject: Subject, case: Case) -> None:
     """In float64, nothing is rounded to fewer digits: no cast to a narrower dtype, and no number in one that is not exact there."""
     optimizer = subject.fixed(case)
     params, states = history(optimizer, case)
-    with _Widths():
+    with _Widths():  # type: ignore[no-untyped-call]
         direct(optimizer, params, case.grads[-1], states, numbers(case, optimizer))
 
 
-class _Widths(TorchDispatchMode):
+class _Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises RuleError in an operation that mixes float64 with what was rounded to a narrower dtype."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -44,16 +44,23 @@ class Subject:
         make: from options to an optimizer.
         choices: what its options are drawn from.
         own: the hypers that are checked: of a combinator its own, and not those of the optimizer that it is put around.
+        code: how messages write it: an expression that makes it, to be called with hypers and options if it ends in a name.
     """
 
     name: str
     make: Callable[..., Optimizer]
     choices: Mapping[str, tuple[Any, ...]]
     own: tuple[str, ...]
+    code: str
 
     @property
     def template(self) -> Optimizer:
         return self.make()
+
+    def written(self, options: Mapping[str, str], settings: Mapping[str, str]) -> str:
+        """An expression that makes it with other options and settings."""
+        made = self.code if self.code.endswith((")", "optimizer")) else f"{self.code}({_keywords(options)})"
+        return f"{made}.replace({_keywords(settings)})" if settings else made
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes that it accepts."""
@@ -80,6 +87,10 @@ class Subject:
         return self.fixed(case).replace(**still)
 
 
+def _keywords(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
 def _around() -> Optimizer:
     return sgd(lr=0.1, momentum=0.9)
 
@@ -96,15 +107,15 @@ def subject(rule: Checkable) -> Subject:
         if isinstance(found, FunctionRule) and not registry.check_with(rule):
             return subject(found)
         own = tuple(found.hypers) if isinstance(found, Combinator) else tuple(optimizer.learned) or tuple(optimizer.settings)
-        return Subject(rule, lambda: optimizer, {}, own)
+        return Subject(rule, lambda: optimizer, {}, own, "optimizer")
     if isinstance(rule, Optimizer):
-        return Subject(rule.rule.name, lambda: rule, {}, tuple(rule.settings))
+        return Subject(rule.rule.name, lambda: rule, {}, tuple(rule.settings), "optimizer")
     if isinstance(rule, Combinator):
         around = rule(_around())
-        return Subject(rule.name, lambda: around, {}, tuple(rule.hypers))
+        return Subject(rule.name, lambda: around, {}, tuple(rule.hypers), f"{rule.name}(hn.sgd(lr=0.1, momentum=0.9))")
     if isinstance(rule, FunctionRule):
         choices = {name: (default, not default) for name, default in rule.options.items() if isinstance(default, bool)}
-        return Subject(rule.name, rule, choices, tuple(rule.hypers))
+        return Subject(rule.name, rule, choices, tuple(rule.hypers), rule.name)
     raise TypeError(f"rule={rule!r} ({type(rule).__name__}) must be a rule, a combinator, an optimizer, or a registered name")
 
 

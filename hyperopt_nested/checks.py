@@ -1,0 +1,173 @@
+"""What is wrong with an argument, said with its name, its value and the remedy."""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Kinds = Mapping[str, type | None]
+"""By option: the type that its values have (bool, int, float or tuple); None of an option that takes others."""
+
+_NAMED = {"bool": bool, "int": int, "float": float}
+
+
+def is_number(value: Any) -> bool:
+    """Whether that is a real number, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is NaN or infinite.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+
+
+def checked_bounds(value: float, bounds: Any) -> tuple[Any, Any]:
+    """The bounds of a learned value that starts at `value`, infinite where there is none.
+
+    Raises:
+        TypeError: they are no pair of numbers, functions or None.
+        ValueError: they are out of order, NaN, or do not hold the value.
+    """
+    if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+        raise TypeError(
+            f"bounds={bounds!r} ({type(bounds).__name__}) must be a pair (low, high) of numbers, functions of the state, or None"
+        )
+    for end in bounds:
+        if not (end is None or callable(end) or is_number(end)):
+            raise TypeError(
+                f"bounds={bounds!r}: {end!r} ({type(end).__name__}) must be a number, a function of the state, or None for no bound"
+            )
+        if is_number(end) and math.isnan(end):
+            raise ValueError(f"bounds={bounds!r}: an end is NaN; give a number, or None for no bound")
+    low, high = (none if end is None else end for end, none in zip(bounds, (-math.inf, math.inf), strict=True))
+    if not callable(low) and not callable(high) and not low <= high:
+        raise ValueError(f"bounds={bounds!r} are out of order: give (low, high) with low <= high")
+    if (not callable(low) and value < low) or (not callable(high) and value > high):
+        raise ValueError(f"value={value!r} is outside bounds={bounds!r}: start inside, or widen them")
+    return low, high
+
+
+def not_an_optimizer(name: str, value: Any) -> TypeError:
+    """The error for what is given in the place of an optimizer of this library."""
+    kind = type(value).__name__
+    if kind in ("FunctionRule", "Combinator"):
+        inside = "hn.adamw(), ..." if kind == "Combinator" else "..."
+        remedy = f"so call it: {value.name}({inside})"
+    elif isinstance(value, torch.optim.Optimizer) or (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
+        found = value if isinstance(value, type) else type(value)
+        return TypeError(
+            f"{name} is torch's {found.__name__}; it must be an optimizer of this library, such as hn.{found.__name__.lower()}(lr=1e-3)"
+        )
+    else:
+        remedy = "such as hn.sgd(lr=1e-3)"
+    shown = " ".join(f"{value!r}".split())
+    shown = f"{shown[:80]}..." if len(shown) > 80 else shown
+    said = f"{name} {shown} ({kind}), which" if name.endswith(" returned") else f"{name}={shown} ({kind})"
+    return TypeError(f"{said} must be an optimizer of this library, {remedy}")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Refuse what is neither None nor a real floating-point dtype.
+
+    Raises:
+        TypeError: it is no dtype.
+        ValueError: its numbers are not real and floating-point.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name}={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be True or False")
+
+
+def with_betas(name: str, hypers: Iterable[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with `betas=(...)`, as torch.optim has it, as beta1, beta2 and so on.
+
+    Raises:
+        TypeError: it is no sequence, or is given besides one of these.
+        ValueError: it has another length.
+    """
+    own = sorted(each for each in hypers if each.startswith("beta") and each[4:].isdigit())
+    if "betas" not in settings or len(own) < 2:
+        return settings
+    betas = settings["betas"]
+    if not isinstance(betas, Sequence) or isinstance(betas, str):
+        raise TypeError(f"{name}: betas={betas!r} ({type(betas).__name__}) must be {len(own)} numbers, one each for {', '.join(own)}")
+    if len(betas) != len(own):
+        raise ValueError(f"{name}: betas={betas!r} must be {len(own)} numbers, one each for {', '.join(own)}")
+    if given := [each for each in own if each in settings]:
+        raise TypeError(f"{name}: betas={betas!r} and {given[0]}={settings[given[0]]!r} are given: leave one of them out")
+    return {**{key: value for key, value in settings.items() if key != "betas"}, **dict(zip(own, betas, strict=True))}
+
+
+def kinds_of(options: Mapping[str, Any], *functions: Callable[..., Any] | None) -> dict[str, type | None]:
+    """The type of each option's values: that of its annotation, else that of its default; a whole default may stand for any number."""
+    annotated: dict[str, Any] = {}
+    for function in functions:
+        for each in inspect.signature(function).parameters.values() if function else ():
+            annotated.setdefault(each.name, each.annotation)
+    found: dict[str, type | None] = {}
+    for name, default in options.items():
+        annotation = annotated.get(name)
+        kind = _NAMED.get(annotation) if isinstance(annotation, str) else annotation
+        bare = annotation is None or annotation is inspect.Parameter.empty
+        if kind in _NAMED.values():
+            found[name] = kind
+        elif bare and isinstance(default, (bool, int, float)):
+            found[name] = bool if isinstance(default, bool) else float
+        else:
+            found[name] = tuple if isinstance(default, tuple) else None
+    return found
+
+
+def check_options(name: str, kinds: Kinds, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse options whose values have another type than they should.
+
+    Raises:
+        TypeError: one has.
+        ValueError: a number is not finite, or a tuple has another length than its default.
+    """
+    for key, kind in kinds.items():
+        if key not in given:
+            continue
+        value = given[key]
+        label = f"{name}: {key}"
+        if type(value).__name__ == "Learn":
+            raise TypeError(f"{label}={value!r} is learned, but {key} is an option and not a hyper: give it a plain value")
+        if kind is bool:
+            check_flag(label, value)
+        elif kind is int:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise TypeError(f"{label}={value!r} ({type(value).__name__}) must be an integer")
+        elif kind is float:
+            check_number(label, value)
+        elif kind is tuple:
+            count = len(defaults[key])
+            if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(is_number, value)):
+                raise TypeError(f"{label}={value!r} ({type(value).__name__}) must be {count} numbers")
+            if len(value) != count:
+                raise ValueError(f"{label}={value!r} must be {count} numbers")
+        elif key.endswith("dtype"):
+            check_dtype(label, value)

@@ -1,0 +1,79 @@
+"""Learned values that stand at an end of what they may be: the user is told, once of each hyper."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.learned import LearnedHyper, Learner
+from hyperopt_nested.nested import Nested
+from hyperopt_nested.ops import State
+from hyperopt_nested.sensitivity import Raws
+
+_EVERY = 100
+"""Steps from one look at a device to the next, since each look waits for it; the CPU's are looked at in every step."""
+
+_SHOWN = 3
+"""Values that a warning names at most."""
+
+
+class PinnedValues:
+    """Watches the counts of values that were stopped at an end, and warns of each hyper once."""
+
+    def __init__(self) -> None:
+        self._told = set[str]()
+        self._steps = 0
+
+    def look(self, nested: Nested, st: State) -> None:
+        """Look, after a step, whether there is something new to tell.
+
+        Args:
+            nested: the engine.
+            st: its state.
+        """
+        if not nested.learned or torch.compiler.is_compiling():
+            return
+        self._steps += 1
+        for path, count in nested.pinned(st).items():
+            if path in self._told or (count.device.type != "cpu" and self._steps % _EVERY):
+                continue
+            if count.item() > 0:
+                self._told.add(path)
+                warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=5)
+
+
+def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Raws]:
+    """The learned hyper at a path, and its raw values."""
+    for key, learned in nested.learned.items():
+        if path == key:
+            return learned, st["hypers"][key]
+        if path.startswith(f"{key}."):
+            return _found(learned.learner, st["learners"][key], path.removeprefix(f"{key}."))
+    raise KeyError(path)
+
+
+def _message(path: str, learned: LearnedHyper, raws: Mapping[str, Tensor]) -> str:
+    """What is told of a hyper."""
+    there = [f"{name!r}: {value:.4g}" for name, raw in raws.items() for value in _at_an_end(learned, raw)[:1]]
+    now = f" (now {', '.join(there[:_SHOWN])}{', ...' if len(there) > _SHOWN else ''})" if there else ""
+    low, high = learned.learn.bounds
+    bounds = [f"bounds=({_shown(low)}, {_shown(high)})"] if learned.has_bounds else []
+    ends = " with ".join([str(learned.hyper), *bounds])
+    return (
+        f"the learned value {path} was stopped at an end of its range, {ends}{now}: it may stay there, and training with it. Give "
+        f"learn(..., bounds=(low, high)) around the values that make sense, or its learner (by=...) a smaller rate. This is told once; "
+        "pinned() counts such steps"
+    )
+
+
+def _at_an_end(learned: LearnedHyper, raw: Tensor) -> list[float]:
+    """The entries at an end."""
+    value, (low, high) = learned.value(raw), learned.ends(raw)
+    found: list[float] = value[(value <= low) | (value >= high)].flatten().tolist()
+    return found
+
+
+def _shown(end: Any) -> str:
+    return getattr(end, "__name__", "a function") if callable(end) else f"{end:g}"

@@ -1,0 +1,277 @@
+"""One gradient entry that is NaN, infinite or huge: learned values, learners and counts stay finite, and learning goes on."""
+
+import math
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import ftp
+import hyperopt_nested as hn
+from hyperopt_nested import registry
+
+BACKENDS = ["reference"]
+RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp")]
+HOW: dict[str, dict[str, Any]] = {"auto": {}, "kept": {"memory": "kept"}, "reverse": {"memory": "reverse"}, "discount": {"discount": 0.9}}
+BAD = (math.nan, math.inf, -math.inf, 1e30)
+ROWS, STEPS, AT = 5, 6, 2
+
+Params = dict[str, torch.nn.Parameter]
+
+
+def tensors() -> Params:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (ROWS, 4), "b": (3, 2)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32)) for name, shape in shapes.items()}
+
+
+def learning(name: str, per: Any, how: dict[str, Any]) -> hn.Optimizer:
+    """The entry of that name, with all hypers learned that can be."""
+    made = registry.example(name, lambda: hn.sgd(lr=0.05, momentum=0.9))
+    for hyper, value in made.declared.items():
+        setting = hn.learn(value, by=hn.adam(lr=1e-4 * (abs(value) or 0.1)), per=per)
+        if made.learned.get(hyper) is not None:  # as FTP's radius
+            continue
+        try:
+            tried = made.replace(**{hyper: setting})
+            hn.Nested(tried, **how).init(dict(tensors()))
+        except ValueError:
+            continue
+        made = tried
+    return made
+
+
+def run(optimizer: hn.Optimizer, backend: Any, how: dict[str, Any], bad: float, row: int) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
+    """Some steps, in one of which one entry of a gradient is bad; the learned values after each."""
+    params, seen = tensors(), []
+    opt = hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, **how)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = torch.cos(p.detach().nan_to_num(0, 0, 0) + (name == "b"))
+        if step == AT:
+            params["a"].grad[row, 1] = bad  # type: ignore[index]
+        opt.step()
+        seen.append(opt.hypers())
+    return opt, params, seen
+
+
+def spoilt(opt: hn.HyperOptimizer) -> list[str]:
+    """What belongs to learned values and is not finite: the values, their learners, and counts."""
+    parts = ("hypers.", "learners.", "rejected.", "pinned.")
+    return [key for state in opt.state.values() for key, leaf in state.items() if key.startswith(parts) and not torch.isfinite(leaf).all()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:the learned value")
+def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: str) -> None:
+    pers: Any = ("tensor", "model") if how == "discount" else ("tensor", "row", "model", "element")
+    rows = (0, ROWS // 2, ROWS - 1)
+    for i, bad in enumerate(BAD, start=RULES.index(name)):  # granularities and rows take turns
+        per, row = pers[i % len(pers)], rows[i % len(rows)]
+        optimizer = learning(name, per, HOW[how])
+        opt, params, seen = run(optimizer, backend, HOW[how], bad, row)
+        case = f"{per}, {bad}, row {row}"
+        assert not spoilt(opt), f"{case}: {spoilt(opt)}"
+        lost = int((~torch.isfinite(params["a"])).sum())
+        if math.isfinite(bad):
+            continue
+        if optimizer.rule.coupling in ("element", "row") and not optimizer.rule.measures and "centralize" not in optimizer.rule.name:
+            assert lost <= 1, f"{case}: {lost} weights are lost"
+            a = [(values[key], seen[AT][hyper][key]) for hyper, values in seen[-1].items() for key in values if key != "b"]
+            assert any((now != then).any() for now, then in a), case
+        if not optimizer.rule.measures:
+            assert torch.isfinite(params["b"]).all(), case
+        counts = {key: int(count) for key, count in opt.rejected().items()}
+        numel = 1 if per in ("tensor", "model") else params["a"].numel()
+        assert all(count <= numel * (STEPS - AT) for count in counts.values()), f"{case}: {counts}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("where", ["entry", "everywhere"])
+def test_training_goes_on_after_weights_are_put_back(where: str, bad: float, backend: Any) -> None:
+    """AdamP keeps its radii, and once weights and moments are mended it trains as if nothing had been."""
+    params = tensors()
+    opt = ftp.AdamP(list(params.items()), lr=1e-2, backend=backend)
+    for step in range(8):
+        if step == 3:
+            radii = {name: value.item() for name, value in opt.hypers()["radius"].items()}
+        for name, p in params.items():
+            p.grad = torch.cos(p.detach().nan_to_num(0, 0, 0) + (name == "b"))
+        if step == 3:
+            saved = {name: p.detach().clone() for name, p in params.items()}
+            grad = params["a"].grad
+            assert grad is not None
+            grad[(1, 2) if where == "entry" else ...] = bad  # type: ignore[index]
+        opt.step()
+        if step == 3:
+            assert int((~torch.isfinite(params["a"])).sum()) <= (1 if where == "entry" else params["a"].numel())
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(saved[name])
+                    for key in ("rule.base.exp_avg", "rule.base.exp_avg_sq"):
+                        opt.state[p][key].nan_to_num_(0, 0, 0)
+            now = {name: value.item() for name, value in opt.hypers()["radius"].items()}
+            assert now["a"] >= 0.5 * radii["a"], (now, radii)
+        assert not spoilt(opt)
+    assert all(torch.isfinite(p).all() for p in params.values())
+    assert all(not torch.equal(p, saved[name]) for name, p in params.items())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_bad_entry_in_memory_is_left_out_and_no_more(how: str) -> None:
+    """With a bad element in the last update, the hypergradient is that of the other elements."""
+    nested = hn.Nested(hn.adam(lr=hn.learn(0.1, by=hn.sgd(lr=0.0))), **HOW[how])
+    grads = {"w": torch.tensor([1.0, -2.0, 3.0])}
+    bad = {"w": torch.tensor([1.0, math.nan, 3.0])}
+    found = []
+    for steps, chosen in (([grads, bad], [0, 1, 2]), ([grads, grads], [0, 2])):
+        params = {"w": torch.ones(3)[chosen]}
+        st = nested.init(params)
+        for each in steps:
+            params, st = nested.step(params, {"w": each["w"][chosen]}, st)
+        found.append(nested.hypergradients(params, {"w": grads["w"][chosen]}, st)["lr"]["model"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:the learned value")
+def test_a_bound_that_is_not_finite_is_none() -> None:
+    for end in (math.nan, math.inf, -math.inf):
+
+        def bound(state: Any, end: float = end) -> torch.Tensor:
+            return torch.tensor(end)
+
+        for bounds in ((None, bound), (bound, None), (bound, bound)):
+            rate = hn.learn(0.1, by=hn.sgd(lr=0.01), bounds=bounds)
+            nested = hn.Nested(hn.sgd(lr=rate))
+            params = {"w": torch.ones(2)}
+            st = nested.init(params)
+            for _ in range(2):
+                params, st = nested.step(params, {"w": torch.ones(2)}, st)
+            assert float(nested.hypers(st)["lr"]["model"]) == pytest.approx(0.12)
+
+
+def test_counters_follow_no_default_dtype_and_do_not_saturate() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    w = torch.nn.Parameter(torch.ones(2, dtype=torch.float32))
+    opt = hn.HyperOptimizer([("w", w)], hn.adamw(lr=hn.learn(0.1, by=hn.sgd(lr=0.01)), weight_decay=hn.learn(0.1, by=hn.sgd(), per="row")))
+    for _ in range(300):
+        w.grad = torch.full((2,), math.nan, dtype=torch.float32)
+        opt.step()
+    assert {key: int(count) for key, count in opt.rejected().items()} == {"lr": 299, "weight_decay": 299}
+    assert {leaf.dtype for key, leaf in opt.state[w].items() if "step" in key or "rejected" in key} == {torch.float64}
+    for count in (2.0**24, 2.0**30):
+        opt.state[w]["rule.step"].fill_(count)
+        opt.state[w]["rejected.lr"].fill_(count)
+        opt.step()
+        assert opt.state[w]["rule.step"].item() == count + 1
+        assert opt.rejected()["lr"].item() == count + 1
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_states_do_not_depend_on_the_default_dtype(name: str) -> None:
+    params = {"a": torch.ones(3, 2, dtype=torch.float32)}
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        nested = hn.Nested(learning(name, "tensor", {}), memory="reverse")
+        st = nested.init(params)
+        new, st = nested.step(params, {"a": torch.full((3, 2), 0.5, dtype=torch.float32)}, st)
+        found.append(([(path, leaf.dtype) for path, leaf in leaves(st)], new["a"].dtype))
+        steps = [(path, leaf.dtype) for path, leaf in leaves(st) if path.endswith(".step")]
+        assert all(kept == torch.float64 for _, kept in steps)
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] == torch.float32
+
+
+def leaves(tree: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [each for key, branch in tree.items() for each in leaves(branch, f"{prefix}.{key}")]
+
+
+def test_a_counter_of_a_scalar_is_not_narrowed() -> None:
+    nested = hn.Nested(hn.adam(), state_dtype=torch.bfloat16)
+    st = nested.init({"s": torch.ones((), dtype=torch.float32), "w": torch.ones(2, dtype=torch.float32)})
+    assert st["rule"]["s"]["step"].dtype == torch.float64
+    assert st["rule"]["w"]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("how", [{}, {"discount": 0.5}, {"memory": "reverse"}, {"discount": 0.5, "curvature": "exact"}])
+def test_a_step_without_gradients_does_nothing(how: Any) -> None:
+    nested = hn.Nested(hn.adamw(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))), **how)
+    params = {"w": torch.ones(3)}
+    st = nested.init(params)
+    hessian = {"hessian": lambda v: v} if "curvature" in how else {}
+    params, st = nested.step(params, {"w": torch.ones(3)}, st, **hessian)
+    new, after = nested.step(params, {}, st, **hessian)
+    assert torch.equal(new["w"], params["w"])
+    before = dict(leaves(st))
+    assert all(torch.equal(leaf, before[path]) for path, leaf in leaves(after))
+    assert len(leaves(after)) == len(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("curvature", ["none", "exact"])
+def test_a_horizon_keeps_its_structure(curvature: Any, dtype: torch.dtype) -> None:
+    for make in (lambda lr: hn.adamw(lr=lr), lambda lr: hn.sgd(lr=lr, momentum=0.9), lambda lr: hn.schedule_free_sgd(lr=lr)):
+        nested = hn.Nested(make(hn.learn(0.1, by=hn.sgd(lr=1e-3))), discount=0.9, curvature=curvature)
+        params = {"w": torch.ones(3, dtype=dtype)}
+        st = nested.init(params)
+        form = [(path, leaf.dtype, leaf.shape) for path, leaf in leaves(st)]
+        hessian: Any = {"hessian": lambda v: v} if curvature == "exact" else {}
+        for _ in range(2):
+            params, st = nested.step(params, {"w": torch.ones(3, dtype=dtype)}, st, **hessian)
+            assert [(path, leaf.dtype, leaf.shape) for path, leaf in leaves(st)] == form
+
+
+def pinned(make: Any, steps: int = 6) -> tuple[dict[str, int], list[str]]:
+    """Counts of pinned values, and what is told, for w^2 / 2 from 10."""
+    w = torch.nn.Parameter(torch.tensor([10.0]))
+    opt = hn.HyperOptimizer([("w", w)], make())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            w.grad = w.detach().clone()
+            opt.step()
+    return {key: int(count) for key, count in opt.pinned().items()}, [str(each.message) for each in told]
+
+
+def rate(value: float, by: float, **how: Any) -> hn.Learn:
+    return hn.learn(value, by=hn.sgd(lr=by), **how)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: hn.sgd(lr=rate(0.9, 1.0, via="log")), r"learned value lr was stopped at an end .*NonNegative \[0, inf\).*2\.2.*e-308"),
+        (lambda: hn.sgd(lr=rate(0.1, 1.0, bounds=(0.01, 0.3))), r"bounds=\(0\.01, 0\.3\).*0\.3"),
+        (lambda: hn.sgd(lr=rate(0.1, 1.0, bounds=(None, 0.3), via="softplus")), r"bounds=\(-inf, 0\.3\)"),
+        (lambda: hn.sgd(lr=0.1, momentum=rate(0.5, 10.0)), r"learned value momentum was stopped.*NonNegative"),
+        (lambda: hn.schedule_free_sgd(lr=0.1, momentum=rate(0.5, 10.0, per="element")), "momentum"),
+        (lambda: hn.sgd(lr=rate(0.1, rate(1.0, 1.0, bounds=(0.5, 1.5)))), r"learned value lr\.lr was stopped"),
+    ],
+)
+def test_a_pinned_value_is_told_once_and_counted(make: Any, words: str) -> None:
+    counts, told = pinned(make)
+    assert sum(counts.values()) > 0
+    found = [message for message in told if "pinned() counts" in message]
+    assert len(found) == len([count for count in counts.values() if count])
+    assert any(re.search(words, message) for message in found), found
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hn.sgd(lr=rate(0.1, 1e-4)),
+        lambda: hn.sgd(lr=0.1, weight_decay=rate(0.0, 0.1)),  # starts at that end
+        lambda: hn.sgd(lr=rate(0.1, 10.0, bounds=(0.1, None))),
+        lambda: ftp.ftp_rule(hn.sgd(lr=0.1)),  # its bound reads the state, and it starts at the floor
+    ],
+)
+def test_where_nothing_is_pinned_nothing_is_told(make: Any) -> None:
+    assert pinned(make) == (dict.fromkeys(pinned(make)[0], 0), [])
