@@ -26,7 +26,9 @@ GUARD = 12345.0
 STEPS = 5
 RULES = [name for name in hn.names() if subject(name).template.rule.name == name]
 CHAINS: list[Callable[[hn.Optimizer, random.Random], hn.Optimizer]] = [
-    lambda base, draw: hn.project(base, radius=draw.choice([0.05, 0.3, 3.0]), onto=draw.choice([hn.mars, hn.row_l2, hn.frobenius, hn.linf])),
+    lambda base, draw: hn.project(
+        base, radius=draw.choice([0.05, 0.3, 3.0]), onto=draw.choice([hn.mars, hn.row_l2, hn.frobenius, hn.linf])
+    ),
     lambda base, draw: hn.project(base, radius=0.2, anchor="zero", saturation="exact"),
     lambda base, draw: hn.clip_by_norm(base, max_norm=draw.choice([0.1, 1.0, 10.0])),
     lambda base, draw: hn.clip_by_value(base, max_value=draw.choice([0.1, 1.0])),
