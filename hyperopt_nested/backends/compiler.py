@@ -48,7 +48,9 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
         raise CompileError(f"no folder for compiled kernels can be used: set {CACHE_VARIABLE} to one that only you can write to")
     with _lock:
         keys = [_key(source, found) for source in sources]
-        missing = {key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries and not _kept(where / f"{key}.so")}
+        missing = {
+            key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries and not _kept(where / f"{key}.so")
+        }
         if missing:
             _tell(where)
             with ThreadPoolExecutor(os.cpu_count()) as pool:

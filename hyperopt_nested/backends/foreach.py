@@ -14,7 +14,7 @@ _AT_ONCE = 1 << 24
 
 _FOREACH: dict[str, Callable[..., list[Tensor]]] = {
     name: getattr(torch, f"_foreach_{name}")
-    for name in "add sub mul div neg abs sqrt rsqrt reciprocal exp expm1 log log1p tanh sigmoid sign maximum minimum".split()
+    for name in ["add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "sign", "maximum", "minimum"]
 }
 
 
@@ -62,7 +62,9 @@ class Interpreter:
             new = [each.expand(target.shape) if each.ndim == 0 else each.reshape(target.shape) for each, target in shaped]
             torch._foreach_copy_(targets, new)
 
-    def _value(self, value: Value, found: dict[Value, Any], rows: list[list[Tensor]], shapes: list[torch.Size], device: torch.device) -> Any:
+    def _value(
+        self, value: Value, found: dict[Value, Any], rows: list[list[Tensor]], shapes: list[torch.Size], device: torch.device
+    ) -> Any:
         if value.op == "constant":
             return torch.tensor(value.args[0], dtype=value.dtype)
         if value.op == "input":

@@ -1,7 +1,7 @@
 """Steps by programs, in place: what is done to one tensor is traced from the engine, and made into programs for many tensors."""
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hyperopt_nested.backends.choice import _MANY, WARM_UP, Programs, form
+from hyperopt_nested.backends.choice import _MANY, WARM_UP, Programs
 from hyperopt_nested.backends.program import Batch, Function, Program, Request, write_over
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.kept_state import Ref, pairs
@@ -262,9 +262,7 @@ class ProgramStep:
             **{part: {key: self._refs[part][key] for key in used if key in self._own} for part in COUNTED},
         }
 
-    def _learn(
-        self, key: str, values: list[str], states: States, program: Program | None
-    ) -> Callable[[dict[str, Tensor]], None]:
+    def _learn(self, key: str, values: list[str], states: States, program: Program | None) -> Callable[[dict[str, Tensor]], None]:
         """What steps a hyper whose values tensors share, given the total of each; by a program where there is one value."""
         kept, step = self._learner(key, values)
         leaves = [_kept(states, ref) for ref in kept]

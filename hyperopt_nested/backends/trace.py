@@ -66,7 +66,9 @@ def _traced(function: Function, arguments: Sequence[Tensor], kinds: Sequence[Kin
         made = recorder.value_of(value)
         if made.kind != kinds[i]:
             a = {Kind.NUMBER: "one value", Kind.ROW: "one value a row", Kind.ELEMENT: "one value an element"}
-            raise UnsupportedError(f"an update writes {a[made.kind]} to a tensor of shape {tuple(arguments[i].shape)}, which has {a[kinds[i]]}")
+            raise UnsupportedError(
+                f"an update writes {a[made.kind]} to a tensor of shape {tuple(arguments[i].shape)}, which has {a[kinds[i]]}"
+            )
         made = recorder.cast(made, made.kind, examples[i].dtype)
         if not (made.op == "input" and made.args[0] == i):
             outputs.append((i, made))
