@@ -63,13 +63,19 @@ class Functional:
         """What the module returns, and the buffers that it has changed."""
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
         versions = {name: buffer._version for name, buffer in fresh.items()}
-        values = {**params, **self._fixed, **fresh}
+        values, given = {**params, **self._fixed, **fresh}, {name: p._version for name, p in params.items()}
         token = FOLLOWING.set(follow)
         try:
             with no_recomputation():
                 returned = torch.func.functional_call(self._module, values, args, kwargs)
         finally:
             FOLLOWING.reset(token)
+        for name, version in given.items():
+            if params[name]._version != version:
+                raise NotImplementedError(
+                    f"the module changes its parameter {name!r} in place when it is called, outside of the optimizer: let it compute "
+                    "another tensor instead, or put the change into the rule, as hn.project does"
+                )
         changed = {name: values[name] for name in fresh if values[name] is not fresh[name] or fresh[name]._version != versions[name]}
         return returned, {name: buffer for name, buffer in changed.items() if buffer.shape == buffers[name].shape}
 

@@ -45,6 +45,8 @@ def prepare(module: nn.Module) -> set[str]:
         if isinstance(each, _SpectralNorm):
             each.forward = functools.partial(_spectral_norm, each)  # type: ignore[method-assign]
             buffers += ["_u", "_v"]
+        elif type(each) is nn.Dropout:
+            each.forward = functools.partial(_dropout, each)  # type: ignore[method-assign]
         elif isinstance(each, _WeightNorm):
             each.forward = functools.partial(_weight_norm, each)  # type: ignore[method-assign]
         elif isinstance(each, (_BatchNorm, _InstanceNorm)):
@@ -167,3 +169,15 @@ def _weight_norm(layer: Any, g: Tensor, v: Tensor) -> Tensor:
 def _hooked_weight_norm(hook: WeightNorm, module: nn.Module) -> Tensor:
     """`torch.nn.utils.weight_norm`."""
     return _weight_norm(hook, getattr(module, f"{hook.name}_g"), getattr(module, f"{hook.name}_v"))
+
+
+def _dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
+    """Dropout with the same masks under torch.func as without: torch draws other ones there, if the input is not contiguous."""
+    original: Any = nn.Dropout.forward
+    plain = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(plain) and not torch._C._functorch.is_batchedtensor(plain):
+        plain = torch._C._functorch.get_unwrapped(plain)
+    if plain is x or torch._C._functorch.is_batchedtensor(plain) or x.device.type != "cpu" or not layer.training or not 0 < layer.p < 1:
+        found: Tensor = original(layer, x)
+        return found
+    return x * torch.empty_like(plain).bernoulli_(1 - layer.p).div_(1 - layer.p)

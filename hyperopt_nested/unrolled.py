@@ -90,7 +90,7 @@ def hypergradient(
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
     st = nested.init(params)
     values = _started(nested, st["hypers"], hypers or {})
-    carry = {"params": {name: p.detach() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
+    carry = {"params": {name: p.detach().clone() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
     reverse = method != "forward"
     losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
     training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux, order=3 if create_graph else 2)

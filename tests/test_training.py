@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -198,6 +199,12 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "batch norm 2d": (lambda: convolution(nn.BatchNorm2d(3), 2), (4, 2, 3, 3)),
     "batch norm 3d": (lambda: convolution(nn.BatchNorm3d(3), 3), (3, 2, 3, 3, 2)),
     "instance norm": (lambda: convolution(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), 2), (4, 2, 4, 4)),
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.TransformerEncoderLayer(4, 2, 8, 0.3, nn.functional.gelu, batch_first=True), nn.Linear(4, 1)
+        ),
+        (3, 5, 3),
+    ),
     "dropout": (lambda: norm(nn.Dropout(0.4)), VECTORS),
     "frozen weight": (lambda: untracked(norm(nn.BatchNorm1d(4))), VECTORS),
     "buffer of inputs": (lambda: Own("inputs"), VECTORS),
@@ -210,7 +217,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 def test_modules(module: str, evaluation: bool) -> None:
     make, shape = MODULES[module]
     seen = [shape] * 5 if isinstance(shape, Tensor) else batches(*shape)
-    Loop(make, seen, evaluation=evaluation).check(RULES["sgd"])
+    with sdpa_kernel(SDPBackend.MATH):  # others have no second derivatives
+        Loop(make, seen, evaluation=evaluation).check(RULES["sgd"])
 
 
 @pytest.mark.parametrize("how", ["in place", "assigned"])
@@ -404,6 +412,28 @@ def test_a_power_iteration_on_computed_weights_is_refused_in_reverse() -> None:
 
     with pytest.raises(NotImplementedError, match="spectral_norm of a weight that is computed from params"):
         hn.hypergradient(RULES["sgd"](hn.learn(0.1, by=hn.sgd())), loop.training.params, loop.batches, train, loop.outer_loss)
+
+
+class Clipped(nn.Module):
+    """Weights that the module clips itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.1, 0.1)
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_that_clips_its_weights_is_refused(method: str) -> None:
+    loop = Loop(Clipped, batches(*VECTORS))
+    before = {name: p.clone() for name, p in loop.training.params.items()}
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"changes its parameter 'layer.weight' in place|mutate|in-place"):
+        loop.found(RULES["sgd"], **METHODS[method])
+    assert all(torch.equal(p, before[name]) for name, p in loop.training.params.items())
 
 
 def test_what_changes_parameters_in_place_is_refused() -> None:
