@@ -200,9 +200,9 @@ def check_step(
         TypeError: `learn` is neither a bool nor a collection of names.
         ValueError: something is of no tensor or hyper, of another shape, or outside its domain.
     """
-    for argument, given in (("params", params), ("grads", grads), ("values", values)):
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{argument} is a {type(given).__name__}; it must be a mapping from the names of tensors")
+    for argument, mapping in (("params", params), ("grads", grads), ("values", values)):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{argument} is a {type(mapping).__name__}; it must be a mapping from the names of tensors")
     for name, grad in grads.items():
         if not isinstance(grad, Tensor):
             raise TypeError(f"grads[{name!r}]={grad!r} ({type(grad).__name__}) must be a tensor; leave out tensors without a gradient")

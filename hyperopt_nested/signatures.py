@@ -83,7 +83,7 @@ def check_form(name: str, param: Tensor, state: State, old_param: Tensor, old: S
             raise ValueError(
                 f"the update of {name!r} returned a {kind} as its state {at + key!r}, which init made a {type(before).__name__}"
             )
-        if isinstance(before, dict):
+        if isinstance(leaf, dict):
             check_form(name, param, leaf, old_param, before, f"{at}{key}.")
         elif leaf.shape != before.shape:
             raise ValueError(
