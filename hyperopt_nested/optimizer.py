@@ -33,8 +33,10 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 class HyperOptimizer(GroupedOptimizer):
     """A drop-in `torch.optim.Optimizer` whose hyper-parameters may be learned.
 
-    `zero_grad`, `backward`, `step`, as ever. Learned values and all else that the engine remembers are plain tensors in `state`,
-    made at construction, so that `state_dict`, `load_state_dict`, `deepcopy` and `pickle` keep them. Each group holds every hyper as
+    `zero_grad`, `backward`, `step`. Learned values and all else that the engine remembers are plain tensors in `state`, made at
+    construction, so that `state_dict`, `load_state_dict`, `deepcopy` and `pickle` keep them. What rules copy from the weights, such as
+    anchors, is taken at the first step of each tensor. Groups, tensors and entries of the state may be changed between steps, as in
+    torch.optim; learned values outlive a reset of the state. Each group holds every hyper as
     a plain number (`beta1` and `beta2` as `betas`, as in torch.optim), which schedulers may change: that replaces the value of a
     hyper that is not learned; the effective value of a learned one is the learned value times the group's number over the declared
     value, so that a schedule and learning compose.
@@ -54,6 +56,7 @@ class HyperOptimizer(GroupedOptimizer):
 
     Attributes:
         backend: what runs them: "reference", "foreach", "compile" or "fused".
+        changed: by tensor, how often its weights had been changed since its last step, so that nothing was learned from that step.
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
