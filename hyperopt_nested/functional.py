@@ -62,22 +62,23 @@ class Functional:
     ) -> tuple[Any, dict[str, Tensor]]:
         """What the module returns, and the buffers that it has changed."""
         fresh = {name: buffer.clone() for name, buffer in buffers.items()}
-        versions = {name: buffer._version for name, buffer in fresh.items()}
-        values, given = {**params, **self._fixed, **fresh}, {name: p._version for name, p in params.items()}
+        values = {**params, **self._fixed, **fresh}
+        given = dict(values)
+        versions = {name: _version(tensor) for name, tensor in given.items()}
         token = FOLLOWING.set(follow)
         try:
             with no_recomputation():
                 returned = torch.func.functional_call(self._module, values, args, kwargs)
         finally:
             FOLLOWING.reset(token)
-        for name, version in given.items():
-            if params[name]._version != version:
+        changed = [name for name, tensor in given.items() if values[name] is not tensor or _version(tensor) != versions[name]]
+        for name in changed:
+            if name not in fresh:
                 raise NotImplementedError(
                     f"the module changes its parameter {name!r} in place when it is called, outside of the optimizer: let it compute "
                     "another tensor instead, or put the change into the rule, as hn.project does"
                 )
-        changed = {name: values[name] for name in fresh if values[name] is not fresh[name] or fresh[name]._version != versions[name]}
-        return returned, {name: buffer for name, buffer in changed.items() if buffer.shape == buffers[name].shape}
+        return returned, {name: values[name] for name in changed if values[name].shape == buffers[name].shape}
 
     def _check(
         self,
@@ -111,6 +112,11 @@ class Functional:
                     "the module into evaluation mode, or, if no output depends on it, use hn.functional(module, buffers='fixed')"
                 )
         checked.update(prefix + name for name in hidden)
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes when a tensor is changed in place; under torch.inference_mode there is none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_graphs(module: nn.Module) -> dict[int, Any]:

@@ -320,9 +320,11 @@ def refuse_other(losses: Sequence[Tensor], before: Sequence[Tensor], begin: int)
         RuntimeError: the message names the step, and the remedy.
     """
     again, first = (torch.stack([loss.detach().double().cpu() for loss in each]) for each in (losses, before))
-    differ = (again - first).abs() / first.abs().clamp(min=torch.finfo(torch.float64).tiny)
+    rounding = torch.finfo(losses[0].dtype).eps
+    size = first.abs().nan_to_num(0, 0).amax() * rounding
+    differ = (again - first).abs() / first.abs().clamp(min=size.clamp(min=torch.finfo(torch.float64).tiny))
     differ = torch.where((again == first) | (again.isnan() & first.isnan()), 0, differ).nan_to_num(math.inf)
-    allowed = math.sqrt(torch.finfo(losses[0].dtype).eps)
+    allowed = math.sqrt(rounding)
     for step, found in enumerate(differ.tolist()):
         if found > allowed:
             raise other_again(begin + step, f"returned {float(again[step])!r}", first[step])

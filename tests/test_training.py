@@ -414,6 +414,20 @@ def test_a_power_iteration_on_computed_weights_is_refused_in_reverse() -> None:
         hn.hypergradient(RULES["sgd"](hn.learn(0.1, by=hn.sgd())), loop.training.params, loop.batches, train, loop.outer_loss)
 
 
+class Follower(nn.Module):
+    """A frozen copy that follows the layer, as momentum encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.copy = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for slow, fast in zip(self.copy.parameters(), self.layer.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        return self.layer(x) - self.copy(x)  # type: ignore[no-any-return]
+
+
 class Clipped(nn.Module):
     """Weights that the module clips itself."""
 
@@ -434,6 +448,21 @@ def test_a_module_that_clips_its_weights_is_refused(method: str) -> None:
     with pytest.raises((NotImplementedError, RuntimeError), match=r"changes its parameter 'layer.weight' in place|mutate|in-place"):
         loop.found(RULES["sgd"], **METHODS[method])
     assert all(torch.equal(p, before[name]) for name, p in loop.training.params.items())
+
+
+def test_a_module_that_moves_frozen_parameters_is_refused() -> None:
+    loop = Loop(Follower, batches(*VECTORS))
+    with pytest.raises(NotImplementedError, match=r"changes its parameter 'copy.weight' in place"):
+        loop.found(RULES["sgd"])
+
+
+def test_a_function_may_be_called_without_gradients() -> None:
+    f = hn.functional(norm(nn.BatchNorm1d(4)))
+    x, expected = torch.randn(5, 3), f(f.params, torch.ones(5, 3))
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(f(f.params, torch.ones(5, 3)), expected.detach())
+            assert not f(f.params, x).requires_grad
 
 
 def test_what_changes_parameters_in_place_is_refused() -> None:
