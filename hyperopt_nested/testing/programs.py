@@ -1,5 +1,6 @@
 """Backends against the engine: where a backend steps a rule, parameters, states and hypers are those of the reference."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -47,7 +48,9 @@ class Comparison:
         by_reason: dict[str, list[str]] = {}
         for setting, reason in self.refused.items():
             by_reason.setdefault(reason.splitlines()[0], []).append(setting)
-        lines += [f"not served ({'; '.join(settings)}): {reason}" for reason, settings in by_reason.items()]
+        for reason, settings in by_reason.items():
+            which = "" if len(by_reason) == 1 and not self.largest else f" in {len(settings)} settings, such as {settings[0]!r}"
+            lines.append(f"not served{which}: {reason}")
         return "; ".join(lines)
 
 
@@ -100,12 +103,17 @@ def check_backend(optimizer: Optimizer, backend: str, shapes: Mapping[str, tuple
         grads = {key: torch.where(torch.rand(value.shape, generator=generator) < 0.1, 0, value) for key, value in drawn().items()}
         for name, params in runs.items():
             try:
-                if not step:
-                    opts[name] = HyperOptimizer(list(params.items()), optimizer, backend=name)
-                    continue
-                for key, param in params.items():
-                    param.grad = grads[key].clone()
-                opts[name].step()
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    if not step:
+                        opts[name] = HyperOptimizer(list(params.items()), optimizer, backend=name)
+                    else:
+                        for key, param in params.items():
+                            param.grad = grads[key].clone()
+                        opts[name].step()
+                failed = [str(each.message) for each in told if f"backend={name!r}" in str(each.message)]
+                if failed:
+                    raise RuntimeError(failed[0])
             except Exception as error:
                 if name == "reference" or (isinstance(error, ValueError) and f"backend={name!r}" in str(error)):
                     raise
