@@ -41,6 +41,16 @@ def test_check_tells_right_from_wrong_by_its_status(tmp_path: Path) -> None:
     assert "hn.testing.check_case(cli_wrong, case)" in output
 
 
+def test_check_compares_backends_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperopt_nested.testing.programs._SHAPES", ((4, 3),))
+    status, output = run("check", "centralize", "--examples", "3", "--backends", "foreach")
+    assert status == 0
+    assert "backend 'foreach': agrees with 'reference' in " in output
+    status, output = run("check", "centralize", "--backends", "foreach,fussed")
+    assert status == 2
+    assert "must be a sequence of" in re.sub(r"[\s│]+", " ", output)
+
+
 def test_check_takes_registered_names_and_explains_what_it_cannot_find(tmp_path: Path) -> None:
     assert run("check", "l2_sp", "--examples", "3")[0] == 0
     empty = tmp_path / "empty.py"
