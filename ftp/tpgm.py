@@ -111,6 +111,7 @@ class TPGM(ProjectedOptimizer):
         """
         if closure is None:
             raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
+        self._follow()
         tuned = {p: p.detach().clone() for p in self._projected()}
         before = {  # steps are counted in place
             p: {key: leaf.clone() if key == "steps" else leaf for key, leaf in state.items()} for p, state in self.state.items()

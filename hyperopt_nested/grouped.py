@@ -13,7 +13,7 @@ from hyperopt_nested.group import Numbers, check_betas, check_keys, check_number
 from hyperopt_nested.learned import number
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.param_state import ParamState
-from hyperopt_nested.roster import Group, Roster
+from hyperopt_nested.roster import Group, Roster, free_name
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
 
 Choice = Optimizer | Callable[[str, Tensor], Optimizer]
@@ -49,12 +49,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         entries = [given] if isinstance(given, Tensor) else list(given)
         index, present = len(self.param_groups), self._roster.tensors
         named: list[tuple[str, Tensor]] = []
+        first, taken = dict[int, str](), set[str]()
         for i, entry in enumerate(entries):
-            name, param = entry if isinstance(entry, tuple) else (f"{index}.{i}", entry)
-            same = [other for other, each in named if each is param]  # torch warns
-            named.append((same[0] if same else name, param))
-            if not same and (name in present or name in [other for other, _ in named[:-1]]):
+            name, param = entry if isinstance(entry, tuple) else (free_name([f"{index}.{i}"], present.keys()), entry)
+            if id(param) not in first and (name in present or name in taken):
                 raise ValueError(f"params has two tensors named {name!r}; give each its own name")
+            named.append((first.setdefault(id(param), name), param))  # of a tensor that is given again, torch warns
+            taken.add(name)
         overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
         chosen = self._choose(dict(named), overrides)
         check_betas(param_group, chosen.values())

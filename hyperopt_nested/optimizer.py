@@ -241,7 +241,7 @@ class HyperOptimizer(GroupedOptimizer):
         kept = cast(ParamState, self._kept)
         if not (changed := kept.weights.changed(names)):
             return
-        kept.forget(changed)
+        kept.forget(changed, self.state)
         if new := [name for name in changed if name not in self.changed]:
             more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
             other = "use discount=0" if self._how["discount"] else "use memory='kept'"

@@ -195,12 +195,13 @@ class ParamState:
             self.fresh.difference_update(names)
         self.weights.note(names)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Forget the last updates of these tensors, in place, as far as their memory needs the weights that they left."""
+    def forget(self, names: Iterable[str], state: States) -> None:
+        """Forget the last updates of these tensors, as far as their memory needs the weights that they left."""
+        memory = dict(self.st["memory"])
         for name in names:
-            memory = self.st["memory"][name]
-            for leaf in [memory["taken"]] if "taken" in memory else _flat(memory.get("carried", {})).values():
-                leaf.zero_()
+            part = "taken" if "taken" in memory[name] else "carried"
+            memory[name] = {**memory[name], **map_tree(torch.zeros_like, {part: memory[name][part]})}
+        self.take({**self.st, "memory": memory}, state)
 
 
 def built(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from operator import is_
 from typing import Any
 
@@ -72,7 +72,7 @@ class Roster:
             for i, param in enumerate(params):
                 if id(param) not in names:
                     former = [] if origin is None else self.names[origin][i : i + 1]
-                    name = _free([*(given[i : i + 1] if fits else []), *former, f"{index}.{i}"], taken)
+                    name = free_name([*(given[i : i + 1] if fits else []), *former, f"{index}.{i}"], taken)
                     names[id(param)] = name
                     taken.add(name)
             found.append([names[id(param)] for param in params])
@@ -89,7 +89,7 @@ class Roster:
                 group["param_names"] = list(names)
 
 
-def _free(candidates: list[str], taken: set[str]) -> str:
+def free_name(candidates: list[str], taken: Set[str]) -> str:
     """The first of these names that is not taken, or the last with a number."""
     free = [name for name in candidates if name not in taken]
     number = 2

@@ -972,3 +972,25 @@ def test_a_step_in_a_compiled_function_is_the_step() -> None:
             call()
     assert same(*models)
     assert opts[1]._taken == 3
+
+
+def test_groups_that_come_after_others_went_have_names_of_their_own() -> None:
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    opt = hn.HyperOptimizer([{"params": [a]}, {"params": [b]}], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(), per="tensor")))
+    del opt.param_groups[0]
+    opt.add_param_group({"params": [c]})
+    assert list(opt.hypers()["lr"]) == ["1.0", "1.0#2"]
+
+
+def test_tpgm_follows_a_tensor_that_was_replaced() -> None:
+    """It is projected around what it is when it is first seen; the others as before."""
+    model = network()
+    tpgm = TPGM(model.named_parameters())
+    train(model, torch.optim.SGD(model.parameters(), lr=0.5), 2)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    tpgm.param_groups[0]["params"][0] = model[0].weight
+    before = model[0].weight.detach().clone()
+    tpgm.step(lambda: (model(torch.ones(2, 4)) - 2).square().mean().backward())
+    assert torch.equal(model[0].weight, before)
+    assert float(tpgm.hypers()["radius"]["0.weight"]) == pytest.approx(1e-8, rel=1e-6)
+    assert float(tpgm.hypers()["radius"]["2.weight"]) > 1e-3
