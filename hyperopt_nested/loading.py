@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.hyper import Bijection
 from hyperopt_nested.kept_state import pairs
-from hyperopt_nested.param_state import DECLARED, STEPS, ParamState, is_entry
+from hyperopt_nested.param_state import COORDINATES, STEPS, ParamState, is_entry, is_said
 
 Group = dict[str, Any]
 
@@ -103,6 +104,7 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
     for ref, leaf in pairs(kept.refs, kept.st):
         expected.setdefault(ref.name, {})[ref.key] = leaf
     pool = {key: entry for entries in saved.values() for key, entry in entries.items() if _is_shared(key, common)}
+    _check_coordinates(kept, pool)
     own = {name: {key: entry for key, entry in entries.items() if not _is_shared(key, common)} for name, entries in saved.items()}
     keys = {key: None for entries in own.values() for key in entries}
     if keys and not any(map(is_entry, keys)):
@@ -123,12 +125,26 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
 
 
 def _is_shared(key: str, common: frozenset[str]) -> bool:
-    return key in common or key.startswith(DECLARED)
+    return key in common or is_said(key)
+
+
+def _check_coordinates(kept: ParamState, pool: Mapping[str, Any]) -> None:
+    """Refuse learned values that are in other coordinates."""
+    names = {0: "'projection'", **{number: repr(name) for number, name in enumerate(get_args(Bijection), start=1)}}
+    if not any(map(is_said, pool)):
+        return
+    for key in {*kept.coordinates, *(key.removeprefix(COORDINATES) for key in pool if key.startswith(COORDINATES))}:
+        here, there = (int(numbers.get(at, 0)) for numbers, at in ((kept.coordinates, key), (pool, COORDINATES + key)))
+        if here != there:
+            raise ValueError(
+                f"state_dict has {key!r} learned with via={names.get(there, there)}, and this optimizer with via={names[here]}: "
+                "their raw values mean other things; declare it as the run that was saved"
+            )
 
 
 def _fitting(name: str, given: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of entries, which must be those that are wanted, and may have what was declared."""
-    odd = sorted({key for key in given if not key.startswith(DECLARED)} ^ wanted.keys())
+    odd = sorted({key for key in given if not is_said(key)} ^ wanted.keys())
     if odd:
         where = "it" if odd[0] in given else "this optimizer"
         raise ValueError(f"state_dict does not fit {name!r}: {odd[0]!r} is only in {where}; {_REMEDY}")

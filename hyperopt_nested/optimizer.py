@@ -21,7 +21,7 @@ from hyperopt_nested.learned import MODEL
 from hyperopt_nested.loading import loaded, matched
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
-from hyperopt_nested.param_state import DECLARED, ParamState, built, is_own
+from hyperopt_nested.param_state import ParamState, built, is_own, is_said
 from hyperopt_nested.pinned import PinnedValues
 from hyperopt_nested.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
@@ -136,7 +136,7 @@ class HyperOptimizer(GroupedOptimizer):
                 self._programs = None  # they have the declared value in them
             if was.roster.tensors.get(was.roster.home) is not roster.tensors.get(roster.home) and was.roster.home:
                 moved = self.state.get(was.roster.tensors[was.roster.home], {})
-                for key in [key for key in moved if key in was.shared() or key.startswith(DECLARED)]:
+                for key in [key for key in moved if key in was.shared() or is_said(key)]:
                     del moved[key]
         kept.write(self.state)
         self._roster, self._optimizers, self._kept, self._taken = roster, optimizers, kept, kept.taken

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Set
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.hyper import Bijection
 from hyperopt_nested.kept_state import Ref, pairs, refs
-from hyperopt_nested.learned import COUNTED
+from hyperopt_nested.learned import COUNTED, Learner
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, in_dtype, map_tree
 from hyperopt_nested.roster import Roster
@@ -23,8 +24,11 @@ STEPS = "steps"
 DECLARED = "declared."
 """Prefix of entries that hold what learned hypers were declared as, by the run that began: float64, shape (), always on the CPU."""
 
+COORDINATES = "coordinates."
+"""Prefix of entries that say which bijection's coordinates learned values are in, where there is one: its number, kept as above."""
+
 _PER_TENSOR = ("rule", "memory")
-_PARTS = ("rule.", "memory.", "hypers.", "learners.", DECLARED, *(f"{part}." for part in COUNTED))
+_PARTS = ("rule.", "memory.", "hypers.", "learners.", DECLARED, COORDINATES, *(f"{part}." for part in COUNTED))
 _NONE: dict[str, Tensor] = {}
 _ONE = torch.ones((), dtype=torch.float64)
 
@@ -73,6 +77,7 @@ class ParamState:
         self._owners = {name: param for name, param in roster.tensors.items() if name in tracked or name == roster.home}
         watched = {name: p for name, p in self.params.items() if places["memory"][name].keys() & {"numbers", "carried"}}
         self.weights = Weights(watched, before)
+        self.coordinates = _coordinates(nested, "")
         for key, learned in nested.learned.items():
             learned.declared = float(declared[key])
         self._count()
@@ -97,9 +102,9 @@ class ParamState:
             expected[ref.name][ref.key] = leaf
         for name, count in self.steps.items():
             expected[name][STEPS] = count
-        for key, value in self.declared.items():
-            if self.roster.home:
-                expected[self.roster.home][DECLARED + key] = value
+        if self.roster.home:
+            for prefix, numbers in ((DECLARED, self.declared), (COORDINATES, self.coordinates)):
+                expected[self.roster.home] |= {prefix + key: value for key, value in numbers.items()}
         for name, param in self.roster.tensors.items():
             given = state.get(param, _NONE)
             wanted = expected.get(name, _NONE)
@@ -284,6 +289,11 @@ def is_entry(key: Any) -> bool:
     return isinstance(key, str) and (key == STEPS or key.startswith(_PARTS))
 
 
+def is_said(key: Any) -> bool:
+    """Whether that is the key of an entry that says how learned hypers were declared."""
+    return isinstance(key, str) and key.startswith((DECLARED, COORDINATES))
+
+
 def is_own(key: Any) -> bool:
     """Whether that is the key of an entry that each tensor that trains has of its own."""
     return isinstance(key, str) and (key == STEPS or key.startswith(("rule.", "memory.")))
@@ -313,6 +323,16 @@ def _given(rule: Any) -> set[Path]:
 
 def _entries(state: States) -> list[Any]:
     return [*chain.from_iterable([entries.values() for entries in state.values()])]
+
+
+def _coordinates(nested: Learner, prefix: str) -> dict[str, Tensor]:
+    """The number of the bijection of each learned hyper that has one, at all heights."""
+    found = {}
+    for key, learned in nested.learned.items():
+        if learned.via is not None:
+            found[prefix + key] = torch.tensor(get_args(Bijection).index(learned.via) + 1, dtype=torch.float64)
+        found |= _coordinates(learned.learner, f"{prefix}{key}.")
+    return found
 
 
 def _flat(tree: State, path: Path = ()) -> dict[Path, Any]:

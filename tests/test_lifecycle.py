@@ -617,6 +617,21 @@ def test_a_resumed_run_that_declares_another_start_goes_on_as_the_saved_one(name
         assert same(net, straight)
 
 
+@pytest.mark.parametrize(("saved", "resumed"), [*itertools.permutations(["log", "softplus", "projection"], 2)])
+def test_learned_values_in_other_coordinates_are_refused(saved: Any, resumed: Any) -> None:
+    w = nn.Parameter(torch.ones(2))
+    for tower in (
+        lambda via: hn.learn(0.1, by=hn.sgd(lr=1e-3), via=via),
+        lambda via: hn.learn(0.1, by=hn.sgd(lr=hn.learn(0.1, by=hn.sgd(), via=via))),
+    ):
+        opt, other = (hn.HyperOptimizer([w], hn.sgd(lr=tower(via))) for via in (saved, resumed))
+        with pytest.raises(ValueError, match=rf"learned with via='{saved}', and this optimizer with via='{resumed}'"):
+            other.load_state_dict(opt.state_dict())
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.state.clear()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
 def test_groups_that_come_after_loading_have_the_saved_factor() -> None:
     w, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     opt = hn.HyperOptimizer([w], learner("lr", 0.05))
