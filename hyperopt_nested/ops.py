@@ -1,6 +1,6 @@
 """Building blocks for authors of rules: initial states, and functions that stay differentiable where the textbook ones do not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,3 +133,17 @@ def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State
         else function(leaf, *(other[key] for other in others))
         for key, leaf in tree.items()
     }
+
+
+def flatten(tree: State, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree, in order, by path."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, leaf in tree.items():
+        found |= flatten(leaf, (*path, key)) if isinstance(leaf, dict) else {(*path, key): leaf}
+    return found
+
+
+def filled(tree: State, leaves: Iterable[Any]) -> State:
+    """A tree of the same structure, with other leaves, in order."""
+    given = iter(leaves)
+    return map_tree(lambda _: next(given), tree)

@@ -145,7 +145,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step = None
         if backend != "reference":
             self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
-            self._program_step = ProgramStep(kept.nested, kept.refs, self._programs)
+            self._program_step = ProgramStep(kept.nested, self._programs)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -202,10 +202,10 @@ class HyperOptimizer(GroupedOptimizer):
         program = self._program_step
         if program is None:
             return False
-        given = kept.params, grads, kept.states, self._values(as_tensors=True)
+        given = kept.params, grads, kept.st, self._values(as_tensors=True)
         if program.waits(self._taken, *given, learn=learn):
             return False
-        program.step(program.prepare(*given, learn=learn), grads, kept.states)
+        program.step(program.prepare(*given, learn=learn), grads)
         return True
 
     def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -103,4 +103,4 @@ class TensorUpdate:
             return torch.where(good, leaf, 0) if leaf.shape == shape and shape else finite(leaf)
 
         self._param, self._grad, self._state = clean(self._param), clean(self._grad), map_tree(clean, self._state)
-        return torch.where(good, cotangent, cotangent * 0)
+        return torch.where(good, cotangent, torch.where(torch.isfinite(cotangent), 0.0, torch.nan))

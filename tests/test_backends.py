@@ -18,7 +18,10 @@ from hyperopt_nested.backends import choice, compiler, foreach, fused, step
 from hyperopt_nested.backends.program import Batch
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.trace import trace
+from hyperopt_nested.pinned import PinnedValues
 from hyperopt_nested.testing.subject import subject
+
+pytestmark = pytest.mark.filterwarnings("ignore:the learned value")  # which some of these rates take to an end
 
 Make = Callable[[str], hn.HyperOptimizer]
 BACKENDS = ["foreach", "compile", "fused"]
@@ -236,10 +239,11 @@ SYNCS = "_local_scalar_dense", "is_nonzero", "equal"
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_thousand_steps_make_nothing_more_and_wait_for_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make = choice.compiled if backend == "compile" else choice._BY_GRAPH[backend]
+    make = choice.inductor if backend == "compile" else choice._BY_GRAPH[backend]
     counted = lambda *args: made.append(args) or make(*args)  # noqa: E731
-    monkeypatch.setattr(choice, "compiled", counted)
+    monkeypatch.setattr(choice, "inductor", counted)
     monkeypatch.setitem(choice._BY_GRAPH, backend, counted)
+    monkeypatch.setattr(PinnedValues, "look", lambda *_: None)  # which looks at a device in every hundredth step only
     problem = Problem(hn.adamw(lr=learned(0.01, "model", 1e-6)), backend).run(1)
     assert len(made) == 3  # of both tensors together: pull, update, and the learner's
     with Calls() as calls:
@@ -256,11 +260,11 @@ def test_a_gradient_now_and_then_and_frozen_tensors(backend: str) -> None:
     for each in (backend, "reference"):
         problem = Problem(hn.adamw(lr=learned(0.01, "model"), weight_decay=learned(0.1)), each)
         problem.params["b"].requires_grad_(False)
-        for step in range(6):
+        for at in range(6):
             problem.gradients()
-            if step in (1, 4):
+            if at in (1, 4):
                 problem.params["a"].grad = None
-            if step < 3:
+            if at < 3:
                 problem.params["b"].grad = None
             problem.opt.step()
         ends.append(problem)
@@ -342,7 +346,7 @@ def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(choice, "compiled", broken)
+    monkeypatch.setattr(choice, "inductor", broken)
     monkeypatch.setitem(choice._BY_GRAPH, "fused", broken)
     for backend in ("fused", "compile"):
         param = torch.nn.Parameter(torch.ones(3))
@@ -386,7 +390,9 @@ def test_anchors_on_a_device_of_their_own_stay_there() -> None:
     opt = ftp.AdamP([("w", param)], anchor={"w": torch.ones(3, 4)}, anchor_device="cpu")
     opt.hypers()
     assert opt.state[param]["rule.anchor"].device.type == "cpu"
-    assert {leaf.device.type for key, leaf in opt.state[param].items() if key not in ("rule.anchor", "steps", "declared.radius")} == {"meta"}
+    assert {leaf.device.type for key, leaf in opt.state[param].items() if key not in ("rule.anchor", "steps", "declared.radius")} == {
+        "meta"
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from hyperopt_nested.backends.early import with_early_writes
 from hyperopt_nested.backends.foreach import foreach
 from hyperopt_nested.backends.fused import fused
 from hyperopt_nested.backends.graph import UpdateGraph, kind_of
-from hyperopt_nested.backends.inductor import compiled, compiler_for
+from hyperopt_nested.backends.inductor import compiler_for, inductor
 from hyperopt_nested.backends.layout import PLAIN, check_layout, is_dense
-from hyperopt_nested.backends.program import Function, LayoutError, PerRow, Program, Request, UnsupportedError, engine
+from hyperopt_nested.backends.program import LayoutError, Program, Request, UnsupportedError, engine
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
@@ -41,7 +41,7 @@ next sort, tensor by tensor, with a warning.
 WARM_UP = 16
 """Steps that the engine does for a small model while its kernels are compiled. The number is fixed, so runs are reproducible."""
 
-_MANY = 1_000_000
+MANY = 1_000_000
 """Numbers of a model that does not wait: its kernels are compiled before its first step."""
 
 
@@ -62,7 +62,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
             return "reference"
         if devices <= {torch.device("cpu")}:
             return "foreach" if compiler.compiler() is None or compiler.folder() is None else "fused"
-        return "compile" if sum(param.numel() for param in params.values()) >= _MANY and not _without_compiler(devices) else "foreach"
+        return "compile" if sum(param.numel() for param in params.values()) >= MANY and not _without_compiler(devices) else "foreach"
     if backend == "fused":
         elsewhere = sorted({device.type for device in devices} - {"cpu"})
         why = why or (f"it is for the CPU, and there are tensors on {elsewhere[0]}" if elsewhere else "")
@@ -188,10 +188,9 @@ class Programs:
         elif not all(argument.numel() and type(argument) in PLAIN and not argument.is_neg() for argument in request.arguments):
             raise LayoutError("a tensor is empty, or a subclass")
         if sort == "compile":
-            grad, *others = request.arguments
-            if not all(map(is_dense, others)):
+            if not all(map(is_dense, request.arguments[1:])):
                 raise LayoutError("a tensor has gaps")
-            return [_compiled(function, grad, others) for function in request.functions]
+            return [inductor(function, request.arguments) for function in request.functions]
         graphs = self._traced(sort, request)
         same = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
         if same not in self._of_graphs:
@@ -214,20 +213,6 @@ class Programs:
         if isinstance(found, UnsupportedError):
             raise found
         return found
-
-
-def _compiled(function: Function, grad: Tensor, others: Sequence[Tensor]) -> PerRow:
-    """Inductor's program of a function; it has no guards, so the gradient is copied where it does not lie as in the example."""
-    like = grad if is_dense(grad) else grad.contiguous()
-    run, stride = compiled(function, [like, *others]), like.stride()
-
-    def program(grad: Tensor, *others: Tensor) -> None:
-        shared = any(grad.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in others)
-        if grad.stride() != stride or shared:
-            grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-        run(grad, *others)
-
-    return PerRow(program, "compile")
 
 
 def _key(request: Request) -> Hashable:

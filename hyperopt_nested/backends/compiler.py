@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +70,7 @@ def _tell(where: Path) -> None:
 
 
 def compiler() -> tuple[str, ...] | None:
-    """The command of the C++ compiler: that of the environment variable `CXX`, or the first of g++, clang++ and c++; None if there is none."""
+    """The command of the C++ compiler: the environment variable `CXX`, or the first of g++, clang++ and c++; None if there is none."""
     for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
         command = shlex.split(name)
         path = shutil.which(command[0]) if command else None
@@ -98,11 +98,11 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _is_own(path: Path, is_kind: "type[object] | object") -> bool:
+def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
     """Whether a path is of a kind, no link, belongs to the user, and nobody else may write to it."""
     found = os.lstat(path)
     mine = not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not found.st_mode & 0o022)
-    return mine and bool(is_kind(found.st_mode))  # type: ignore[operator]
+    return mine and is_kind(found.st_mode)
 
 
 def _kept(path: Path) -> bool:

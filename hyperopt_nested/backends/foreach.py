@@ -14,7 +14,26 @@ _AT_ONCE = 1 << 24
 
 _FOREACH: dict[str, Callable[..., list[Tensor]]] = {
     name: getattr(torch, f"_foreach_{name}")
-    for name in ["add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "sign", "maximum", "minimum"]
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "abs",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "tanh",
+        "sigmoid",
+        "sign",
+        "maximum",
+        "minimum",
+    ]
 }
 
 
@@ -72,7 +91,7 @@ class Interpreter:
             if value.kind == Kind.NUMBER:
                 return torch.stack([each.reshape(()) for each in given])
             return [_shaped(each, shape, value.kind) for each, shape in zip(given, shapes, strict=True)]
-        operands = [None if each is None else found[each] for each in value.args]
+        operands: list[Any] = [None if each is None else found[each] for each in value.args]
         if value.op == "cast":
             operand = operands[0]
             return [each.to(value.dtype) for each in operand] if isinstance(operand, list) else operand.to(value.dtype)

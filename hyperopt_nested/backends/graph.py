@@ -53,7 +53,39 @@ class Value:
 
 
 POINTWISE = frozenset(
-    ["add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "pow", "exp", "expm1", "log", "log1p", "tanh", "sigmoid", "sign", "maximum", "minimum", "clamp", "where", "remainder", "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"]
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "abs",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "pow",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "tanh",
+        "sigmoid",
+        "sign",
+        "maximum",
+        "minimum",
+        "clamp",
+        "where",
+        "remainder",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "eq",
+        "ne",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+    ]
 )
 REDUCTIONS = frozenset(["sum", "mean", "amax"])
 

@@ -1,6 +1,7 @@
 """Tensors as rows of columns, as native kernels see them; and what a kernel has to know of a tensor before it gets its address."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tens
     if rows > 1 and param.stride(0) != columns:
         raise LayoutError(f"a tensor of shape {tuple(param.shape)} has strides {param.stride()}: it does not lie row after row")
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
-    if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
         raise LayoutError("tensors of one update share memory")
 
 

@@ -76,13 +76,13 @@ def _traced(function: Function, arguments: Sequence[Tensor], kinds: Sequence[Kin
     return UpdateGraph(inputs, tuple(outputs))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what operators do to tensors, as values of a graph."""
 
     _decomposed: dict[Any, Any] | None = None
 
     def __init__(self, shape: tuple[int, ...], inputs: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shape, self._value = shape, Values()
         self._of: dict[int, Value] = {}
         self._held: list[Tensor] = []  # so that an id stays its own

@@ -1,13 +1,20 @@
 """Whether programs do what the engine does, tried on small examples before they are used."""
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.program import Batch, Program, Request, write_over
+from hyperopt_nested.backends.program import Batch, Function, Program, Request, write_over
+from hyperopt_nested.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _NOISE = 100.0
-"""A difference is rounding if it is no larger than so many times what rounding-size changes of the arguments make of the engine's result."""
+"""A difference is rounding if it is at most so many times what changes of the arguments by rounding make of the engine's result."""
+
+_SIZES = {0: (), 1: (37,), 2: (5, 19), 3: (4, 3, 7), 4: (3, 4, 3, 2)}
+_SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0
+"""Of the gradients of successive examples."""
 
 
 def deviation(programs: list[Program], request: Request, *, whole: bool = False) -> str:
@@ -21,26 +28,80 @@ def deviation(programs: list[Program], request: Request, *, whole: bool = False)
     Returns:
         What deviates, in words; nothing if the programs agree with the engine on all examples, up to rounding.
     """
-    coarsest = max((_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments), default=0.0)
+    tolerance = max(_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for example in request.examples(whole=whole):
-            start = [argument.clone() for argument in example]
             found = [argument.clone() for argument in example]
             for program in programs:
                 program(Batch([found]))
                 _change(found, request)
-            wanted = _by_engine(start, request)
-            wrong = [i for i in range(1, len(start)) if _differs(found[i], wanted[i], coarsest)]
+            wanted = _by_engine(example, request)
+            wrong = [i for i in range(1, len(wanted)) if _differs(found[i], wanted[i], tolerance)]
             if wrong:
-                noise = [_noise(start, wanted, seed, request) for seed in range(8)]
-                wrong = [i for i in wrong if _differs(found[i], wanted[i], coarsest, sum(each[i] for each in noise))]
+                noise = [_noise(example, wanted, seed, request) for seed in range(8)]
+                wrong = [i for i in wrong if _differs(found[i], wanted[i], tolerance, sum(each[i] for each in noise))]
             if wrong:
-                off = (found[wrong[0]].double() - wanted[wrong[0]].double()).abs().amax()
-                return f"a result of {float(wanted[wrong[0]].double().abs().amax()):.3g} is off by {float(off):.3g}"
+                value, off = wanted[wrong[0]].double(), found[wrong[0]].double() - wanted[wrong[0]].double()
+                return f"a result of {float(value.abs().amax()):.3g} is off by {float(off.abs().amax()):.3g}"
     return ""
 
 
-def _by_engine(arguments: list[Tensor], request: Request) -> list[Tensor]:
+def examples(
+    arguments: Sequence[Tensor],
+    param: Tensor,
+    hypers: Mapping[int, LearnedHyper],
+    point: int | None,
+    update: Function,
+    *,
+    whole: bool,
+) -> Iterator[list[Tensor]]:
+    """Make small examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
+
+    Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
+
+    Args:
+        arguments: what an update takes, the gradient first.
+        param: the tensor.
+        hypers: learned hypers, by index of the argument that holds their raw values.
+        point: index of the tensor among the arguments, if it is one.
+        update: the update, by the engine.
+        whole: whether examples have the sizes and strides of these arguments instead.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, _SIZES.get(param.ndim, (2,) * param.ndim), strict=True))
+
+    def drawn(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device, tensor.dtype)
+
+    def small(tensor: Tensor) -> Tensor:
+        """A tensor of this kind for the small shape, with values of this one, where these are finite."""
+        found = tensor.detach()
+        if not whole and tensor.numel() != 1:
+            row = (*shape[:1], *(1 for _ in shape[1:])) if tensor.ndim == param.ndim else shape[: tensor.ndim]
+            wanted = shape if tensor.shape == param.shape else row
+            count = torch.Size(wanted).numel()
+            flat = found.reshape(-1)[:count]
+            found = flat.repeat(-(-count // flat.numel()))[:count].reshape(wanted)
+        return torch.where(torch.isfinite(found), found, 1) if found.is_floating_point() else found.clone()
+
+    now = [small(argument) for argument in arguments]
+    if point is not None:
+        now[point] += drawn(now[point])
+    for at, scale in enumerate(_SCALES):
+        now[0] = grad = drawn(now[0]) * scale
+        if at == 3 and grad.ndim:
+            grad[0] = 0
+        if at == len(_SCALES) - 1:
+            grad.view(-1)[:: max(grad.numel() // 2, 1)] = torch.inf
+            grad.view(-1)[-1:] = torch.nan
+        for i, learned in hypers.items() if at > 3 else ():
+            factor = 0.25 + torch.rand(now[i].shape, generator=generator, dtype=torch.float64).to(now[i].device)
+            now[i] = learned.hyper.confine((now[i] * factor).to(now[i].dtype), learned.via)
+        yield [argument.clone() for argument in now]
+        write_over(now, update(*now))
+
+
+def _by_engine(arguments: Sequence[Tensor], request: Request) -> list[Tensor]:
     now = [argument.clone() for argument in arguments]
     for function in request.functions:
         write_over(now, function(*now))
@@ -54,15 +115,14 @@ def _change(arguments: list[Tensor], request: Request) -> None:
         arguments[i].mul_(1.01)
 
 
-def _noise(arguments: list[Tensor], wanted: list[Tensor], seed: int, request: Request) -> list[Tensor]:
+def _noise(arguments: Sequence[Tensor], wanted: Sequence[Tensor], seed: int, request: Request) -> list[Tensor]:
     """How far the engine's results move if its arguments change by as little as rounding does, entry by entry."""
     generator = torch.Generator().manual_seed(seed)
     moved = []
     for each in arguments:
-        if each.is_floating_point():
-            change = torch.rand(each.shape, generator=generator, dtype=torch.float64).to(each.device) * 16 - 8
-            each = (each.double() * (1 + change * torch.finfo(each.dtype).eps)).to(each.dtype)
-        moved.append(each)
+        change = torch.rand(each.shape, generator=generator, dtype=torch.float64).to(each.device) * 16 - 8
+        eps = torch.finfo(each.dtype).eps if each.is_floating_point() else 0
+        moved.append((each.double() * (1 + change * eps)).to(each.dtype))
     return [_distance(new, old) for new, old in zip(_by_engine(moved, request), wanted, strict=True)]
 
 
