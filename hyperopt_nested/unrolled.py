@@ -46,7 +46,7 @@ def hypergradient(
         params: the tensors before the first step, by name.
         batches: one a step; anything that `train_loss` takes. `method="forward"` takes them one by one.
         train_loss: pure function of tensors and a batch to a loss of shape (). Tensors that do not enter it in a step are left alone in
-            that step, as without a gradient in `torch.optim`.
+            that step, as without a gradient in `torch.optim`. In reverse, what it computes under `torch.no_grad` or detaches is a constant.
         outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
         method: "reverse" takes time that does not depend on the number of hypers, and memory that grows with the number of steps;
