@@ -91,6 +91,23 @@ def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.filterwarnings("ignore:the learned value")
+def test_towers_stay_finite_at_every_height(how: str, backend: str) -> None:
+    for bad, per, row in zip(BAD, ("tensor", "model", "row", "element"), (0, 2, 4, 1), strict=True):
+        if how == "discount" and per in ("row", "element"):
+            per = "tensor"
+        height = hn.learn(1e-4, by=hn.adam(lr=1e-6), per=per)  # type: ignore[arg-type]
+        made = hn.adamw(lr=hn.learn(0.01, by=hn.adam(lr=height), per=per), weight_decay=0.1)  # type: ignore[arg-type]
+        opt, _, seen = run(made, backend, HOW[how], bad, row)
+        assert not spoilt(opt), f"{per}, {bad}: {spoilt(opt)}"
+        if not math.isfinite(bad):
+            for path in ("lr", "lr.lr"):
+                moved = [(seen[-1][path][key] != value).any() for key, value in seen[AT][path].items()]
+                assert any(moved), f"{per}, {bad}: {path} learns no more"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("where", ["entry", "everywhere"])
 def test_training_goes_on_after_weights_are_put_back(where: str, bad: float, backend: Any) -> None:
