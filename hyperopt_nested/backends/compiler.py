@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,9 @@ _MARK = b"hyperopt-nested:"
 _log = logging.getLogger("hyperopt_nested")
 _lock = threading.RLock()
 _libraries: dict[str, ctypes.CDLL] = {}
-_running: set[subprocess.Popen[str]] = set()
+_running: set[subprocess.Popen[bytes]] = set()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_stopping = threading.Event()
 
 
 class CompileError(Exception):
@@ -53,8 +56,7 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
         }
         if missing:
             _tell(where)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda item: _compile(found, where, *item), missing.items()))
+            _compile(found, where, missing)
         for key in keys:
             if key not in _libraries:
                 _libraries[key] = _opened(where / f"{key}.so")
@@ -128,32 +130,60 @@ def _opened(path: Path) -> ctypes.CDLL:
         raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
 
 
-def _compile(command: tuple[str, ...], where: Path, key: str, source: str) -> None:
-    """Compile a source into the folder, in one move."""
+def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) -> None:
+    """Compile sources, by key, into the folder: as many at a time as there are processors, and each library in one move."""
+    waiting = list(sources.items())
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
-            code, library = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-            code.write_text(source)
-            process = subprocess.Popen(
-                [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(library)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TMPDIR": scratch},
-            )
-            _running.add(process)
-            try:
-                _, said = process.communicate()
-            finally:
-                _running.discard(process)
-            if process.returncode:
-                raise CompileError(f"{command[0]} fails: {_line(said) or f'exit status {process.returncode}'}")
-            content = library.read_bytes()
-            library.write_bytes(content + _trailer(content))
-            library.chmod(0o700)
-            os.replace(library, where / f"{key}.so")
+            while waiting:
+                now, waiting = waiting[: os.cpu_count()], waiting[os.cpu_count() :]
+                started = [(key, _started(command, Path(scratch, key), source)) for key, source in now]
+                for key, process in started:
+                    _finish(command[0], process, Path(scratch, key), where / f"{key}.so")
     except OSError as error:
         raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
+
+
+def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Popen[bytes]:
+    """The compiler, at work on a source."""
+    path.with_suffix(".cpp").write_text(source)
+    with path.with_suffix(".said").open("wb") as said:
+        process = subprocess.Popen(
+            [*command, *_ALWAYS, *FLAGS, str(path.with_suffix(".cpp")), "-o", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, "TMPDIR": str(path.parent)},
+        )
+    _running.add(process)
+    if _stopping.is_set():
+        process.kill()
+    return process
+
+
+def _finish(name: str, process: subprocess.Popen[bytes], path: Path, to: Path) -> None:
+    """Wait for the compiler, and move what it has made to where it is kept."""
+    status = process.wait()
+    _running.discard(process)
+    if status:
+        said = path.with_suffix(".said").read_text(errors="replace")
+        raise CompileError(f"{name} fails: {_line(said) or f'exit status {status}'}")
+    content = path.read_bytes()
+    path.write_bytes(content + _trailer(content))
+    path.chmod(0o700)
+    os.replace(path, to)
+
+
+def in_background(work: Callable[[], None]) -> threading.Thread:
+    """Start a thread that compiles ahead. What fails there fails again where it is needed; when Python ends, it is stopped first."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True, name="hyperopt-nested-compiler")
+    _threads.add(thread)
+    thread.start()
+    return thread
 
 
 def _line(message: str) -> str:
@@ -192,16 +222,26 @@ def _version() -> str:
         return ""
 
 
+def is_stopping() -> bool:
+    """Whether Python is about to end."""
+    return _stopping.is_set()
+
+
 def _forget_locks() -> None:
     """In a forked child: another thread of the parent may have held the lock."""
     global _lock
     _lock = threading.RLock()
     _running.clear()
+    _threads.clear()
 
 
 def _stop() -> None:
+    """When Python ends: a thread that goes on then can end the process with an error."""
+    _stopping.set()
     for process in list(_running):
         process.kill()
+    for thread in list(_threads):
+        thread.join(30)
 
 
 if hasattr(os, "register_at_fork"):
