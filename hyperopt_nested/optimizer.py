@@ -6,7 +6,6 @@ from warnings import warn
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
@@ -21,6 +20,7 @@ from hyperopt_nested.learned import MODEL
 from hyperopt_nested.loading import loaded, matched
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.outside_dynamo import outside_dynamo
 from hyperopt_nested.param_state import ParamState, built, is_own, is_said
 from hyperopt_nested.pinned import PinnedValues
 from hyperopt_nested.roster import Group, Roster
@@ -152,7 +152,7 @@ class HyperOptimizer(GroupedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo  # what is kept between steps is not for tracing
+    @outside_dynamo  # what is kept between steps is not for tracing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the learned hypers, then the parameters that have a gradient.
@@ -258,7 +258,7 @@ class HyperOptimizer(GroupedOptimizer):
         for name in changed:
             self.changed[name] = self.changed.get(name, 0) + 1
 
-    @_disable_dynamo
+    @outside_dynamo
     @torch.no_grad()
     def hyper_step(self) -> None:
         """Step the learned hypers alone, from the gradients that the parameters have now: of a validation loss, after the last step.
