@@ -1,7 +1,8 @@
 """What one step of many small tensors launches: operators of torch, native kernels and inductor's programs; and how many calls in Python.
 
-Operators are those that torch dispatches, but for views. One that takes a list of tensors counts once, as does a native kernel, which steps
-all tensors that it fits; a program of inductor's, which may consist of some kernels itself, steps one tensor.
+Operators are those that torch dispatches, but for what moves no data: views, fresh memory, a number for Python. One that takes a list
+counts once, as does a native kernel, which steps all tensors that it fits; a program of inductor's, which may consist of some kernels
+itself, steps one tensor.
 """
 
 import sys
@@ -22,15 +23,16 @@ from hyperopt_nested.backends.program import PerRow
 BACKENDS = "fused", "foreach", "compile"
 STEPS = 2  # before one is counted
 MOST, FEWER = 20, 10
+STILL = {"_local_scalar_dense", "empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that are no views."""
+    """Counts operators that move data."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
+        self.count += not func.is_view and func.overloadpacket.__name__ not in STILL
         return func(*args, **kwargs or {})
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ MODELS: dict[str, Shapes] = {"CNN": CNN, "MLP": [(64, 64)] * 100}
 TORCH, RATE, FTP = "torch AdamW", "AdamW, lr learned", "AdamP"
 EAGER = "reference, memory='kept'"
 LR = 1e-3
+AS_IN_TORCH: Make = partial(torch.optim.AdamW, lr=LR)
 STEPS, WARM = 5, WARM_UP + 4  # steps timed at once; steps before that
 SLOWEST, FIRST, FROM_DISK = 1.2, 2.0, 0.1  # times torch's step; seconds
 BEFORE = {("CNN", RATE): 17.5 / 0.66, ("CNN", FTP): 13.3 / 0.66, ("MLP", RATE): 115 / 3.8}  # times torch's step, with the engine of 1b91621
@@ -52,7 +54,7 @@ def optimizers(backend: Any, **how: Any) -> dict[str, Make]:
 def steps(model: str, candidates: dict[str, Make], rounds: int) -> Rows:
     """A row a candidate; the first is torch's."""
     params = drawn(MODELS[model])
-    made = {name: make(twins(params)) for name, make in {TORCH: partial(torch.optim.AdamW, lr=LR), **candidates}.items()}
+    made = {name: make(twins(params)) for name, make in {TORCH: AS_IN_TORCH, **candidates}.items()}
     for opt in made.values():
         for _ in range(WARM):
             opt.step()
@@ -72,7 +74,7 @@ def first_steps(model: str, optimizer: str, backend: str) -> list[float]:
     """Seconds to make the optimizer; of its first step; and of the longest of those that follow until all programs are in use."""
     params = drawn(MODELS[model])
     moments = [time.perf_counter()]
-    opt = optimizers(backend)[optimizer](params)
+    opt = {TORCH: AS_IN_TORCH, **optimizers(backend)}[optimizer](params)
     for _ in range(1 + WARM):
         moments.append(time.perf_counter())
         opt.step()
@@ -91,14 +93,12 @@ def in_new_process(function: Callable[..., Any], *given: Any, threads: int, **en
 def all_first_steps(threads: int) -> Rows:
     rows = []
     for model in MODELS:
-        for optimizer in optimizers("auto"):
-            for backend in ("auto", "fused"):
-                with TemporaryDirectory() as folder:
-                    for kernels in ("none", "on disk"):
-                        what = first_steps, model, optimizer, backend
-                        made, first, longest = in_new_process(*what, threads=threads, **{CACHE_VARIABLE: folder})
-                        row = {"model": model, "optimizer": optimizer, "backend": backend, "kernels": kernels, "made (s)": made}
-                        rows.append({**row, "first step (s)": first, "longest later (s)": longest})
+        for optimizer, backend in [(TORCH, ""), *product(optimizers("auto"), ("auto", "fused"))]:
+            with TemporaryDirectory() as folder:
+                for kernels in ("none", "on disk") if backend else ("",):
+                    found = in_new_process(first_steps, model, optimizer, backend, threads=threads, **{CACHE_VARIABLE: folder})
+                    times = dict(zip(("made (s)", "first step (s)", "longest later (s)"), found, strict=True))
+                    rows.append({"model": model, "optimizer": optimizer, "backend": backend, "kernels": kernels, **times})
     return rows
 
 
