@@ -57,9 +57,14 @@ def learning(name: str, per: Any, how: str) -> hn.Optimizer:
     return every if fits(every, how) else taught(made, [each for each in hypers_of(name, how) if fits(taught(made, [each], per), how)], per)
 
 
-def run(optimizer: hn.Optimizer, backend: Any, how: dict[str, Any], bad: float, row: int) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
+def run(
+    optimizer: hn.Optimizer, backend: Any, how: dict[str, Any], bad: float, row: int, noise: float = 0.0
+) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
     """Some steps, in one of which one entry of a gradient is bad; the learned values after each."""
     params, seen = tensors(), []
+    with torch.no_grad():
+        for p in params.values():
+            p.mul_(1 + noise)
     opt = hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, **how)
     for step in range(STEPS):
         for name, p in params.items():
@@ -151,6 +156,31 @@ def test_training_goes_on_after_weights_are_put_back(where: str, bad: float, bac
         assert not spoilt(opt)
     assert all(torch.isfinite(p).all() for p in params.values())
     assert all(not torch.equal(p, saved[name]) for name, p in params.items())
+
+
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("backend", ["foreach", "fused"])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:the learned value")
+def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -> None:
+    pers: Any = ("tensor", "row", "model", "element")
+    at = RULES.index(name)
+    optimizer = learning(name, pers[at % len(pers)], "auto")
+    if optimizer.rule.measures or name in ("adafactor", "muon"):  # which programs do not serve
+        return
+    for i, bad in enumerate(BAD, start=at):
+        row = (0, ROWS // 2, ROWS - 1)[i % 3]
+        ends = {each: run(optimizer, each, {}, bad, row) for each in (backend, "reference")}
+        opt, params, _ = ends[backend]
+        assert opt.backend == backend
+        wanted, expected, _ = ends["reference"]
+        assert not spoilt(opt), f"{bad}: {spoilt(opt)}"
+        for key, p in params.items():
+            assert torch.equal(torch.isfinite(p), torch.isfinite(expected[key])), f"{bad}, row {row}: other weights are lost"
+        counts = [{key: int(v) for key, v in each.rejected().items()} for each in (opt, wanted)]
+        if counts[0] != counts[1]:  # but where products overflow or not by rounding alone
+            moved, _, _ = run(optimizer, "reference", {}, bad, row, noise=1e-6)
+            assert {key: int(v) for key, v in moved.rejected().items()} != counts[1], f"{bad}, row {row}: {counts}"
 
 
 @pytest.mark.parametrize("how", HOW)

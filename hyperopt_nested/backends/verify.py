@@ -135,7 +135,7 @@ def _differs(found: Tensor, wanted: Tensor, tolerance: float, noise: Tensor | fl
     if not torch.equal(torch.isfinite(found), torch.isfinite(wanted)):
         return True
     size = torch.where(torch.isfinite(wanted), wanted.double().abs(), 0)
-    allowed = tolerance * (size + 0.1 * size.amax() + 1e-4) + _NOISE * noise
+    allowed = tolerance * (size + 0.1 * size.amax() + 1e-3) + _NOISE * noise
     return bool((_distance(found, wanted) > allowed).any())
 
 
