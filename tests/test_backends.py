@@ -450,7 +450,7 @@ def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, at_once: int, 
         matrices = [size * torch.randn(7, 3, generator=generator) for _ in range(3)]
         return [*matrices, torch.tensor(scale), torch.tensor(3.0)]
 
-    program = foreach.foreach(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
+    program = foreach.Interpreter(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
     for scales in ((0.5, 0.7), (-0.5, -0.7), (0.5, -0.7)):
         batch = [arguments(scale) for scale in scales]
         wanted = [function(*given) for given in batch]
@@ -510,7 +510,7 @@ def test_kernels_round_to_bfloat16_as_torch_does(kept: torch.dtype, columns: int
     generator = torch.Generator().manual_seed(0)
     given = arguments()
     wanted = function(*given)
-    program = fused.fused(simplified(trace(function, given, given[1])))
+    program = fused.Kernel(simplified(trace(function, given, given[1])))
     program(Batch([given]))
     for found, value in zip(given, wanted, strict=True):
         if value is not None:
@@ -537,5 +537,5 @@ def test_arguments_that_change_places() -> None:
     function = lambda grad, one, other, third: [None, other, third, one]  # noqa: E731
     given = [torch.randn(3, 4) for _ in range(4)]
     wanted = [given[i].clone() for i in (0, 2, 3, 1)]
-    foreach.foreach(simplified(trace(function, given, given[1])))(Batch([given]))
+    foreach.Interpreter(simplified(trace(function, given, given[1])))(Batch([given]))
     assert all(map(torch.equal, given, wanted))

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from hyperopt_nested.backends.cpp_text import DRIVER, HEADER
-from hyperopt_nested.backends.graph import Kind, UpdateGraph, Value
-from hyperopt_nested.backends.program import UnsupportedError
+from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value
 from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total, levels
 
 _STORED = {

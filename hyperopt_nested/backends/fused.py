@@ -6,37 +6,37 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
-from hyperopt_nested.backends.graph import Kind, UpdateGraph
-from hyperopt_nested.backends.layout import check_layout, is_stored, sizes
-from hyperopt_nested.backends.program import Batch, LayoutError
+from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph
+from hyperopt_nested.backends.program import Batch
 
 _started = os.getpid()
+PLAIN = frozenset([Tensor, torch.nn.Parameter])
+"""Classes whose data lie where `data_ptr` says; subclasses, such as DTensor, may have none."""
 
 
-def fused(graph: UpdateGraph) -> Kernel:
-    """Return a kernel that does a graph, for tensors of all sizes that pass `check_layout`.
-
-    Raises:
-        UnsupportedError: there is no C++ for it.
-        CompileError: the C++ does not compile.
-    """
-    return Kernel(graph, code(graph))
+class LayoutError(UnsupportedError):
+    """A program of some sort can not take these tensors, as they lie in memory; the message says why."""
 
 
 class Kernel:
-    """A compiled graph."""
+    """A graph in machine code, for tensors of all sizes that pass `check_layout`.
+
+    Raises:
+        UnsupportedError: there is no C++ for the graph.
+        CompileError: the C++ does not compile.
+    """
 
     backend = "fused"
 
-    def __init__(self, graph: UpdateGraph, source: str) -> None:
-        (self._library,) = compiler.load([source])
-        self._run = self._library.run
+    def __init__(self, graph: UpdateGraph) -> None:
+        self._run = compiler.load([code(graph)])[0].run
         self._run.restype = None
         self._kinds, self._dtypes = [kind for kind, _ in graph.inputs], [dtype for _, dtype in graph.inputs]
         elements = [i for i, kind in enumerate(self._kinds) if kind == Kind.ELEMENT]
@@ -59,9 +59,8 @@ class Kernel:
             if [tensor.dtype for tensor in row] != self._dtypes:
                 raise LayoutError(f"a kernel for {self._dtypes} is given {[tensor.dtype for tensor in row]}")
             check_layout(row, self._kinds, row[self._like])
-        shapes = [sizes(row[self._like]) for row in rows]
-        addresses = [tensor.data_ptr() for row in rows for tensor in row]
-        tables = [array("q", table) for table in (addresses, [rows for rows, _ in shapes], [columns for _, columns in shapes])]
+        shapes = zip(*(sizes(row[self._like]) for row in rows), strict=True)
+        tables = [array("q", table) for table in ([tensor.data_ptr() for row in rows for tensor in row], *shapes)]
         storages = {tensor.untyped_storage().data_ptr() for row in rows for tensor in row[1:]}
         return tables, [ctypes.c_void_p(table.buffer_info()[0]) for table in tables], storages
 
@@ -73,3 +72,65 @@ class Kernel:
         if storage.data_ptr() in storages or grad.is_neg() or not is_stored(grad):
             return grad.clone(memory_format=torch.preserve_format).resolve_neg()
         return grad
+
+
+def sizes(param: Tensor) -> tuple[int, int]:
+    """Rows and columns: dimension 0 and all others; a tensor with fewer than two dimensions is one row."""
+    rows = param.shape[0] if param.ndim > 1 else 1
+    return rows, param.numel() // max(rows, 1)
+
+
+def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tensor) -> None:
+    """Check that a kernel can work on the memory of tensors: the gradient, which may lie in any way, and all else that it reads or writes.
+
+    Raises:
+        LayoutError: a tensor is empty, of a subclass, elsewhere than on the CPU, not dense row after row, or beyond its storage; or two
+            that are written overlap.
+    """
+    rows, columns = sizes(param)
+    for i, (argument, kind) in enumerate(zip(arguments, kinds, strict=True)):
+        if type(argument) not in PLAIN or argument.layout != torch.strided:
+            raise LayoutError(f"a tensor is a {type(argument).__name__} of layout {argument.layout}")
+        if argument.device.type != "cpu":
+            raise LayoutError(f"a tensor is on {argument.device}")
+        if argument.numel() == 0:
+            raise LayoutError("a tensor is empty")
+        count = {Kind.NUMBER: 1, Kind.ROW: rows, Kind.ELEMENT: rows * columns}[kind]
+        if argument.numel() != count or argument.is_neg():
+            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} does not have {count} values")
+        if i == 0:
+            continue
+        if kind == Kind.ELEMENT and argument.shape == param.shape:
+            fits = _strides(argument) == _strides(param)
+        else:
+            fits = argument.is_contiguous() and (kind != Kind.ELEMENT or param.is_contiguous())
+        if not fits or not is_dense(argument):
+            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} has strides {argument.stride()}, its parameter {param.stride()}")
+        if not is_stored(argument):
+            raise LayoutError("a tensor lies beyond its storage")
+    if rows > 1 and param.stride(0) != columns:
+        raise LayoutError(f"a tensor of shape {tuple(param.shape)} has strides {param.stride()}: it does not lie row after row")
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise LayoutError("tensors of one update share memory")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor holds all of it."""
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides, as far as they matter."""
+    return tuple(stride if size != 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

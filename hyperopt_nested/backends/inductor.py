@@ -6,17 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.layout import is_dense
+from hyperopt_nested.backends.fused import is_dense
 from hyperopt_nested.backends.program import Function, PerRow, write_over
 
 
 def inductor(function: Function, arguments: Sequence[Tensor]) -> PerRow:
-    """Return what a function does to its arguments, in place, compiled by inductor, which caches on disk.
-
-    Args:
-        function: what it does.
-        arguments: examples, dense but for the first, the gradient; they are not changed.
-    """
+    """Return what a function does to arguments such as these, dense but for the first, the gradient; inductor caches it on disk."""
     grad = arguments[0] if is_dense(arguments[0]) else arguments[0].contiguous()
     run, stride = compiled(function, [grad, *arguments[1:]]), grad.stride()
 
@@ -44,9 +39,9 @@ def compiled(function: Function, arguments: Sequence[Tensor]) -> Callable[..., A
     return program
 
 
-def compiler_for(device: torch.device) -> bool:
-    """Whether there is what inductor needs to compile for a device: a C++ compiler, or Triton."""
-    if device.type != "cpu":
+def compiler_for(device: str) -> bool:
+    """Whether there is what inductor needs to compile for a type of device: a C++ compiler, or Triton."""
+    if device != "cpu":
         from torch.utils._triton import has_triton
 
         return has_triton()

@@ -14,32 +14,26 @@ def simplified(graph: UpdateGraph, read: Mapping[int, Value] | None = None) -> U
         graph: the graph.
         read: by index of an argument: the value in the graph that it holds already, and that is read from it.
     """
-    return _Simplification().of(graph, {value: i for i, value in (read or {}).items()})
+    held, how = {value: i for i, value in (read or {}).items()}, _Simplification()
+    new: dict[Value, Value] = {}
+    for value in graph.values:
+        if value in held:
+            new[value] = how.value("input", (held[value],), value.kind, value.dtype)
+        else:
+            new[value] = how.made(value, [new[arg] if isinstance(arg, Value) else arg for arg in value.args])
+    return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
 class _Simplification:
     def __init__(self) -> None:
-        self._value = Values()
+        self.value = Values()
         self._assumed: dict[tuple[Value, Value], Value] = {}
 
-    def of(self, graph: UpdateGraph, read: Mapping[Value, int]) -> UpdateGraph:
-        new: dict[Value, Value] = {}
-        for value in graph.values:
-            if value in read:
-                new[value] = self._value("input", (read[value],), value.kind, value.dtype)
-                continue
-            args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
-            new[value] = self._made(value, args)
-        return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
-
-    def _made(self, value: Value, args: Sequence[Value]) -> Value:
-        if value.kind > Kind.NUMBER and value.dtype.is_floating_point:
-            rule = getattr(self, f"_{value.op}", None)
-            found = rule(value, *args) if rule else None
-            if found is not None:
-                made: Value = found
-                return made
-        return self._value(value.op, args, value.kind, value.dtype, value.computed)
+    def made(self, value: Value, args: Sequence[Value]) -> Value:
+        """A value of an operator, simpler if one of the methods that are named after operators makes it so."""
+        rule = getattr(self, f"_{value.op}", None) if value.kind > Kind.NUMBER and value.dtype.is_floating_point else None
+        found: Value | None = rule(value, *args) if rule else None
+        return found or self.value(value.op, args, value.kind, value.dtype, value.computed)
 
     def _times(self, one: Value, other: Value, dtype: torch.dtype) -> Value:
         """A product, of what there is more of first; of factors of smaller kind, one is made."""
@@ -49,12 +43,12 @@ class _Simplification:
             return one
         if one.kind > other.kind and one.op == "mul" and one.args[1].kind < one.kind and one.dtype == dtype:
             return self._times(one.args[0], self._times(one.args[1], other, _wide(one.args[1], other)), dtype)
-        return self._value("mul", (one, other), max(one.kind, other.kind), dtype)
+        return self.value("mul", (one, other), max(one.kind, other.kind), dtype)
 
     def _inverse(self, value: Value) -> Value:
         if not value.dtype.is_floating_point:
-            value = self._value("cast", (value,), value.kind, torch.float64)
-        return self._value("reciprocal", (value,), value.kind, value.dtype)
+            value = self.value("cast", (value,), value.kind, torch.float64)
+        return self.value("reciprocal", (value,), value.kind, value.dtype)
 
     def _mul(self, value: Value, one: Value, other: Value) -> Value:
         return self._times(one, other, value.dtype)
@@ -63,14 +57,14 @@ class _Simplification:
         if other.kind < value.kind or value.kind == Kind.ROW:
             return self._times(one, self._inverse(other), value.dtype)
         if one.op == "mul" and one.args[1].kind < one.kind:
-            quotient = self._value("div", (one.args[0], other), value.kind, value.dtype)
+            quotient = self.value("div", (one.args[0], other), value.kind, value.dtype)
             return self._times(quotient, one.args[1], value.dtype)
         return None
 
     def _neg(self, value: Value, one: Value) -> Value | None:
         if one.op == "mul" and one.args[1].kind < one.kind:
             factor = one.args[1]
-            return self._times(one.args[0], self._value("neg", (factor,), factor.kind, factor.dtype), value.dtype)
+            return self._times(one.args[0], self.value("neg", (factor,), factor.kind, factor.dtype), value.dtype)
         return None
 
     def _add(self, _: Value, one: Value, other: Value) -> Value | None:
@@ -82,9 +76,9 @@ class _Simplification:
     def _where(self, value: Value, condition: Value, yes: Value, no: Value) -> Value | None:
         """The root that has derivative zero at zero is the root of what is not negative; and what is chosen need not choose again."""
         if yes.op == "sqrt" and no.is_constant(0) and _keeps_positive(condition, yes.args[0]):
-            return self._value("sqrt", (self._assuming(condition, yes.args[0]),), value.kind, value.dtype)
+            return self.value("sqrt", (self._assuming(condition, yes.args[0]),), value.kind, value.dtype)
         assumed = self._assuming(condition, yes)
-        return None if assumed is yes else self._value("where", (condition, assumed, no), value.kind, value.dtype)
+        return None if assumed is yes else self.value("where", (condition, assumed, no), value.kind, value.dtype)
 
     def _assuming(self, condition: Value, value: Value) -> Value:
         """A value where a condition is met; anywhere else, it may be another."""
@@ -96,13 +90,13 @@ class _Simplification:
 
     def _assumed_anew(self, condition: Value, value: Value) -> Value:
         if _keeps_positive(condition, value):  # so that it is the same value whether the condition is met or not
-            zero = self._value("constant", (0,), Kind.NUMBER, value.dtype)
-            return self._value("where", (condition, value.args[1], zero), value.kind, value.dtype)
+            zero = self.value("constant", (0,), Kind.NUMBER, value.dtype)
+            return self.value("where", (condition, value.args[1], zero), value.kind, value.dtype)
         if value.op == "where" and value.args[0] is condition:
             return self._assuming(condition, value.args[1])
         args = [self._assuming(condition, arg) if isinstance(arg, Value) else arg for arg in value.args]
         same = all(new is old for new, old in zip(args, value.args, strict=True))
-        return value if same else self._made(value, args)
+        return value if same else self.made(value, args)
 
 
 def _keeps_positive(condition: Value, value: Value) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
-from hyperopt_nested.backends.program import Batch, Function, Program, Request, write_over
+from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
 from hyperopt_nested.backends.verify import examples
 from hyperopt_nested.joint_update import Tensors
 from hyperopt_nested.learned import COUNTED, LearnedHyper
@@ -25,63 +25,38 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to do for one tensor.
+    """What to do for one tensor."""
 
-    Attributes:
-        paths: of the leaves of the engine's state that programs take and write.
-        functions: what pulls the gradient back onto shared values, if there are any; and what steps the tensor's own values and the tensor.
-        reached: the shared values: learned hyper, and key of the value.
-        of: equal for tensors whose programs are the same.
-    """
-
-    paths: list[Path]
-    functions: list[Function]
-    reached: list[tuple[str, str]]
-    of: tuple[Any, ...]
+    paths: list[Path]  # of the leaves of the engine's state that programs take and write
+    functions: list[Function]  # pull the gradient back onto shared values, if there are any; step the tensor's own values and the tensor
+    reached: list[tuple[str, str]]  # the shared values: learned hyper, and key of the value
+    of: tuple[Any, ...]  # equal for tensors whose programs are the same
 
 
 @dataclass
 class PreparedStep:
-    """A step of some tensors, ready to be done again and again, as long as they and their state stay where they are.
+    """A step of some tensors, ready to be done again and again, as long as they and their state stay where they are."""
 
-    Attributes:
-        of: what it was prepared for.
-        st: the engine's state; the leaves are written to.
-        tensors: all that programs take, but gradients.
-        addresses: where these are, and in which form; see `_addresses`.
-        params: the tensors that are stepped.
-        backends: the sorts of programs that step tensors, but empty ones.
-        rows: arguments of programs, by tensor: the gradient comes first.
-        pulls: what pulls gradients back onto shared values.
-        contributions: what that writes: by learned hyper and value, a tensor for each device, one contribution along its first dimension.
-        learns: by learned hyper, what steps it, given the total of each value.
-        updates: what steps tensors.
-        counts: counts of single tensors, and what these are added to.
-    """
-
-    of: list[Any]
-    st: State
-    tensors: list[Tensor] = field(default_factory=list)
-    addresses: list[Any] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    backends: set[str] = field(default_factory=set)
-    rows: dict[str, list[list[Tensor]]] = field(default_factory=dict)
-    pulls: dict[Program, Batch] = field(default_factory=dict)
-    contributions: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    learns: dict[str, Callable[[dict[str, Tensor]], None]] = field(default_factory=dict)
+    of: list[Any]  # what it was prepared for
+    st: State  # the engine's; the leaves are written to
+    params: list[Tensor]
+    tensors: list[Tensor] = field(default_factory=list)  # all that programs take, but gradients
+    addresses: list[Any] = field(default_factory=list)  # where these are, and in which form; see `_addresses`
+    backends: set[str] = field(default_factory=set)  # the sorts of programs that step tensors, but empty ones
+    rows: dict[str, list[list[Tensor]]] = field(default_factory=dict)  # arguments of programs, by tensor: the gradient comes first
+    pulls: dict[Program, Batch] = field(default_factory=dict)  # write `contributions` to totals
+    contributions: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)  # by learned hyper and value: a tensor for each device
+    learns: dict[str, tuple[Program, Batch]] = field(default_factory=dict)  # by learned hyper: steps it, given the total of each value
     updates: dict[Program, Batch] = field(default_factory=dict)
-    counts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    counts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of single tensors, and what these are added to
 
 
 class ProgramStep:
     """The step of an engine, with state that is changed in place.
 
     A program pulls each tensor's gradient back onto the learned values that it shares with others; these then step; and another program
-    steps the values that only it has, and the tensor itself. Both are traced from `Nested`, so they do for every rule what it does.
-
-    Args:
-        nested: the engine; with exact curvature, or rules that need a total over all tensors, there are no such programs.
-        programs: makes, and keeps, programs.
+    steps the values that only it has, and the tensor itself. Both are traced from `Nested`, so they do for every rule what it does. With
+    exact curvature, or rules that need a total over all tensors, there are no such programs.
     """
 
     def __init__(self, nested: Nested, programs: Programs) -> None:
@@ -96,34 +71,22 @@ class ProgramStep:
         return "+".join(sorted(self._last.backends)) if self._last and self._last.backends else self._programs.backend
 
     def waits(self, taken: int, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> bool:
-        """Whether the engine does this step, the one after `taken`, while kernels of a small model are compiled in the background.
-
-        The other arguments are those of `prepare`.
-        """
-        if taken >= WARM_UP or self._programs.strict or self._programs.backend != "fused":
-            return False
-        if sum(param.numel() for param in params.values()) >= MANY:
-            return False
-        self._programs.begin(lambda: list(self._requests(params, grads, st, numbers, learn).values()))
-        return True
+        """Whether the engine does this step, the one after `taken`, while kernels of a small model are compiled in the background."""
+        waits = taken < WARM_UP and not self._programs.strict and self._programs.backend == "fused"
+        waits = waits and sum(param.numel() for param in params.values()) < MANY
+        if waits:
+            self._programs.begin(lambda: list(self._requests(params, grads, st, numbers, learn).values()))
+        return waits
 
     def prepare(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> PreparedStep:
-        """What to do; makes the programs that it is done with, if need be, and changes nothing.
-
-        Args:
-            params: the tensors, by name.
-            grads: the gradients of those that are stepped.
-            st: the engine's state.
-            numbers: what groups hold.
-            learn: whether to step the learned hypers.
-        """
+        """What to do for the tensors that have gradients; makes the programs that it is done with, if need be, and changes nothing."""
         given = list(grads.values())
         of: list[Any] = [learn, *grads, *(id(params[name]) for name in grads), *(id(numbers[name]) for name in grads)]
         for what in (type, Tensor.stride, *_FORM):
             of += map(what, given)
         last = self._last
         if last is None or last.st is not st or last.of != of or last.addresses != _addresses(last.tensors):
-            last = self._last = self._prepared(PreparedStep(of, st), params, grads, numbers, learn)
+            last = self._last = self._prepared(of, params, grads, st, numbers, learn)
         return last
 
     def step(self, prepared: PreparedStep, grads: Tensors) -> None:
@@ -134,8 +97,9 @@ class ProgramStep:
         for program, batch in prepared.pulls.items():
             program(batch)
         for key, by_value in prepared.contributions.items():
-            raws = prepared.st["hypers"][key]
-            prepared.learns[key]({value: _total(parts, raws[value].device) for value, parts in by_value.items()})
+            raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
+            batch.rows[0][: len(by_value)] = [_total(parts, raws[value].device) for value, parts in by_value.items()]
+            program(batch)
         for program, batch in prepared.updates.items():
             program(batch)
         for counted, total in prepared.counts:
@@ -163,56 +127,51 @@ class ProgramStep:
             requests[name] = Request(plan.of, optimizer.rule.name, plan.functions, arguments, param, shared, trials)
         for key in reached:
             if len(st["hypers"][key]) == 1:
-                learned = self._nested.learned[key]
-                leaves, step = self._learner(key, st)
-                (raw,) = st["hypers"][key].values()
-                arguments = [torch.empty_like(raw), *leaves.values()]
+                learn_by = self._nested.learned[key].learn
+                ((value, raw),) = st["hypers"][key].items()
+                held, step = self._learner(key, [value], st)
+                arguments = [torch.empty_like(raw), *held]
                 trials = functools.partial(examples, arguments, raw, {}, None, step)
-                requests[f"{_LEARNER}{key}"] = Request(
-                    (_LEARNER, learned.learn), learned.learn.by.rule.name, [step], arguments, raw, (), trials
-                )
+                of = _LEARNER, learn_by
+                requests[f"{_LEARNER}{key}"] = Request(of, learn_by.by.rule.name, [step], arguments, raw, (), trials)
         return requests
 
-    def _prepared(self, made: PreparedStep, params: Tensors, grads: Tensors, numbers: Numbers, learn: bool) -> PreparedStep:
-        requests = self._requests(params, grads, made.st, numbers, learn)
+    def _prepared(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
+        made, requests = PreparedStep(of, st, [params[name] for name in grads]), self._requests(params, grads, st, numbers, learn)
         programs = dict(zip(requests, self._programs.make(list(requests.values())), strict=True))
-        made.params = [params[name] for name in grads]
-        plans = {name: self._plan(name, made.st, learn) for name in grads}
-        counts: dict[tuple[Path, torch.device], list[str]] = {}
-        reached: dict[tuple[str, str, torch.device], list[str]] = {}
+        plans = {name: self._plan(name, st, learn) for name in grads}
+        shared: dict[tuple[Path, torch.device], list[str]] = {}  # what several tensors write to, with their names
         for name, plan in plans.items():
-            for path in plan.paths:
-                if any(part in COUNTED for part in path[:-1]):
-                    counts.setdefault((path, grads[name].device), []).append(name)
-            for key, value in plan.reached:
-                reached.setdefault((key, value, grads[name].device), []).append(name)
-        own: dict[tuple[str, Any], Tensor] = {}  # what stands for something that tensors share, by tensor
-        for (path, device), names in counts.items():
-            total: Tensor = functools.reduce(operator.getitem, path, made.st)  # type: ignore[assignment]
-            counted = total.new_zeros(len(names), device=device)
-            made.counts.append((counted, total))
-            own |= {(name, path): count for name, count in zip(names, counted.unbind(), strict=True)}
-        for (key, value, device), names in reached.items():
-            raw = made.st["hypers"][key][value]
-            parts = raw.new_empty(len(names), *raw.shape, device=device)
-            made.contributions.setdefault(key, {}).setdefault(value, []).append(parts)
-            own |= {(name, (key, value)): part for name, part in zip(names, parts.unbind(), strict=True)}
+            counted = [path for path in plan.paths if path[-2] in COUNTED and {*path[:-2:2]} <= {"learners"}]
+            for path in [*counted, *(("hypers", *each) for each in plan.reached)]:
+                shared.setdefault((path, grads[name].device), []).append(name)
+        own: dict[tuple[str, Path], Tensor] = {}  # what each of them writes to instead
+        for (path, device), names in shared.items():
+            total: Tensor = functools.reduce(operator.getitem, path, st)  # type: ignore[assignment]
+            parts = total.new_zeros(len(names), *total.shape, device=device)
+            own |= {(name, path): part for name, part in zip(names, parts.unbind(), strict=True)}
+            if path[0] == "hypers":
+                made.contributions.setdefault(path[1], {}).setdefault(path[2], []).append(parts)
+            else:
+                made.counts.append((parts, total))
         for name, plan in plans.items():
-            param = params[name].detach()
-            leaves = [own.get((name, path), leaf) for path, leaf in flatten(self._part(name, made.st)).items()]
-            row = [grads[name], *leaves, param, *numbers[name], *(own[name, each] for each in plan.reached)]
+            leaves = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in flatten(self._part(name, st)).items()]
+            contributions = [own[name, ("hypers", *each)] for each in plan.reached]
+            row = [grads[name], *leaves, params[name].detach(), *numbers[name], *contributions]
             made.tensors += [params[name], *row[1:]]
-            made.rows[name] = [row]
             *pulling, updating = programs[name]
-            for pull in pulling:
-                made.rows[name].append([*row])
-                made.pulls.setdefault(pull, Batch()).rows.append(made.rows[name][1])
+            made.rows[name] = [row, *([*row] for _ in pulling)]
+            for pull, copy in zip(pulling, made.rows[name][1:], strict=True):
+                made.pulls.setdefault(pull, Batch()).rows.append(copy)
             made.updates.setdefault(updating, Batch()).rows.append(row)
-            made.backends |= {updating.backend} if param.numel() else set()
+            made.backends |= {updating.backend} if params[name].numel() else set()
         # backwards: updates begin with what the cache still holds of pulling back
         made.updates = {program: Batch(batch.rows[::-1]) for program, batch in reversed(made.updates.items())}
         for key, by_value in made.contributions.items():
-            made.learns[key] = self._learn(key, list(by_value), made, programs.get(f"{_LEARNER}{key}"))
+            leaves, step = self._learner(key, list(by_value), st)
+            (program,) = programs.get(f"{_LEARNER}{key}") or [engine(step)]
+            made.learns[key] = program, Batch([[*(torch.empty_like(st["hypers"][key][value]) for value in by_value), *leaves]])
+            made.tensors += leaves
         made.addresses = _addresses(made.tensors)
         return made
 
@@ -253,46 +212,19 @@ class ProgramStep:
             **{part: {key: st[part][key] for key in own} for part in COUNTED},
         }
 
-    def _learner(self, key: str, st: State) -> tuple[dict[Path, Tensor], Function]:
-        """The state of a shared hyper's learner, and what steps it, given the totals of its values and this state."""
+    def _learner(self, key: str, reached: list[str], st: State) -> tuple[list[Tensor], Function]:
+        """The state of a shared hyper's learner, and what steps it, given the totals of the values that were reached, and this state."""
         learned = self._nested.learned[key]
         tree = {"learner": st["learners"][key], "raws": st["hypers"][key], "counts": {part: st[part][key] for part in COUNTED}}
-        leaves, structure, values = flatten(tree), map_tree(lambda _: None, tree), list(st["hypers"][key])
-        paths = list(leaves)
+        leaves, structure = flatten(tree), map_tree(lambda _: None, tree)
 
         def step(*given: Tensor) -> list[Tensor | None]:
-            now = filled(structure, given[len(values) :])
-            raws, learner, counts = learned.step(now["raws"], dict(zip(values, given, strict=False)), now["learner"], now["counts"])
+            now = filled(structure, given[len(reached) :])
+            raws, learner, counts = learned.step(now["raws"], dict(zip(reached, given, strict=False)), now["learner"], now["counts"])
             after = flatten({"learner": learner, "raws": raws, "counts": counts})
-            return [*(None for _ in values), *(after[path] for path in paths)]
+            return [*(None for _ in reached), *(after[path] for path in leaves)]
 
-        return leaves, step
-
-    def _learn(
-        self, key: str, reached: list[str], made: PreparedStep, programs: list[Program] | None
-    ) -> Callable[[dict[str, Tensor]], None]:
-        """What steps a hyper that tensors share, given the total of each value that was reached; by a program where there is one value."""
-        leaves, _ = self._learner(key, made.st)
-        made.tensors += leaves.values()
-        if programs is None:
-            learned = self._nested.learned[key]
-
-            def learn(totals: dict[str, Tensor]) -> None:
-                st, counts = made.st, {part: made.st[part][key] for part in COUNTED}
-                raws, learner, counts = learned.step(st["hypers"][key], totals, st["learners"][key], counts)
-                after = flatten({"learner": learner, "raws": raws, "counts": counts})
-                write_over(list(leaves.values()), [after[path] for path in leaves])
-
-            return learn
-        (raw,) = made.st["hypers"][key].values()
-        row = [torch.empty_like(raw), *leaves.values()]
-        batch = Batch([row])
-
-        def learn_one(totals: dict[str, Tensor]) -> None:
-            row[0] = totals[reached[0]]
-            programs[0](batch)
-
-        return learn_one
+        return list(leaves.values()), step
 
 
 _LEARNER = "learner of "
