@@ -93,9 +93,7 @@ def _missing(backend: Backend, devices: Iterable[torch.device]) -> str:
 class Programs:
     """Makes programs, one for all tensors that it serves, of the first sort that does what the engine does.
 
-    Args:
-        backend: "foreach", "compile" or "fused".
-        strict: whether no other sort will do for a rule. Tensors whose layout programs do not take are left to the engine all the same.
+    With `strict`, no sort but `backend` will do for a rule. Tensors whose layout programs do not take are left to the engine all the same.
     """
 
     def __init__(self, backend: Backend, *, strict: bool) -> None:
@@ -116,11 +114,7 @@ class Programs:
             thread.start()
 
     def make(self, requests: Sequence[Request]) -> list[list[Program]]:
-        """Programs for each request.
-
-        Raises:
-            ValueError: there are none of the sort that was asked for.
-        """
+        """Programs for each request; raises ValueError if there are none of the sort that was asked for."""
         if self._ahead is not None:
             process, thread = self._ahead
             if process == os.getpid():  # a forked child has no such thread
@@ -129,8 +123,7 @@ class Programs:
         new = {key: request for request in requests if (key := _key(request)) not in self._made}
         if len(new) > 1:
             self._compile(list(new.values()))
-        for key, request in new.items():
-            self._made[key] = self._programs(request)
+        self._made |= {key: self._programs(request) for key, request in new.items()}
         return [self._made[_key(request)] for request in requests]
 
     def _compile(self, requests: Sequence[Request]) -> None:
@@ -151,7 +144,7 @@ class Programs:
         for sort in self._sorts:
             try:
                 programs = self._of_sort(sort, request)
-                verified = (*map(id, programs), request.of, *request.kinds, *_singletons(request))
+                verified = (*map(id, programs), request.of, request.kinds, request.singletons)
                 if verified not in self._deviations:
                     self._deviations[verified] = deviation(programs, request, whole=sort == "compile")
                 if not self._deviations[verified]:
@@ -187,7 +180,7 @@ class Programs:
 
     def _traced(self, sort: str, request: Request) -> list[UpdateGraph]:
         """The graphs of a request, as a sort needs them."""
-        key = sort, request.of, tuple(argument.dtype for argument in request.arguments), request.kinds, _singletons(request)
+        key = sort, request.of, request.kinds, request.singletons, tuple(argument.dtype for argument in request.arguments)
         if key not in self._graphs:
             try:
                 graphs = [trace(function, request.arguments, request.param) for function in request.functions]
@@ -206,10 +199,6 @@ def _key(request: Request) -> Hashable:
     """What programs depend on: what they do, and the form of all arguments."""
     forms = ((type(each), each.shape, each.stride(), each.dtype, each.device, each.is_neg()) for each in request.arguments)
     return request.of, request.param.shape, request.param.stride(), *forms
-
-
-def _singletons(request: Request) -> tuple[bool, ...]:
-    return tuple(size == 1 for size in request.param.shape)
 
 
 _BY_GRAPH: dict[str, Callable[[UpdateGraph], Program]] = {"fused": Kernel, "foreach": Interpreter}

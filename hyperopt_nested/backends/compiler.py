@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"
@@ -36,11 +35,7 @@ class CompileError(Exception):
 
 
 def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
-    """Return one library for each C++ source: of this process, of the folder, or compiled now, all missing ones side by side.
-
-    Raises:
-        CompileError: there is no compiler or folder, or the compiler fails.
-    """
+    """Return one library for each C++ source: of this process, of the folder, or compiled now, all missing ones side by side."""
     found, where = compiler(), folder()
     if found is None:
         raise CompileError("there is no C++ compiler: install one, such as g++, or set CXX")
@@ -48,16 +43,16 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
         raise CompileError(f"no folder for compiled kernels can be used: set {CACHE_VARIABLE} to one that only you can write to")
     with _lock:
         keys = [_key(source, found) for source in sources]
-        missing = {
-            key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries and not _kept(where / f"{key}.so")
-        }
+        new = {key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries}
+        missing = [(key, source) for key, source in new.items() if not _kept(where / f"{key}.so")]
         if missing:
             _tell(where)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda item: _compile(found, where, *item), missing.items()))
-        for key in keys:
-            if key not in _libraries:
-                _libraries[key] = _opened(where / f"{key}.so")
+                list(pool.map(lambda item: _compile(found, where, *item), missing))
+        try:
+            _libraries.update({key: ctypes.CDLL(str(where / f"{key}.so")) for key in new})
+        except OSError as error:
+            raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
         return [_libraries[key] for key in keys]
 
 
@@ -81,21 +76,15 @@ def compiler() -> tuple[str, ...] | None:
 
 def folder() -> Path | None:
     """The folder where libraries are kept, created if need be; None if there is none that only the user can write to."""
+    places = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Caches")}
+    variable, place = places.get(sys.platform, ("XDG_CACHE_HOME", "~/.cache"))
     given = os.environ.get(CACHE_VARIABLE)
     try:
-        path = Path(given) if given else _user_cache() / "hyperopt-nested"
+        path = Path(given) if given else Path(os.environ.get(variable) or place).expanduser() / "hyperopt-nested"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path if _is_own(path, stat.S_ISDIR) and os.access(path, os.W_OK | os.X_OK) else None
     except (OSError, RuntimeError, ValueError):
         return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
@@ -108,9 +97,7 @@ def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
 def _kept(path: Path) -> bool:
     """Whether a library is there, the user's own, and whole."""
     try:
-        if not _is_own(path, stat.S_ISREG):
-            return False
-        content = path.read_bytes()
+        content = path.read_bytes() if _is_own(path, stat.S_ISREG) else b""
     except OSError:
         return False
     return content[-32 - len(_MARK) :] == _trailer(content[: -32 - len(_MARK)])
@@ -121,31 +108,17 @@ def _trailer(content: bytes) -> bytes:
     return _MARK + hashlib.sha256(content).digest()
 
 
-def _opened(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
-
-
 def _compile(command: tuple[str, ...], where: Path, key: str, source: str) -> None:
     """Compile a source into the folder, in one move."""
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
             code, library = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             code.write_text(source)
-            process = subprocess.Popen(
-                [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(library)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TMPDIR": scratch},
-            )
+            call, environment = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(library)], {**os.environ, "TMPDIR": scratch}
+            process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
             _running.add(process)
-            try:
-                _, said = process.communicate()
-            finally:
-                _running.discard(process)
+            said = process.communicate()[1]
+            _running.discard(process)
             if process.returncode:
                 raise CompileError(f"{command[0]} fails: {_line(said) or f'exit status {process.returncode}'}")
             content = library.read_bytes()
@@ -164,46 +137,35 @@ def _line(message: str) -> str:
 
 def _key(source: str, command: tuple[str, ...]) -> str:
     """Name of a library: equal for what would be compiled alike, and runs alike."""
-    described = "\0".join([source, *command, _about(command[0]), *_ALWAYS, *FLAGS, _processor(), _version()])
+    described = "\0".join([source, *command, *_ALWAYS, *FLAGS, _here(command[0])])
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
 @cache
-def _about(path: str) -> str:
-    found = os.stat(os.path.realpath(path))
-    return f"{os.path.realpath(path)} {found.st_size} {found.st_mtime_ns}"
-
-
-@cache
-def _processor() -> str:
+def _here(compiler: str) -> str:
+    """What the compiler and the processor are."""
+    found = os.stat(os.path.realpath(compiler))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         described = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")})
     except OSError:
         described = [platform.processor()]
-    return "\n".join([platform.machine(), platform.system(), *described])
+    about = os.path.realpath(compiler), str(found.st_size), str(found.st_mtime_ns), platform.machine(), platform.system()
+    return "\n".join([*about, *described])
 
 
-@cache
-def _version() -> str:
-    try:
-        return version("hyperopt-nested")
-    except PackageNotFoundError:
-        return ""
-
-
-def _forget_locks() -> None:
+def _forget() -> None:
     """In a forked child: another thread of the parent may have held the lock."""
     global _lock
     _lock = threading.RLock()
     _running.clear()
 
 
+@atexit.register
 def _stop() -> None:
     for process in list(_running):
         process.kill()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-atexit.register(_stop)
+    os.register_at_fork(after_in_child=_forget)

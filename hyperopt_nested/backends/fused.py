@@ -26,12 +26,7 @@ class LayoutError(UnsupportedError):
 
 
 class Kernel:
-    """A graph in machine code, for tensors of all sizes that pass `check_layout`.
-
-    Raises:
-        UnsupportedError: there is no C++ for the graph.
-        CompileError: the C++ does not compile.
-    """
+    """A graph in machine code, for tensors of all sizes that pass `check_layout`."""
 
     backend = "fused"
 
@@ -49,8 +44,7 @@ class Kernel:
         tables, pointers, storages = batch.prepared
         grads = [self._readable(row[0], row[self._like], storages) for row in batch.rows]
         tables[0][:: len(self._dtypes)] = array("q", map(Tensor.data_ptr, grads))
-        # a forked child has no threads but its own
-        threads = torch.get_num_threads() if os.getpid() == _started else 1
+        threads = torch.get_num_threads() if os.getpid() == _started else 1  # a forked child has no threads but its own
         self._run(ctypes.c_int64(len(grads)), *pointers, threads)
 
     def _prepared(self, rows: Sequence[Sequence[Tensor]]) -> tuple[list[array[int]], list[ctypes.c_void_p], set[int]]:
@@ -81,35 +75,23 @@ def sizes(param: Tensor) -> tuple[int, int]:
 
 
 def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tensor) -> None:
-    """Check that a kernel can work on the memory of tensors: the gradient, which may lie in any way, and all else that it reads or writes.
-
-    Raises:
-        LayoutError: a tensor is empty, of a subclass, elsewhere than on the CPU, not dense row after row, or beyond its storage; or two
-            that are written overlap.
-    """
+    """Raise LayoutError unless a kernel can work on the memory of the gradient, which may lie in any way, and of all else."""
     rows, columns = sizes(param)
     for i, (argument, kind) in enumerate(zip(arguments, kinds, strict=True)):
-        if type(argument) not in PLAIN or argument.layout != torch.strided:
-            raise LayoutError(f"a tensor is a {type(argument).__name__} of layout {argument.layout}")
-        if argument.device.type != "cpu":
-            raise LayoutError(f"a tensor is on {argument.device}")
-        if argument.numel() == 0:
-            raise LayoutError("a tensor is empty")
         count = {Kind.NUMBER: 1, Kind.ROW: rows, Kind.ELEMENT: rows * columns}[kind]
-        if argument.numel() != count or argument.is_neg():
-            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} does not have {count} values")
+        plain = type(argument) in PLAIN and argument.layout == torch.strided and argument.device.type == "cpu" and not argument.is_neg()
+        if not plain or argument.numel() != count or count == 0:
+            raise LayoutError(f"a {type(argument).__name__} of shape {tuple(argument.shape)} on {argument.device} has not {count} numbers")
         if i == 0:
             continue
         if kind == Kind.ELEMENT and argument.shape == param.shape:
             fits = _strides(argument) == _strides(param)
         else:
             fits = argument.is_contiguous() and (kind != Kind.ELEMENT or param.is_contiguous())
-        if not fits or not is_dense(argument):
+        if not (fits and is_dense(argument) and is_stored(argument)):
             raise LayoutError(f"a tensor of shape {tuple(argument.shape)} has strides {argument.stride()}, its parameter {param.stride()}")
-        if not is_stored(argument):
-            raise LayoutError("a tensor lies beyond its storage")
     if rows > 1 and param.stride(0) != columns:
-        raise LayoutError(f"a tensor of shape {tuple(param.shape)} has strides {param.stride()}: it does not lie row after row")
+        raise LayoutError(f"a tensor with strides {param.stride()} does not lie row after row")
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
     if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
         raise LayoutError("tensors of one update share memory")

@@ -47,6 +47,10 @@ class Request:
         """What each argument has one value of; raises UnsupportedError if that is not known."""
         return tuple(kind_of(argument.shape, self.param.shape) for argument in self.arguments)
 
+    @property
+    def singletons(self) -> tuple[bool, ...]:
+        return tuple(size == 1 for size in self.param.shape)
+
 
 @dataclass(eq=False)
 class PerRow:

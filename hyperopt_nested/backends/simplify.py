@@ -10,9 +10,7 @@ from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value,
 def simplified(graph: UpdateGraph, read: Mapping[int, Value] | None = None) -> UpdateGraph:
     """A graph that does the same, with factors of numbers and rows gathered, and divisions by them made factors.
 
-    Args:
-        graph: the graph.
-        read: by index of an argument: the value in the graph that it holds already, and that is read from it.
+    The values in `read` are already in the arguments of these indices, and are read from there.
     """
     held, how = {value: i for i, value in (read or {}).items()}, _Simplification()
     new: dict[Value, Value] = {}

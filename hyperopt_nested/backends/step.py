@@ -1,8 +1,9 @@
 """Steps by programs, in place: what is done to one tensor is traced from the engine, and made into programs for many tensors."""
 
 import functools
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,8 @@ class PreparedStep:
     st: State  # the engine's; the leaves are written to
     params: list[Tensor]
     tensors: list[Tensor] = field(default_factory=list)  # all that programs take, but gradients
-    addresses: list[Any] = field(default_factory=list)  # where these are, and in which form; see `_addresses`
+    addresses: list[Any] = field(default_factory=list)  # where these are, and in which form
+    requests: dict[str, Request] = field(default_factory=dict)
     backends: set[str] = field(default_factory=set)  # the sorts of programs that step tensors, but empty ones
     rows: dict[str, list[list[Tensor]]] = field(default_factory=dict)  # arguments of programs, by tensor: the gradient comes first
     pulls: dict[Program, Batch] = field(default_factory=dict)  # write `contributions` to totals
@@ -75,18 +77,15 @@ class ProgramStep:
         waits = taken < WARM_UP and not self._programs.strict and self._programs.backend == "fused"
         waits = waits and sum(param.numel() for param in params.values()) < MANY
         if waits:
-            self._programs.begin(lambda: list(self._requests(params, grads, st, numbers, learn).values()))
+            self._programs.begin(lambda: list(self._arranged([], params, grads, st, numbers, learn).requests.values()))
         return waits
 
     def prepare(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> PreparedStep:
         """What to do for the tensors that have gradients; makes the programs that it is done with, if need be, and changes nothing."""
-        given = list(grads.values())
-        of: list[Any] = [learn, *grads, *(id(params[name]) for name in grads), *(id(numbers[name]) for name in grads)]
-        for what in (type, Tensor.stride, *_FORM):
-            of += map(what, given)
-        last = self._last
-        if last is None or last.st is not st or last.of != of or last.addresses != _addresses(last.tensors):
-            last = self._last = self._prepared(of, params, grads, st, numbers, learn)
+        objects = (id(each[name]) for each in (params, numbers) for name in grads)
+        of, last = [learn, *grads, *objects, *_each(grads.values(), type, *_FORM)], self._last
+        if last is None or last.st is not st or last.of != of or last.addresses != _each(last.tensors, Tensor.data_ptr, *_FORM):
+            last = self._last = self._prepared(self._arranged(of, params, grads, st, numbers, learn))
         return last
 
     def step(self, prepared: PreparedStep, grads: Tensors) -> None:
@@ -112,34 +111,9 @@ class ProgramStep:
                 write_over(list(raws.values()), [new[value] for value in raws])
         torch.autograd.graph.increment_version(prepared.params)  # kernels write without telling autograd
 
-    def _requests(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> dict[str, Request]:
-        """What programs are needed for: by tensor, and by shared hyper that has one value."""
-        requests, reached = {}, dict[str, None]()
-        for name, grad in grads.items():
-            plan, leaves = self._plan(name, st, learn), flatten(self._part(name, st))
-            reached |= dict.fromkeys(key for key, _ in plan.reached)
-            param, optimizer = params[name].detach(), self._nested.optimizer_of(name)
-            contributions = [torch.empty_like(st["hypers"][key][value]) for key, value in plan.reached]
-            arguments = [grad, *leaves.values(), param, *numbers[name], *contributions]
-            hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
-            shared = [i for i, learned in hypers.items() if learned.key in dict(plan.reached)]
-            trials = functools.partial(examples, arguments, param, hypers, 1 + len(leaves), plan.functions[-1])
-            requests[name] = Request(plan.of, optimizer.rule.name, plan.functions, arguments, param, shared, trials)
-        for key in reached:
-            if len(st["hypers"][key]) == 1:
-                learn_by = self._nested.learned[key].learn
-                ((value, raw),) = st["hypers"][key].items()
-                held, step = self._learner(key, [value], st)
-                arguments = [torch.empty_like(raw), *held]
-                trials = functools.partial(examples, arguments, raw, {}, None, step)
-                of = _LEARNER, learn_by
-                requests[f"{_LEARNER}{key}"] = Request(of, learn_by.by.rule.name, [step], arguments, raw, (), trials)
-        return requests
-
-    def _prepared(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
-        made, requests = PreparedStep(of, st, [params[name] for name in grads]), self._requests(params, grads, st, numbers, learn)
-        programs = dict(zip(requests, self._programs.make(list(requests.values())), strict=True))
-        plans = {name: self._plan(name, st, learn) for name in grads}
+    def _arranged(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
+        """A step with arguments, and what programs are needed for these: by tensor, and by shared hyper that has one value."""
+        made, plans = PreparedStep(of, st, [params[name] for name in grads]), {name: self._plan(name, st, learn) for name in grads}
         shared: dict[tuple[Path, torch.device], list[str]] = {}  # what several tensors write to, with their names
         for name, plan in plans.items():
             counted = [path for path in plan.paths if path[-2] in COUNTED and {*path[:-2:2]} <= {"learners"}]
@@ -155,24 +129,41 @@ class ProgramStep:
             else:
                 made.counts.append((parts, total))
         for name, plan in plans.items():
-            leaves = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in flatten(self._part(name, st)).items()]
-            contributions = [own[name, ("hypers", *each)] for each in plan.reached]
-            row = [grads[name], *leaves, params[name].detach(), *numbers[name], *contributions]
+            param, rule, leaves = params[name].detach(), self._nested.optimizer_of(name).rule.name, flatten(self._part(name, st))
+            held = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in leaves.items()]
+            row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
             made.tensors += [params[name], *row[1:]]
-            *pulling, updating = programs[name]
-            made.rows[name] = [row, *([*row] for _ in pulling)]
-            for pull, copy in zip(pulling, made.rows[name][1:], strict=True):
-                made.pulls.setdefault(pull, Batch()).rows.append(copy)
-            made.updates.setdefault(updating, Batch()).rows.append(row)
-            made.backends |= {updating.backend} if params[name].numel() else set()
+            made.rows[name] = [[*row] for _ in plan.functions]
+            hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
+            changing = [i for i, learned in hypers.items() if learned.key in dict(plan.reached)]
+            trials = functools.partial(examples, row, param, hypers, 1 + len(leaves), plan.functions[-1])
+            made.requests[name] = Request(plan.of, rule, plan.functions, row, param, changing, trials)
+        for key, by_value in made.contributions.items():
+            learn_by, raws = self._nested.learned[key].learn, st["hypers"][key]
+            held, step = self._learner(key, list(by_value), st)
+            row = [*(torch.empty_like(raws[value]) for value in by_value), *held]
+            made.tensors += held
+            made.learns[key] = engine(step), Batch([row])
+            if len(raws) == 1:
+                trials = functools.partial(examples, row, row[0], {}, None, step)
+                made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)
+        made.addresses = _each(made.tensors, Tensor.data_ptr, *_FORM)
+        return made
+
+    def _prepared(self, made: PreparedStep) -> PreparedStep:
+        programs = dict(zip(made.requests, self._programs.make(list(made.requests.values())), strict=True))
+        made.requests = {}  # which have gradients in them
+        for name, rows in made.rows.items():
+            *pulling, updating = zip(programs[name], rows, strict=True)
+            for pull, row in pulling:
+                made.pulls.setdefault(pull, Batch()).rows.append(row)
+            made.updates.setdefault(updating[0], Batch()).rows.append(updating[1])
+            made.backends |= {updating[0].backend} if updating[1][0].numel() else set()
         # backwards: updates begin with what the cache still holds of pulling back
         made.updates = {program: Batch(batch.rows[::-1]) for program, batch in reversed(made.updates.items())}
-        for key, by_value in made.contributions.items():
-            leaves, step = self._learner(key, list(by_value), st)
-            (program,) = programs.get(f"{_LEARNER}{key}") or [engine(step)]
-            made.learns[key] = program, Batch([[*(torch.empty_like(st["hypers"][key][value]) for value in by_value), *leaves]])
-            made.tensors += leaves
-        made.addresses = _addresses(made.tensors)
+        for key, (_, batch) in made.learns.items():
+            if f"{_LEARNER}{key}" in programs:
+                made.learns[key] = programs[f"{_LEARNER}{key}"][0], batch
         return made
 
     def _plan(self, name: str, st: State, learn: bool) -> _Plan:
@@ -201,16 +192,7 @@ class ProgramStep:
         return plan
 
     def _part(self, name: str, st: State) -> State:
-        """The part of the engine's state that the programs of one tensor need."""
-        used = {each.key: each for each in self._nested.learned_of(name).values()}
-        own = [key for key in used if key in self._own]
-        return {
-            "memory": {name: st["memory"][name]},  # first, since it takes copies of what is written later
-            "rule": {name: st["rule"][name]},
-            "hypers": {key: {each.key_of(name): st["hypers"][key][each.key_of(name)]} for key, each in used.items()},
-            "learners": {key: _only(name, st["learners"][key]) for key in own},
-            **{part: {key: st[part][key] for key in own} for part in COUNTED},
-        }
+        return _part(self._nested.learned_of(name).values(), name, st)
 
     def _learner(self, key: str, reached: list[str], st: State) -> tuple[list[Tensor], Function]:
         """The state of a shared hyper's learner, and what steps it, given the totals of the values that were reached, and this state."""
@@ -228,15 +210,11 @@ class ProgramStep:
 
 
 _LEARNER = "learner of "
-_FORM = operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
+_FORM = Tensor.stride, operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[Any]:
-    """Where tensors are, and in which form."""
-    found: list[Any] = []
-    for what in (Tensor.data_ptr, Tensor.stride, *_FORM):
-        found += map(what, tensors)
-    return found
+def _each(tensors: Collection[Tensor], *whats: Callable[[Tensor], Any]) -> list[Any]:
+    return list(itertools.chain.from_iterable(map(what, tensors) for what in whats))
 
 
 def _total(parts: list[Tensor], device: torch.device) -> Tensor:
@@ -249,12 +227,13 @@ def _is_own(learned: LearnedHyper) -> bool:
     return learned.learn.per != "model" and all(map(_is_own, learned.learner.learned.values()))
 
 
-def _only(name: str, st: State) -> State:
-    """The part of a learner's state that belongs to what is called `name`."""
+def _part(used: Collection[LearnedHyper], name: str, st: State) -> State:
+    """The part of an engine's state that the programs of one tensor need."""
+    own = {each.key: each for each in used if _is_own(each)}
     return {
+        "memory": {name: st["memory"][name]},  # first, since it takes copies of what is written later
         "rule": {name: st["rule"][name]},
-        "hypers": {key: {name: raws[name]} for key, raws in st["hypers"].items()},
-        "learners": {key: _only(name, inner) for key, inner in st["learners"].items()},
-        "memory": {name: st["memory"][name]},
-        **{part: st[part] for part in COUNTED},
+        "hypers": {each.key: {each.key_of(name): st["hypers"][each.key][each.key_of(name)]} for each in used},
+        "learners": {key: _part(each.learner.learned.values(), name, st["learners"][key]) for key, each in own.items()},
+        **{part: {key: st[part][key] for key in own} for part in COUNTED},
     }

@@ -78,11 +78,7 @@ def with_early_writes(graphs: Sequence[UpdateGraph], changing: Collection[int]) 
 
     A step whose learned values have to be known before the tensor is updated passes over it twice. What renews the state alone, as Adam's
     moments, waits for no total and no learned value, so it can happen in the first pass, which reads it for the hypergradient anyway; the
-    second then reads it back, and needs no gradient.
-
-    Args:
-        graphs: of the same arguments.
-        changing: indices of arguments that are written to between them.
+    second then reads it back, and needs no gradient. Arguments whose indices are in `changing` are written to between the graphs.
     """
     if len(graphs) != 2:
         return list(graphs)

@@ -33,18 +33,10 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
-    """Return the graph of a function of one tensor's gradient, state and numbers.
+    """Return the graph of a function of one tensor's gradient, state and numbers; only shapes and dtypes of arguments are read.
 
     It is traced on small tensors of two other shapes: a function that depends on sizes in a way that graphs do not have gives two
-    graphs, and is refused.
-
-    Args:
-        function: from as many tensors as there are arguments to what is written to each of them; None where nothing is.
-        arguments: examples; only shapes and dtypes are read.
-        param: the tensor; what has its shape has one value an element.
-
-    Raises:
-        UnsupportedError: the function does something that does not go row by row, or writes a value of another shape than its argument.
+    graphs, and is refused, as is what does not go row by row, or writes a value of another shape than its argument.
     """
     if param.ndim > len(_SIZES[0]):
         raise UnsupportedError(f"a tensor has {param.ndim} dimensions")
@@ -164,11 +156,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             same = args[1]
         elif name == "sub" and zero[0]:
             name, args = "neg", [args[1]]
-        elif (name in ("add", "sub") and zero[1]) or (name == "neg" and zero[0]) or (name in ("mul", "div") and one[1]):
-            same = args[0]
-        elif (name == "add" and zero[0]) or (name == "mul" and one[0]):
+        elif (name == "mul" and one[0]) or (name == "add" and zero[0]):
             same = args[1]
-        elif name == "mul" and zero[0] and zero[1]:
+        elif (name in ("mul", "div") and one[1]) or (name in ("add", "sub") and zero[1]) or (name in ("neg", "mul") and all(zero)):
             same = args[0]
         if same is not None:
             return self.cast(same, kind, dtype)
@@ -186,15 +176,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def cast(self, value: Value, kind: Kind, dtype: torch.dtype) -> Value:
         """A value in another dtype, or as what there is more of."""
-        if value.op == "constant":
-            return self._value("constant", value.args, kind, dtype) if _fits(value, dtype) else self._value("cast", (value,), kind, dtype)
+        if value.op == "constant":  # it stays one if it is the same number
+            old, new = (float(torch.tensor(value.args[0], dtype=each)) for each in (value.dtype, dtype))
+            return self._value("constant", value.args, kind, dtype) if new == old else self._value("cast", (value,), kind, dtype)
         if value.op == "cast" and value.args[0].dtype == dtype and torch.promote_types(dtype, value.dtype) == value.dtype:
             value = value.args[0]  # there and back
         elif value.dtype != dtype:
             value = self._value("cast", (value,), value.kind, dtype)
         return value if value.kind == kind else self._value("expand", (value,), kind, dtype)
-
-
-def _fits(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a constant is the same number in another dtype, or there is only one way to write it."""
-    return float(torch.tensor(value.args[0], dtype=dtype)) == float(torch.tensor(value.args[0], dtype=value.dtype))

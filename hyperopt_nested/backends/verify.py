@@ -18,13 +18,7 @@ _SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0
 
 
 def deviation(programs: Sequence[Program], request: Request, *, whole: bool = False) -> str:
-    """What deviates from the functions that programs are made of, in words; nothing if they agree on all examples, up to rounding.
-
-    Args:
-        programs: one for each function of the request.
-        request: what they were made for.
-        whole: whether they take tensors of no other size.
-    """
+    """What deviates from the functions of a request, in words; nothing if programs agree with them on all examples, up to rounding."""
     tolerance = max(_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments)
     by_engine = [engine(function) for function in request.functions]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -65,7 +59,7 @@ def _moved(arguments: Sequence[Tensor], seed: int) -> list[Tensor]:
 def examples(
     arguments: Sequence[Tensor], param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, update: Function, *, whole: bool
 ) -> Iterator[list[Tensor]]:
-    """Make small examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
+    """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
 
@@ -75,7 +69,7 @@ def examples(
         hypers: learned hypers, by index of the argument that holds their raw values.
         point: index of the tensor among the arguments, if it is one.
         update: the update, by the engine.
-        whole: whether examples have the sizes and strides of these arguments instead.
+        whole: whether examples have the sizes and strides of these arguments; else they are small.
     """
     generator = torch.Generator().manual_seed(0)
     shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, _SIZES.get(param.ndim, (2,) * param.ndim), strict=True))
