@@ -44,11 +44,7 @@ MANY = 1_000_000
 
 
 def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
-    """What runs the steps, if not for some tensors that it does not serve.
-
-    Raises:
-        ValueError: `backend` is none of its choices, or there are no such programs here.
-    """
+    """What runs the steps, if not for some tensors that it does not serve; raises ValueError if it is not known, or can not be had."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
     if backend == "reference":

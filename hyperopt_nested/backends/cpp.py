@@ -28,13 +28,9 @@ def code(graph: UpdateGraph) -> str:
     """C++ of a graph, with a function `run(count, inputs, rows, columns, threads)`.
 
     `inputs` has, tensor by tensor, the address of each argument. Elements of all arguments of a tensor lie alike, dense, and row after row.
-
-    Raises:
-        UnsupportedError: a dtype is not one of those that C++ has here.
     """
-    for _, dtype in graph.inputs:
-        if dtype not in _STORED:
-            raise UnsupportedError(f"there is no {dtype} in C++ here")
+    if unknown := {dtype for _, dtype in graph.inputs} - _STORED.keys():
+        raise UnsupportedError(f"there is no {unknown.pop()} in C++ here")
     rounds = any(value.dtype == torch.bfloat16 for value in graph.values)
     return f"constexpr bool ROUNDS = {str(rounds).lower()};  // to bfloat16\n" + HEADER + "".join(_Code(graph).parts())
 

@@ -6,7 +6,8 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tens
         if i == 0:
             continue
         if kind == Kind.ELEMENT and argument.shape == param.shape:
-            fits = _strides(argument) == _strides(param)
+            strides = zip(argument.stride(), param.stride(), param.shape, strict=True)
+            fits = all(own == wanted or size == 1 for own, wanted, size in strides)
         else:
             fits = argument.is_contiguous() and (kind != Kind.ELEMENT or param.is_contiguous())
         if not (fits and is_dense(argument) and is_stored(argument)):
@@ -99,20 +101,11 @@ def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tens
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    counts = accumulate((size for _, size in steps), mul, initial=1)
+    return all(stride == count for (stride, _), count in zip(steps, counts, strict=False))
 
 
 def is_stored(tensor: Tensor) -> bool:
     """Whether the storage of a dense tensor holds all of it."""
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides, as far as they matter."""
-    return tuple(stride if size != 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

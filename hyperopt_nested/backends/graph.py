@@ -33,11 +33,9 @@ class Value:
 
     @property
     def operands(self) -> tuple["Value", ...]:
-        """The values among the arguments."""
         return tuple(arg for arg in self.args if isinstance(arg, Value))
 
     def is_constant(self, number: float) -> bool:
-        """Whether it is a constant that equals a number."""
         return self.op == "constant" and bool(self.args[0] == number)
 
     @property

@@ -129,7 +129,8 @@ class ProgramStep:
             else:
                 made.counts.append((parts, total))
         for name, plan in plans.items():
-            param, rule, leaves = params[name].detach(), self._nested.optimizer_of(name).rule.name, flatten(self._part(name, st))
+            param, rule = params[name].detach(), self._nested.optimizer_of(name).rule.name
+            leaves = flatten(_part(self._nested.learned_of(name).values(), name, st))
             held = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in leaves.items()]
             row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
             made.tensors += [params[name], *row[1:]]
@@ -169,8 +170,8 @@ class ProgramStep:
     def _plan(self, name: str, st: State, learn: bool) -> _Plan:
         if (name, learn) in self._plans:
             return self._plans[name, learn]
-        paths, structure = list(flatten(self._part(name, st))), map_tree(lambda _: None, self._part(name, st))
         learned = self._nested.learned_of(name).values()
+        paths, structure = list(flatten(_part(learned, name, st))), map_tree(lambda _: None, _part(learned, name, st))
         reached = list(dict.fromkeys((each.key, each.key_of(name)) for each in learned if learn and each.key not in self._own))
         size, optimizer = len(paths) + 1, self._nested.optimizer_of(name)
 
@@ -184,15 +185,12 @@ class ProgramStep:
             values, st = dict(zip(optimizer.settings, rest[size:], strict=False)), filled(structure, leaves)
             new, after = self._nested.step({name: param}, {name: grad}, st, {name: values}, learn=self._own if learn else [])
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
-            found = flatten(self._part(name, after))
+            found = flatten(_part(learned, name, after))
             return [None, *(found[path] for path in paths), new[name], *(None for _ in rest[size:])]
 
         of = optimizer.signature, learn, *(tuple("" if key == name else key for key in path) for path in paths)
         plan = self._plans[name, learn] = _Plan(paths, [pull, update] if reached else [update], reached, of)
         return plan
-
-    def _part(self, name: str, st: State) -> State:
-        return _part(self._nested.learned_of(name).values(), name, st)
 
     def _learner(self, key: str, reached: list[str], st: State) -> tuple[list[Tensor], Function]:
         """The state of a shared hyper's learner, and what steps it, given the totals of the values that were reached, and this state."""
