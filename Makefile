@@ -17,7 +17,7 @@ test: lint docs
 	$(BIN)/python -m pytest
 
 test-thorough: $(VENV)/.done
-	$(BIN)/python -m pytest --hypothesis-profile thorough
+	FUZZ_CASES=2000 FUZZ_SEED=$$(date +%Y%m%d) $(BIN)/python -m pytest --hypothesis-profile thorough
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -39,7 +39,8 @@ rules: $(VENV)/.done
 bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
 	run optimizer_steps.py $(PUBLISHED); \
-	run operators.py; \
+	run small_models.py; \
+	run launches.py $(PUBLISHED); \
 	run memory.py $(PUBLISHED); \
 	run scaling.py; \
 	run training_steps.py; \

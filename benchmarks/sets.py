@@ -172,11 +172,15 @@ def load_published(path: Path | None) -> ModuleType | None:
     return module
 
 
-def made(candidate: Candidate, params: Params) -> torch.optim.Optimizer | None:
-    """The optimizer; None where its backend does not exist."""
+def made(candidate: Candidate, params: Params, steps: int = 0) -> torch.optim.Optimizer | None:
+    """The optimizer, after some steps; None where its backend does not exist, or does not serve it."""
     try:
-        return candidate.make(params)
+        opt = candidate.make(params)
+        for _ in range(steps):
+            opt.step()
     except ValueError as error:
         if str(error).startswith("backend="):
+            print(f"*** {error} ***")
             return None
         raise
+    return opt

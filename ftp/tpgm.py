@@ -58,6 +58,7 @@ class TPGM(ProjectedOptimizer):
     """
 
     _begins_at_first_step = False  # its first step comes after training
+    _pinned_at_ends = frozenset({"radius"})  # where the validation loss wants the anchor
 
     def __init__(
         self,

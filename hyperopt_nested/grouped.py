@@ -12,6 +12,7 @@ from hyperopt_nested.combinator import Combinator
 from hyperopt_nested.group import Numbers, check_betas, check_keys, check_numbers, pack, unpack, with_overrides
 from hyperopt_nested.learned import number
 from hyperopt_nested.nested import Nested
+from hyperopt_nested.outside_dynamo import add_param_group
 from hyperopt_nested.param_state import ParamState
 from hyperopt_nested.roster import Group, Roster, free_name
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
@@ -73,7 +74,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 group.pop("param_names", None)
                 group |= {"param_names": []} if isinstance(entries[0], tuple) else {}
         names: dict[str, Any] = {} if entries or not any("param_names" in group for group in self.param_groups) else {"param_names": []}
-        super().add_param_group({"params": entries, **names, **pack({**declared, **numbers})})
+        add_param_group(self, {"params": entries, **names, **pack({**declared, **numbers})})
         roster = Roster(self.param_groups, [*self._roster.names, [name for name, _ in named]])
         try:
             if self._kept is not None:

@@ -104,7 +104,6 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
     for ref, leaf in pairs(kept.refs, kept.st):
         expected.setdefault(ref.name, {})[ref.key] = leaf
     pool = {key: entry for entries in saved.values() for key, entry in entries.items() if _is_shared(key, common)}
-    _check_coordinates(kept, pool)
     own = {name: {key: entry for key, entry in entries.items() if not _is_shared(key, common)} for name, entries in saved.items()}
     keys = {key: None for entries in own.values() for key in entries}
     if keys and not any(map(is_entry, keys)):
@@ -121,6 +120,7 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
         if name == home:
             shared = _fitting(name, pool, {key: leaf for key, leaf in expected.get(home, {}).items() if key in common})
             found[param] = {**found.get(param, {}), **shared}
+    _check_coordinates(kept, pool)
     return found
 
 

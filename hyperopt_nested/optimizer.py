@@ -6,7 +6,6 @@ from warnings import warn
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
@@ -21,6 +20,7 @@ from hyperopt_nested.learned import MODEL
 from hyperopt_nested.loading import loaded, matched
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.outside_dynamo import outside_dynamo
 from hyperopt_nested.param_state import ParamState, built, is_own, is_said
 from hyperopt_nested.pinned import PinnedValues
 from hyperopt_nested.roster import Group, Roster
@@ -74,6 +74,7 @@ class HyperOptimizer(GroupedOptimizer):
         torch.Size([])
     """
 
+    _pinned_at_ends: frozenset[str] = frozenset()  # learned hypers of which it is no news that they are
     _begins_at_first_step = True  # what rules copy from a tensor is what it is then, not at construction
     _plan: tuple[Roster, dict[str, Optimizer], ParamState] | None = None  # what a load in progress will install
 
@@ -104,7 +105,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step: ProgramStep | None = None
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
-        self._pinned = PinnedValues()
+        self._pinned = PinnedValues(self._pinned_at_ends)
         super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
@@ -151,7 +152,7 @@ class HyperOptimizer(GroupedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo  # what is kept between steps is not for tracing
+    @outside_dynamo  # what is kept between steps is not for tracing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the learned hypers, then the parameters that have a gradient.
@@ -234,10 +235,13 @@ class HyperOptimizer(GroupedOptimizer):
             first = kept.fresh.intersection(grads)
         if first and self._begins_at_first_step:
             kept.begin(first, self._how["state_dtype"])
-        self._mind_changes(grads.keys())
+        self._mind_changes(grads.keys(), 8)
 
-    def _mind_changes(self, names: Set[str]) -> None:
-        """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
+    def _mind_changes(self, names: Set[str], depth: int) -> None:
+        """Learn nothing through last updates that do not explain the weights any more, where their memory needs that.
+
+        A warning points to the caller at `depth`.
+        """
         kept = cast(ParamState, self._kept)
         if not (changed := kept.weights.changed(names)):
             return
@@ -249,12 +253,12 @@ class HyperOptimizer(GroupedOptimizer):
                 f"the weights of {new[0]!r}{more} were changed after the last step, so learned hypers learn nothing from that step there: "
                 f"put the change into the optimizer, as a combinator such as hn.project, or {other}. This is said once a tensor; "
                 "`changed` counts it",
-                stacklevel=4,
+                stacklevel=depth,
             )
         for name in changed:
             self.changed[name] = self.changed.get(name, 0) + 1
 
-    @_disable_dynamo
+    @outside_dynamo
     @torch.no_grad()
     def hyper_step(self) -> None:
         """Step the learned hypers alone, from the gradients that the parameters have now: of a validation loss, after the last step.
@@ -269,7 +273,7 @@ class HyperOptimizer(GroupedOptimizer):
         grads = self._grads()
         kept = cast(ParamState, self._kept)
         grads = {name: grad for name, grad in grads.items() if name in kept.params}
-        self._mind_changes(grads.keys())
+        self._mind_changes(grads.keys(), 6)
         kept.take(kept.nested.hyper_step({name: p.detach() for name, p in kept.params.items()}, grads, kept.st), self.state)
         self._pinned.look(kept.nested, kept.st)
 
@@ -384,7 +388,7 @@ class HyperOptimizer(GroupedOptimizer):
             roster, optimizers, kept = self._plan
             self._take(Roster(self.param_groups, roster.names), optimizers, kept)
         elif names is not None and tracked is not None:  # a copy or an unpickled one
-            self._programs, self._kept, self._pinned = None, None, PinnedValues()
+            self._programs, self._kept, self._pinned = None, None, PinnedValues(self._pinned_at_ends)
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
             self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None, self._elsewhere))

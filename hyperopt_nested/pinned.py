@@ -1,7 +1,7 @@
 """Learned values that stand at an end of what they may be: the user is told, once of each hyper."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ _SHOWN = 3
 
 
 class PinnedValues:
-    """Watches the counts of values that were stopped at an end, and warns of each hyper once."""
+    """Watches the counts of values that were stopped at an end, and warns of each hyper once.
 
-    def __init__(self) -> None:
-        self._told = set[str]()
+    Args:
+        expected: hypers that come to stand at an end in the nature of things, of which nothing is told.
+    """
+
+    def __init__(self, expected: Collection[str] = ()) -> None:
+        self._told = set(expected)
         self._steps = 0
 
     def look(self, nested: Nested, st: State) -> None:
@@ -41,7 +45,7 @@ class PinnedValues:
                 continue
             if count.item() > 0:
                 self._told.add(path)
-                warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=5)
+                warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=7)
 
 
 def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Raws]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperopt_nested.hyper import Hyper
 from hyperopt_nested.implicit import Solver
+from hyperopt_nested.learnable import optimizers_of
 from hyperopt_nested.losses import Hypers, OuterLoss, Tensors, TrainLoss
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.rule import Learn, Optimizer
@@ -46,7 +47,7 @@ def hypergradient(
         params: the tensors before the first step, by name.
         batches: one a step; anything that `train_loss` takes. `method="forward"` takes them one by one.
         train_loss: pure function of tensors and a batch to a loss of shape (). Tensors that do not enter it in a step are left alone in
-            that step, as without a gradient in `torch.optim`.
+            that step, as without a gradient in `torch.optim`. In reverse, what it computes under `torch.no_grad` or detaches is a constant.
         outer_loss: pure function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
         method: "reverse" takes time that does not depend on the number of hypers, and memory that grows with the number of steps;
@@ -142,6 +143,7 @@ class Hypergradients(dict[str, Tensors]):
 
 def in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dict[str, Optimizer]:
     """The same optimizers with hypers that are their own coordinates; a `learn` that several share stays shared."""
+    optimizers_of(optimizer)  # refuses what is none
     made: dict[int, Learn] = {}
 
     def plain(each: Optimizer) -> Optimizer:
@@ -170,6 +172,10 @@ def check_values(name: str, values: Tensor, hyper: Hyper, via: Any = None) -> No
 def _started(nested: Nested, declared: Hypers, given: Mapping[str, Mapping[str, Tensor | float]]) -> dict[str, Tensors]:
     """The declared values, replaced by those given: of the same shape, or with a leading dimension of steps."""
     for key, by_name in given.items():
+        if not isinstance(by_name, Mapping):
+            names = list(declared.get(key, {"model": None}))
+            kind = type(by_name).__name__
+            raise TypeError(f"hypers[{key!r}]={by_name!r} ({kind}) must map names to values, such as {{{names[0]!r}: ...}}")
         for name in by_name:
             if key not in declared or name not in declared[key]:
                 known = ", ".join(f"{key}/{name}" for key, names in declared.items() for name in names)

@@ -219,3 +219,18 @@ def test_the_switch_comes_at_a_fixed_step(kept: Path) -> None:
             resumed.load_state_dict(middle)
         go(other, resumed, step.WARM_UP + 5 - begin)
         assert torch.equal(other, param)
+
+
+def test_a_run_that_ends_soon_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = """
+        import torch, hyperopt_nested as hn
+        params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+        opt = hn.HyperOptimizer(params, hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6))))
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+    """
+    done = run(code, HYPEROPT_NESTED_CACHE=str(tmp_path / "kernels"))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Error" not in done.stderr
+    assert not [path for path in (tmp_path / "kernels").iterdir() if path.suffix != ".so"]

@@ -1009,3 +1009,14 @@ def test_tpgm_follows_a_tensor_that_was_replaced() -> None:
     assert torch.equal(model[0].weight, before)
     assert float(tpgm.hypers()["radius"]["0.weight"]) == pytest.approx(1e-8, rel=1e-6)
     assert float(tpgm.hypers()["radius"]["2.weight"]) > 1e-3
+
+
+@pytest.mark.parametrize("call", ["step", "hyper_step"])
+def test_warnings_point_to_the_call(call: str) -> None:
+    w, _, opt = late(learn_from="validation" if call == "hyper_step" else "training")
+    step(opt, w)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.warns(UserWarning, match="were changed") as told:
+        getattr(opt, call)()
+    assert told[0].filename == __file__

@@ -75,6 +75,11 @@ def defrule(**how: Any) -> Any:
     return hn.rule(**how)(lambda param, grad, state, *, lr: (param, state))
 
 
+def unrolled(optimizer: Any = "learned", **how: Any) -> Any:
+    chosen = hn.sgd(lr=learned()) if optimizer == "learned" else optimizer
+    return hn.hypergradient(chosen, {"w": torch.ones(2)}, [0], lambda p, b: p["w"].sum(), lambda p, b: p["w"].sum(), **how)
+
+
 def o2() -> Any:
     shared = learned()
     other = torch.nn.Parameter(torch.ones(1))
@@ -379,6 +384,14 @@ CASES: list[Case] = [
     (lambda: hn.sgd().replace(lr="x"), TypeError, "sgd: lr='x' (str) must be a number, or learn(<number>, by=<optimizer>)"),
     (lambda: hn.Optimizer(hn.sgd().rule, {"lr": 0.1}), TypeError, "sgd: settings have no value for the hyper 'momentum'"),
     (lambda: hn.Optimizer("sgd", {}), TypeError, "rule='sgd' (str) must be a rule, such as hn.get('sgd')"),
+    (lambda: hn.testing.check_rule("sgd", examples=0), ValueError, "examples=0 must be an integer >= 1"),
+    (lambda: hn.testing.check_rule("sgd", examples="a"), TypeError, "examples='a' (str) must be an integer >= 1"),
+    (lambda: unrolled(hn.sgd), TypeError, "optimizer=<rule sgd> (FunctionRule) must be an optimizer of this library, so call"),
+    (lambda: unrolled(None), TypeError, "optimizer=None (NoneType) must be an optimizer of this library"),
+    (lambda: unrolled(hypers={"lr": -1.0}), TypeError, "hypers['lr']=-1.0 (float) must map names to values, such as {'model': ...}"),
+    (lambda: unrolled(hypers={"lr": {"model": -1.0}}), ValueError, "hypers['lr']['model']=-1.0 is outside its domain NonNegative"),
+    (lambda: unrolled(hypers={"rate": {"model": 0.1}}), ValueError, "hypers has 'rate'/'model', which is not learned; learned are"),
+    (lambda: hn.functional(5), TypeError, "module=5 (int) must be a torch.nn.Module"),
     (lambda: hn.Interval(0.5, "a", 1), TypeError, "lower='a' (str) must be a number"),
     (lambda: hn.Positive("a"), TypeError, "default='a' (str) must be a number, or learn(<number>, by=<optimizer>)"),
     (lambda: hn.Positive(None), TypeError, "default=None (NoneType) must be a number, or learn(<number>,"),

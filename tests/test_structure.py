@@ -9,7 +9,20 @@ import hyperopt_nested as hn
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
-LAYERS = ["checks", "hyper", "registry", "ops", "signatures", "rule", "projections", "combinator", "sensitivity", "rules", "combinators"]
+LAYERS = [
+    "outside_dynamo",
+    "checks",
+    "hyper",
+    "registry",
+    "ops",
+    "signatures",
+    "rule",
+    "projections",
+    "combinator",
+    "sensitivity",
+    "rules",
+    "combinators",
+]
 LAYERS += ["learned", "tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "draws", "carried"]
 LAYERS += ["layers", "functional", "losses", "implicit", "training", "unrolled", "sweep", "audit", "kept_state", "pinned"]
 LAYERS += ["backends", "group", "roster", "weights", "param_state", "loading", "grouped", "optimizer", "testing", "cli"]

@@ -557,6 +557,34 @@ def test_a_rule_may_count_in_integers() -> None:
     Loop(lambda: norm(nn.Tanh()), batches(*VECTORS)).check(lambda lr: counting(lr=lr))
 
 
+def test_what_a_loss_computes_without_gradients_is_a_constant_in_reverse_only() -> None:
+    """The documented difference: forward agrees with the loop."""
+    x, start = torch.randn(5, 3), {"w": torch.tensor([0.3, -0.2, 0.5])}
+
+    def train(params: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            scale = params["w"].square().sum()
+        return (scale * (x @ params["w"]) - 1).square().mean()
+
+    def outer(params: Any, batch: Any, hypers: Any) -> Tensor:
+        return (x @ params["w"]).square().mean()
+
+    def end(lr: float) -> float:
+        w = start["w"].clone().requires_grad_()
+        opt = torch.optim.SGD([w], lr=lr)
+        for _ in range(4):
+            opt.zero_grad()
+            train({"w": w}, None).backward()
+            opt.step()
+        return outer({"w": w}, None, None).item()
+
+    right = (end(0.1 + 1e-6) - end(0.1 - 1e-6)) / 2e-6
+    optimizer = hn.sgd(lr=hn.learn(0.1, by=hn.sgd()))
+    reverse, forward = (hn.hypergradient(optimizer, start, range(4), train, outer, method=m)["lr"]["model"] for m in ("reverse", "forward"))  # type: ignore[arg-type]
+    assert forward.item() == pytest.approx(right, rel=AGREE)
+    assert reverse.item() != pytest.approx(right, rel=1e-3)
+
+
 def test_weight_norm_outside_of_a_function_is_refused_where_it_would_be_wrong() -> None:
     net = norm(nn.Tanh(), first=parametrizations.weight_norm(nn.Linear(3, 4)))
     params, (x, *_) = dict(net.named_parameters()), batches(*VECTORS)

@@ -105,9 +105,8 @@ class Programs:
     def begin(self, requests: Callable[[], Sequence[Request]]) -> None:
         """Compile what is needed for requests in the background; what fails then fails again, and is told, when it is asked for."""
         if self._ahead is None:
-            thread = threading.Thread(target=self._compile, args=(requests(),), daemon=True, name="hyperopt-nested-compiler")
-            self._ahead = os.getpid(), thread
-            thread.start()
+            needed = requests()
+            self._ahead = os.getpid(), compiler.in_background(lambda: self._compile(needed))
 
     def make(self, requests: Sequence[Request]) -> list[list[Program]]:
         """Programs for each request; raises ValueError if there are none of the sort that was asked for."""
@@ -128,6 +127,8 @@ class Programs:
             return
         graphs: dict[UpdateGraph, str] = {}
         for request in requests:
+            if compiler.stopping.is_set():
+                return
             try:
                 check_layout(request.arguments, request.kinds, request.param)
                 graphs |= {graph: code(graph) for graph in self._traced("fused", request) if graph not in graphs}

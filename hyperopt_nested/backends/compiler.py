@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +28,10 @@ _MARK = b"hyperopt-nested:"
 _log = logging.getLogger("hyperopt_nested")
 _lock = threading.RLock()
 _libraries: dict[str, ctypes.CDLL] = {}
-_running: set[subprocess.Popen[str]] = set()
+_running: set[subprocess.Popen[bytes]] = set()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+stopping = threading.Event()
+"""Set when Python is about to end."""
 
 
 class CompileError(Exception):
@@ -44,11 +48,10 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
     with _lock:
         keys = [_key(source, found) for source in sources]
         new = {key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries}
-        missing = [(key, source) for key, source in new.items() if not _kept(where / f"{key}.so")]
+        missing = {key: source for key, source in new.items() if not _kept(where / f"{key}.so")}
         if missing:
             _tell(where)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda item: _compile(found, where, *item), missing))
+            _compile(found, where, missing)
         try:
             _libraries.update({key: ctypes.CDLL(str(where / f"{key}.so")) for key in new})
         except OSError as error:
@@ -108,25 +111,56 @@ def _trailer(content: bytes) -> bytes:
     return _MARK + hashlib.sha256(content).digest()
 
 
-def _compile(command: tuple[str, ...], where: Path, key: str, source: str) -> None:
-    """Compile a source into the folder, in one move."""
+def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) -> None:
+    """Compile sources, by key, into the folder: as many at a time as there are processors, and each library in one move."""
+    keys, many = list(sources), os.cpu_count() or 1
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
-            code, library = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-            code.write_text(source)
-            call, environment = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(library)], {**os.environ, "TMPDIR": scratch}
-            process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-            _running.add(process)
-            said = process.communicate()[1]
-            _running.discard(process)
-            if process.returncode:
-                raise CompileError(f"{command[0]} fails: {_line(said) or f'exit status {process.returncode}'}")
-            content = library.read_bytes()
-            library.write_bytes(content + _trailer(content))
-            library.chmod(0o700)
-            os.replace(library, where / f"{key}.so")
+            for now in (keys[begin : begin + many] for begin in range(0, len(keys), many)):
+                started = {key: _started(command, Path(scratch, key), sources[key]) for key in now}
+                for key, process in started.items():
+                    _finish(command[0], process, Path(scratch, key), where / f"{key}.so")
     except OSError as error:
         raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
+
+
+def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Popen[bytes]:
+    """The compiler, at work on a source."""
+    code, said = path.with_suffix(".cpp"), path.with_suffix(".said")
+    code.write_text(source)
+    call, environment = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(path)], {**os.environ, "TMPDIR": str(path.parent)}
+    with said.open("wb") as errors:
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+    _running.add(process)
+    if stopping.is_set():
+        process.kill()
+    return process
+
+
+def _finish(name: str, process: subprocess.Popen[bytes], path: Path, to: Path) -> None:
+    """Wait for the compiler, and move what it has made to where it is kept."""
+    status = process.wait()
+    _running.discard(process)
+    if status:
+        said = path.with_suffix(".said").read_text(errors="replace")
+        raise CompileError(f"{name} fails: {_line(said) or f'exit status {status}'}")
+    content = path.read_bytes()
+    path.write_bytes(content + _trailer(content))
+    path.chmod(0o700)
+    os.replace(path, to)
+
+
+def in_background(work: Callable[[], None]) -> threading.Thread:
+    """Start a thread that compiles ahead. What fails there fails again where it is needed; when Python ends, it is stopped first."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True, name="hyperopt-nested-compiler")
+    _threads.add(thread)
+    thread.start()
+    return thread
 
 
 def _line(message: str) -> str:
@@ -159,12 +193,17 @@ def _forget() -> None:
     global _lock
     _lock = threading.RLock()
     _running.clear()
+    _threads.clear()
 
 
 @atexit.register
 def _stop() -> None:
+    """When Python ends: a thread that goes on then can end the process with an error."""
+    stopping.set()
     for process in list(_running):
         process.kill()
+    for thread in list(_threads):
+        thread.join(30)
 
 
 if hasattr(os, "register_at_fork"):

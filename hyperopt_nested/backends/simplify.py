@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, Values
 
 
 def simplified(graph: UpdateGraph, read: Mapping[int, Value] | None = None) -> UpdateGraph:
-    """A graph that does the same, with factors of numbers and rows gathered, and divisions by them made factors.
+    """A graph that does the same, with fewer choices between values. The order of products stays, since they may overflow.
 
     The values in `read` are already in the arguments of these indices, and are read from there.
     """
@@ -32,38 +30,6 @@ class _Simplification:
         rule = getattr(self, f"_{value.op}", None) if value.kind > Kind.NUMBER and value.dtype.is_floating_point else None
         found: Value | None = rule(value, *args) if rule else None
         return found or self.value(value.op, args, value.kind, value.dtype, value.computed)
-
-    def _times(self, one: Value, other: Value, dtype: torch.dtype) -> Value:
-        """A product, of what there is more of first; of factors of smaller kind, one is made."""
-        if one.kind < other.kind:
-            one, other = other, one
-        if other.is_constant(1) and one.dtype == dtype:
-            return one
-        if one.kind > other.kind and one.op == "mul" and one.args[1].kind < one.kind and one.dtype == dtype:
-            return self._times(one.args[0], self._times(one.args[1], other, _wide(one.args[1], other)), dtype)
-        return self.value("mul", (one, other), max(one.kind, other.kind), dtype)
-
-    def _inverse(self, value: Value) -> Value:
-        if not value.dtype.is_floating_point:
-            value = self.value("cast", (value,), value.kind, torch.float64)
-        return self.value("reciprocal", (value,), value.kind, value.dtype)
-
-    def _mul(self, value: Value, one: Value, other: Value) -> Value:
-        return self._times(one, other, value.dtype)
-
-    def _div(self, value: Value, one: Value, other: Value) -> Value | None:
-        if other.kind < value.kind or value.kind == Kind.ROW:
-            return self._times(one, self._inverse(other), value.dtype)
-        if one.op == "mul" and one.args[1].kind < one.kind:
-            quotient = self.value("div", (one.args[0], other), value.kind, value.dtype)
-            return self._times(quotient, one.args[1], value.dtype)
-        return None
-
-    def _neg(self, value: Value, one: Value) -> Value | None:
-        if one.op == "mul" and one.args[1].kind < one.kind:
-            factor = one.args[1]
-            return self._times(one.args[0], self.value("neg", (factor,), factor.kind, factor.dtype), value.dtype)
-        return None
 
     def _add(self, _: Value, one: Value, other: Value) -> Value | None:
         if one.op == other.op == "where" and one.args[0] is other.args[0] and one.args[1] is other.args[2]:
@@ -101,9 +67,3 @@ def _keeps_positive(condition: Value, value: Value) -> bool:
     """Whether a value is another one where that is positive, which is the condition."""
     chosen = value.op == "where" and value.args[0] is condition and condition.op == "gt"
     return chosen and condition.args[0] is value.args[1] and condition.args[1].is_constant(0)
-
-
-def _wide(one: Value, other: Value) -> torch.dtype:
-    if one.kind == other.kind:
-        return torch.promote_types(one.dtype, other.dtype)
-    return max(one, other, key=lambda value: value.kind).dtype

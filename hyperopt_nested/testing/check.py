@@ -88,8 +88,8 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     Raises:
         RuleError: a law is broken (an AssertionError). The message names the rule, the hyper, the shapes and both numbers, and ends with
             the smallest example found, to be pasted into a test.
-        TypeError: `rule` is nothing that can be checked.
-        ValueError: `backends` has other names.
+        TypeError: `rule` is nothing that can be checked, or `examples` is no integer.
+        ValueError: `backends` has other names, or `examples` is less than 1.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -97,6 +97,10 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
         ['dampening', 'lr', 'momentum', 'weight_decay']
     """
     check_names(backends)
+    if not isinstance(examples, int) or isinstance(examples, bool):
+        raise TypeError(f"examples={examples!r} ({type(examples).__name__}) must be an integer >= 1")
+    if examples < 1:
+        raise ValueError(f"examples={examples!r} must be an integer >= 1")
     checked = subject(rule)
     if reference is not None:
         _search(checked, _same_as(reference), examples)
