@@ -173,10 +173,8 @@ class _SweepCode:
             yield f"  {kind}* __restrict__ const {name} = store_{name}.data();\n"
         yield "  for (int64_t row = first; row < first + rows; row++) {\n"
         for i in touched:
-            if self._code.graph.inputs[i][0] == Kind.ELEMENT:
-                yield f"    {pointer[i]} __restrict__ const p{i} = base{i} + {'row * columns' if sweep.by_row else 'first'};\n"
-            else:
-                yield f"    {pointer[i]} const p{i} = base{i};\n"
+            offset = (" + row * columns" if sweep.by_row else " + first") if self._code.graph.inputs[i][0] == Kind.ELEMENT else ""
+            yield f"    {pointer[i]} {'__restrict__ ' if offset else ''}const p{i} = base{i}{offset};\n"
         for value, i in sweep.sources.items():
             if value.kind == Kind.ROW:
                 yield f"    const {_type(value)} {self._name[value]} = load(p{i}[row]);\n"

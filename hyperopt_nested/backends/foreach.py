@@ -27,8 +27,7 @@ class Interpreter:
         self._graph = graph
         self._kept = {value for _, value in graph.outputs}
         self._last = {each: value for value in graph.values for each in value.operands}
-        written = {i for i, _ in graph.outputs}
-        self._copied = {value for value in self._kept if _source(value) in written}
+        self._copied = {value for value in self._kept if _source(value) in dict(graph.outputs)}
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:

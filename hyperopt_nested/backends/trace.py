@@ -77,24 +77,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, shape: tuple[int, ...], examples: Sequence[Tensor], inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shape, self._value = shape, Values()
-        self._of: dict[int, Value] = {}
-        self._held: list[Tensor] = []  # so that an id stays its own
+        self._of = dict[int, tuple[Value, Tensor]]()  # by id, which stays a tensor's own as long as this is held
         self._fixed = set(map(id, examples))  # inputs, views and what is viewed: not to be changed in place
         _decompositions()  # outside of this mode
         for i, (tensor, (kind, dtype)) in enumerate(zip(examples, inputs, strict=True)):
-            self._keep(tensor, self._value("input", (i,), kind, dtype))
+            self._of[id(tensor)] = self._value("input", (i,), kind, dtype), tensor
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value that a tensor holds; of one that was not made here, a constant."""
         if id(tensor) not in self._of:
             if tensor.numel() != 1 or type(tensor) not in (Tensor, torch.nn.Parameter):
                 raise UnsupportedError("an update has a tensor in it that is not in its state")
-            self._keep(tensor, self._value("constant", (tensor.item(),), Kind.NUMBER, tensor.dtype))
-        return self._of[id(tensor)]
-
-    def _keep(self, tensor: Tensor, value: Value) -> None:
-        self._held.append(tensor)
-        self._of[id(tensor)] = value
+            self._of[id(tensor)] = self._value("constant", (tensor.item(),), Kind.NUMBER, tensor.dtype), tensor
+        return self._of[id(tensor)][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func._schema.name).split("::")[1], kwargs or {}
@@ -109,14 +104,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(made, Tensor):
             raise UnsupportedError(f"an update calls {func}")
         value = self._called(func, name, args, kwargs, made)
-        if in_place:
-            if id(args[0]) in self._fixed:
-                raise UnsupportedError(f"an update calls {func} on what is seen elsewhere")
-            self._of[id(args[0])] = value
-            return made
+        if in_place and id(args[0]) in self._fixed:
+            raise UnsupportedError(f"an update calls {func} on what is seen elsewhere")
         if name in _VIEWS:
             self._fixed |= {id(made), *(id(arg) for arg in args if isinstance(arg, Tensor))}
-        self._keep(made, value)
+        changed = args[0] if in_place else made
+        self._of[id(changed)] = value, changed
         return made
 
     def _called(self, func: Any, name: str, given: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> Value:

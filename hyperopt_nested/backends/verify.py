@@ -64,14 +64,8 @@ def examples(
     """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
-
-    Args:
-        arguments: what an update takes, the gradient first.
-        param: the tensor.
-        hypers: learned hypers, by index of the argument that holds their raw values.
-        point: index of the tensor among the arguments, if it is one.
-        update: the update, by the engine.
-        whole: whether examples have the sizes and strides of these arguments; else they are small.
+    The argument at `point` is the tensor, and those at the indices of `hypers` are raw values. If `whole`, examples have the sizes and
+    strides of the arguments; else they are small.
     """
     generator = torch.Generator().manual_seed(0)
     shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, _SIZES.get(param.ndim, (2,) * param.ndim), strict=True))
