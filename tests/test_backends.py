@@ -273,6 +273,24 @@ def test_a_gradient_now_and_then_and_frozen_tensors(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("quick_programs")
+def test_tensors_that_are_called_as_parts_of_the_state(backend: str) -> None:
+    """What is counted is found by where it is, not by how a tensor is called."""
+    ends = []
+    for each in (backend, "reference"):
+        names = ["rejected", "pinned", "learners", "hypers", "memory"]
+        params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for name in names}
+        rate = hn.learn(0.01, by=hn.adam(lr=learned(1e-3)), per="tensor")
+        opt = hn.HyperOptimizer(list(params.items()), hn.adamw(lr=rate), memory="reverse", backend=each)  # type: ignore[arg-type]
+        for _ in range(3):
+            for param in params.values():
+                param.grad = torch.cos(param.detach())
+            opt.step()
+        ends.append(torch.stack([param.detach() for param in params.values()]))
+    assert relative_error(ends[0], ends[1]) < EXACT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
 def test_values_that_were_read_stay(backend: str) -> None:
     problem = Problem(hn.sgd(lr=learned(0.01, "model")), backend).run(1)
     problem.schedule = None

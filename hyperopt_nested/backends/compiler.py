@@ -117,20 +117,20 @@ def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) 
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
             for now in (keys[begin : begin + many] for begin in range(0, len(keys), many)):
-                started = {key: _started(command, Path(scratch, key), sources[key]) for key in now}
-                for key, process in started.items():
-                    _finish(command[0], process, Path(scratch, key), where / f"{key}.so")
+                started = {path: _started(command, path, sources[path.name]) for path in (Path(scratch, key) for key in now)}
+                for path, process in started.items():
+                    _finish(command[0], process, path, where / f"{path.name}.so")
     except OSError as error:
         raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
 
 
 def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Popen[bytes]:
     """The compiler, at work on a source."""
-    code, said = path.with_suffix(".cpp"), path.with_suffix(".said")
+    code, environment = path.with_suffix(".cpp"), {**os.environ, "TMPDIR": str(path.parent)}
     code.write_text(source)
-    call, environment = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(path)], {**os.environ, "TMPDIR": str(path.parent)}
-    with said.open("wb") as errors:
-        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+    with path.with_suffix(".said").open("wb") as said:
+        call = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(path)]
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=said, env=environment)
     _running.add(process)
     if stopping.is_set():
         process.kill()

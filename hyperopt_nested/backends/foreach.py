@@ -1,6 +1,7 @@
 """Programs of torch's own operators: a graph, interpreted for many tensors at once. It needs no compiler."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGr
 from hyperopt_nested.backends.program import Batch
 
 _AT_ONCE = 1 << 24
-"""Elements that are stepped at once, which bounds the memory of what is computed on the way; a tensor is not split."""
+"""Elements that are stepped at once, up to a tensor, which is not split: a bound of the memory of what is computed on the way."""
 
 _FOREACH = {name: getattr(torch, f"_foreach_{name}") for name in POINTWISE - {"pow"} if hasattr(torch, f"_foreach_{name}")}
 
@@ -31,8 +32,9 @@ class Interpreter:
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
-        for rows in _chunks(batch.rows, self._like):
-            self._step([[_apart(row), *row[1:]] for row in rows])
+        ends = accumulate(row[self._like].numel() for row in batch.rows)
+        for _, chunk in groupby(zip(ends, batch.rows, strict=True), key=lambda each: each[0] // _AT_ONCE):
+            self._step([[_apart(row), *row[1:]] for _, row in chunk])
 
     def _step(self, rows: list[list[Tensor]]) -> None:
         likes, found = [row[self._like] for row in rows], dict[Value, Any]()
@@ -89,20 +91,6 @@ class Interpreter:
         if value.op in _FOREACH and value.dtype.is_floating_point and not any(isinstance(each, Tensor) for each in [many[0], *others]):
             return list(_FOREACH[value.op](many[0], *others))
         return [operator(*(each[i] if isinstance(each, list) else each for each in many)) for i in range(count)]
-
-
-def _chunks(rows: Sequence[list[Tensor]], like: int) -> Iterator[list[list[Tensor]]]:
-    """Rows, so many at once that their tensors have `_AT_ONCE` elements together, or one."""
-    chunk: list[list[Tensor]] = []
-    size = 0
-    for row in rows:
-        if chunk and size + row[like].numel() > _AT_ONCE:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(row)
-        size += row[like].numel()
-    if chunk:
-        yield chunk
 
 
 def _apart(row: Sequence[Tensor]) -> Tensor:

@@ -84,9 +84,24 @@ class ProgramStep:
         """What to do for the tensors that have gradients; makes the programs that it is done with, if need be, and changes nothing."""
         objects = (id(each[name]) for each in (params, numbers) for name in grads)
         of, last = [learn, *grads, *objects, *_each(grads.values(), type, *_FORM)], self._last
-        if last is None or last.st is not st or last.of != of or last.addresses != _each(last.tensors, Tensor.data_ptr, *_FORM):
-            last = self._last = self._prepared(self._arranged(of, params, grads, st, numbers, learn))
-        return last
+        if last and last.st is st and last.of == of and last.addresses == _each(last.tensors, Tensor.data_ptr, *_FORM):
+            return last
+        made = self._arranged(of, params, grads, st, numbers, learn)
+        programs = dict(zip(made.requests, self._programs.make(list(made.requests.values())), strict=True))
+        made.requests = {}  # which have gradients in them
+        for name, rows in made.rows.items():
+            *pulling, updating = zip(programs[name], rows, strict=True)
+            for pull, row in pulling:
+                made.pulls.setdefault(pull, Batch()).rows.append(row)
+            made.updates.setdefault(updating[0], Batch()).rows.append(updating[1])
+            made.backends |= {updating[0].backend} if updating[1][0].numel() else set()
+        # backwards: updates begin with what the cache still holds of pulling back
+        made.updates = {program: Batch(batch.rows[::-1]) for program, batch in reversed(made.updates.items())}
+        for key, (_, batch) in made.learns.items():
+            if f"{_LEARNER}{key}" in programs:
+                made.learns[key] = programs[f"{_LEARNER}{key}"][0], batch
+        self._last = made
+        return made
 
     def step(self, prepared: PreparedStep, grads: Tensors) -> None:
         """One step, as `Nested.step`; tensors and state are changed in place. Arguments as of `prepare`."""
@@ -149,22 +164,6 @@ class ProgramStep:
                 trials = functools.partial(examples, row, row[0], {}, None, step)
                 made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)
         made.addresses = _each(made.tensors, Tensor.data_ptr, *_FORM)
-        return made
-
-    def _prepared(self, made: PreparedStep) -> PreparedStep:
-        programs = dict(zip(made.requests, self._programs.make(list(made.requests.values())), strict=True))
-        made.requests = {}  # which have gradients in them
-        for name, rows in made.rows.items():
-            *pulling, updating = zip(programs[name], rows, strict=True)
-            for pull, row in pulling:
-                made.pulls.setdefault(pull, Batch()).rows.append(row)
-            made.updates.setdefault(updating[0], Batch()).rows.append(updating[1])
-            made.backends |= {updating[0].backend} if updating[1][0].numel() else set()
-        # backwards: updates begin with what the cache still holds of pulling back
-        made.updates = {program: Batch(batch.rows[::-1]) for program, batch in reversed(made.updates.items())}
-        for key, (_, batch) in made.learns.items():
-            if f"{_LEARNER}{key}" in programs:
-                made.learns[key] = programs[f"{_LEARNER}{key}"][0], batch
         return made
 
     def _plan(self, name: str, st: State, learn: bool) -> _Plan:
