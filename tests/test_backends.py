@@ -273,6 +273,24 @@ def test_a_gradient_now_and_then_and_frozen_tensors(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("quick_programs")
+def test_tensors_that_are_called_as_parts_of_the_state(backend: str) -> None:
+    """What is counted is found by where it is, not by how a tensor is called."""
+    ends = []
+    for each in (backend, "reference"):
+        names = ["rejected", "pinned", "learners", "hypers", "memory"]
+        params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for name in names}
+        rate = hn.learn(0.01, by=hn.adam(lr=learned(1e-3)), per="tensor")
+        opt = hn.HyperOptimizer(list(params.items()), hn.adamw(lr=rate), memory="reverse", backend=each)  # type: ignore[arg-type]
+        for _ in range(3):
+            for param in params.values():
+                param.grad = torch.cos(param.detach())
+            opt.step()
+        ends.append(torch.stack([param.detach() for param in params.values()]))
+    assert relative_error(ends[0], ends[1]) < EXACT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
 def test_values_that_were_read_stay(backend: str) -> None:
     problem = Problem(hn.sgd(lr=learned(0.01, "model")), backend).run(1)
     problem.schedule = None
@@ -450,7 +468,7 @@ def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, at_once: int, 
         matrices = [size * torch.randn(7, 3, generator=generator) for _ in range(3)]
         return [*matrices, torch.tensor(scale), torch.tensor(3.0)]
 
-    program = foreach.foreach(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
+    program = foreach.Interpreter(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
     for scales in ((0.5, 0.7), (-0.5, -0.7), (0.5, -0.7)):
         batch = [arguments(scale) for scale in scales]
         wanted = [function(*given) for given in batch]
@@ -510,7 +528,7 @@ def test_kernels_round_to_bfloat16_as_torch_does(kept: torch.dtype, columns: int
     generator = torch.Generator().manual_seed(0)
     given = arguments()
     wanted = function(*given)
-    program = fused.fused(simplified(trace(function, given, given[1])))
+    program = fused.Kernel(simplified(trace(function, given, given[1])))
     program(Batch([given]))
     for found, value in zip(given, wanted, strict=True):
         if value is not None:
@@ -537,5 +555,5 @@ def test_arguments_that_change_places() -> None:
     function = lambda grad, one, other, third: [None, other, third, one]  # noqa: E731
     given = [torch.randn(3, 4) for _ in range(4)]
     wanted = [given[i].clone() for i in (0, 2, 3, 1)]
-    foreach.foreach(simplified(trace(function, given, given[1])))(Batch([given]))
+    foreach.Interpreter(simplified(trace(function, given, given[1])))(Batch([given]))
     assert all(map(torch.equal, given, wanted))

@@ -3,22 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.layout import is_dense
+from hyperopt_nested.backends.fused import is_dense
 from hyperopt_nested.backends.program import Function, PerRow, write_over
 
 
 def inductor(function: Function, arguments: Sequence[Tensor]) -> PerRow:
-    """Return what a function does to its arguments, in place, compiled by inductor, which caches on disk.
+    """Return what a function does to arguments such as these, dense but for the first, the gradient; inductor caches it on disk."""
+    import torch._inductor  # takes a second or two
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    Args:
-        function: what it does.
-        arguments: examples, dense but for the first, the gradient; they are not changed.
-    """
+    def in_place(*given: Tensor) -> list[Tensor]:
+        write_over(given, function(*given))
+        return []
+
     grad = arguments[0] if is_dense(arguments[0]) else arguments[0].contiguous()
-    run, stride = compiled(function, [grad, *arguments[1:]]), grad.stride()
+    examples, stride = [grad, *arguments[1:]], grad.stride()
+    with torch.no_grad():
+        traced = make_fx(in_place)(*(example.detach().clone() for example in examples))
+        run: Callable[..., Any] = torch._inductor.compile(traced, list[Any](examples))
 
     def program(grad: Tensor, *others: Tensor) -> None:
         storage = grad.untyped_storage().data_ptr()
@@ -29,24 +33,9 @@ def inductor(function: Function, arguments: Sequence[Tensor]) -> PerRow:
     return PerRow(program, "compile")
 
 
-def compiled(function: Function, arguments: Sequence[Tensor]) -> Callable[..., Any]:
-    """Return the compiled function; arguments as of `inductor`."""
-    import torch._inductor  # takes a second or two
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def in_place(*given: Tensor) -> list[Tensor]:
-        write_over(given, function(*given))
-        return []
-
-    with torch.no_grad():
-        traced = make_fx(in_place)(*(argument.detach().clone() for argument in arguments))
-        program: Callable[..., Any] = torch._inductor.compile(traced, list[Any](arguments))
-    return program
-
-
-def compiler_for(device: torch.device) -> bool:
-    """Whether there is what inductor needs to compile for a device: a C++ compiler, or Triton."""
-    if device.type != "cpu":
+def compiler_for(device: str) -> bool:
+    """Whether there is what inductor needs to compile for a type of device: a C++ compiler, or Triton."""
+    if device != "cpu":
         from torch.utils._triton import has_triton
 
         return has_triton()
