@@ -14,7 +14,7 @@ from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.foreach import Interpreter
 from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_layout, is_dense
 from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph
-from hyperopt_nested.backends.inductor import compiler_for, inductor
+from hyperopt_nested.backends.inductor import Inductor, compiler_for
 from hyperopt_nested.backends.program import Program, Request, engine
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.sweeps import with_early_writes
@@ -30,7 +30,7 @@ next sort, tensor by tensor, with a warning.
 
 * "reference": the engine itself.
 * "foreach": torch's own operators, on many tensors at once; needs no compiler.
-* "compile": inductor's programs, for CPUs with a C++ compiler and GPUs with Triton.
+* "compile": inductor's programs, for CPUs with a C++ compiler, and for GPUs with Triton, where one program steps all tensors of a kind.
 * "fused": native kernels for the CPU, which pass over memory as seldom as can be; for rules that go row by row or element by element.
 * "auto": on the CPU "fused", or "foreach" without a C++ compiler; on GPUs "compile" for models of a million numbers and more, else
   "foreach". Small models take their first 16 steps by the engine while kernels are compiled in the background.
@@ -38,6 +38,9 @@ next sort, tensor by tensor, with a warning.
 
 WARM_UP = 16
 """Steps that the engine does for a small model while its kernels are compiled. The number is fixed, so runs are reproducible."""
+
+_WHOLE = 1 << 16
+"""Numbers of a tensor up to which programs of fixed sizes are tried on examples of its own size, not of another."""
 
 MANY = 1_000_000
 """Numbers of a model that does not wait: its kernels are compiled before its first step."""
@@ -141,9 +144,9 @@ class Programs:
         for sort in self._sorts:
             try:
                 programs = self._of_sort(sort, request)
-                verified = (*map(id, programs), request.of, request.kinds, request.singletons)
+                verified = (*map(id, programs), request.of, *(() if sort == "compile" else (request.kinds, request.singletons)))
                 if verified not in self._deviations:
-                    self._deviations[verified] = deviation(programs, request, whole=sort == "compile")
+                    self._deviations[verified] = deviation(programs, request, whole=sort == "compile" and request.param.numel() <= _WHOLE)
                 if not self._deviations[verified]:
                     return programs
                 why = f"it deviates from the engine: {self._deviations[verified]}"
@@ -168,7 +171,8 @@ class Programs:
         if sort == "compile":
             if not all(map(is_dense, request.arguments[1:])):
                 raise LayoutError("a tensor has gaps")
-            return [inductor(function, request.arguments) for function in request.functions]
+            same: Hashable = sort, request.of
+            return self._of_graphs.setdefault(same, [Inductor(function) for function in request.functions])
         graphs = self._traced(sort, request)
         same = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
         if same not in self._of_graphs:
