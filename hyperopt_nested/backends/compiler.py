@@ -118,8 +118,11 @@ def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) 
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
             for now in (keys[begin : begin + many] for begin in range(0, len(keys), many)):
                 started = {path: _started(command, path, sources[path.name]) for path in (Path(scratch, key) for key in now)}
+                for process in started.values():
+                    process.wait()
+                    _running.discard(process)
                 for path, process in started.items():
-                    _finish(command[0], process, path, where / f"{path.name}.so")
+                    _finish(command[0], process.returncode, path, where / f"{path.name}.so")
     except OSError as error:
         raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
 
@@ -137,10 +140,8 @@ def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Po
     return process
 
 
-def _finish(name: str, process: subprocess.Popen[bytes], path: Path, to: Path) -> None:
-    """Wait for the compiler, and move what it has made to where it is kept."""
-    status = process.wait()
-    _running.discard(process)
+def _finish(name: str, status: int, path: Path, to: Path) -> None:
+    """Move what the compiler has made to where it is kept."""
     if status:
         said = path.with_suffix(".said").read_text(errors="replace")
         raise CompileError(f"{name} fails: {_line(said) or f'exit status {status}'}")
