@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"
@@ -31,7 +30,8 @@ _lock = threading.RLock()
 _libraries: dict[str, ctypes.CDLL] = {}
 _running: set[subprocess.Popen[bytes]] = set()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_stopping = threading.Event()
+stopping = threading.Event()
+"""Set when Python is about to end."""
 
 
 class CompileError(Exception):
@@ -39,11 +39,7 @@ class CompileError(Exception):
 
 
 def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
-    """Return one library for each C++ source: of this process, of the folder, or compiled now, all missing ones side by side.
-
-    Raises:
-        CompileError: there is no compiler or folder, or the compiler fails.
-    """
+    """Return one library for each C++ source: of this process, of the folder, or compiled now, all missing ones side by side."""
     found, where = compiler(), folder()
     if found is None:
         raise CompileError("there is no C++ compiler: install one, such as g++, or set CXX")
@@ -51,15 +47,15 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
         raise CompileError(f"no folder for compiled kernels can be used: set {CACHE_VARIABLE} to one that only you can write to")
     with _lock:
         keys = [_key(source, found) for source in sources]
-        missing = {
-            key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries and not _kept(where / f"{key}.so")
-        }
+        new = {key: source for key, source in zip(keys, sources, strict=True) if key not in _libraries}
+        missing = {key: source for key, source in new.items() if not _kept(where / f"{key}.so")}
         if missing:
             _tell(where)
             _compile(found, where, missing)
-        for key in keys:
-            if key not in _libraries:
-                _libraries[key] = _opened(where / f"{key}.so")
+        try:
+            _libraries.update({key: ctypes.CDLL(str(where / f"{key}.so")) for key in new})
+        except OSError as error:
+            raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
         return [_libraries[key] for key in keys]
 
 
@@ -83,21 +79,15 @@ def compiler() -> tuple[str, ...] | None:
 
 def folder() -> Path | None:
     """The folder where libraries are kept, created if need be; None if there is none that only the user can write to."""
+    places = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Caches")}
+    variable, place = places.get(sys.platform, ("XDG_CACHE_HOME", "~/.cache"))
     given = os.environ.get(CACHE_VARIABLE)
     try:
-        path = Path(given) if given else _user_cache() / "hyperopt-nested"
+        path = Path(given) if given else Path(os.environ.get(variable) or place).expanduser() / "hyperopt-nested"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path if _is_own(path, stat.S_ISDIR) and os.access(path, os.W_OK | os.X_OK) else None
     except (OSError, RuntimeError, ValueError):
         return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
@@ -110,9 +100,7 @@ def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
 def _kept(path: Path) -> bool:
     """Whether a library is there, the user's own, and whole."""
     try:
-        if not _is_own(path, stat.S_ISREG):
-            return False
-        content = path.read_bytes()
+        content = path.read_bytes() if _is_own(path, stat.S_ISREG) else b""
     except OSError:
         return False
     return content[-32 - len(_MARK) :] == _trailer(content[: -32 - len(_MARK)])
@@ -123,47 +111,37 @@ def _trailer(content: bytes) -> bytes:
     return _MARK + hashlib.sha256(content).digest()
 
 
-def _opened(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
-
-
 def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) -> None:
     """Compile sources, by key, into the folder: as many at a time as there are processors, and each library in one move."""
-    waiting = list(sources.items())
+    keys, many = list(sources), os.cpu_count() or 1
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix="tmp-") as scratch:
-            while waiting:
-                now, waiting = waiting[: os.cpu_count()], waiting[os.cpu_count() :]
-                started = [(key, _started(command, Path(scratch, key), source)) for key, source in now]
-                for key, process in started:
-                    _finish(command[0], process, Path(scratch, key), where / f"{key}.so")
+            for now in (keys[begin : begin + many] for begin in range(0, len(keys), many)):
+                started = {path: _started(command, path, sources[path.name]) for path in (Path(scratch, key) for key in now)}
+                for process in started.values():
+                    process.wait()
+                    _running.discard(process)
+                for path, process in started.items():
+                    _finish(command[0], process.returncode, path, where / f"{path.name}.so")
     except OSError as error:
         raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
 
 
 def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Popen[bytes]:
     """The compiler, at work on a source."""
-    path.with_suffix(".cpp").write_text(source)
+    code, environment = path.with_suffix(".cpp"), {**os.environ, "TMPDIR": str(path.parent)}
+    code.write_text(source)
     with path.with_suffix(".said").open("wb") as said:
-        process = subprocess.Popen(
-            [*command, *_ALWAYS, *FLAGS, str(path.with_suffix(".cpp")), "-o", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            env={**os.environ, "TMPDIR": str(path.parent)},
-        )
+        call = [*command, *_ALWAYS, *FLAGS, str(code), "-o", str(path)]
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=said, env=environment)
     _running.add(process)
-    if _stopping.is_set():
+    if stopping.is_set():
         process.kill()
     return process
 
 
-def _finish(name: str, process: subprocess.Popen[bytes], path: Path, to: Path) -> None:
-    """Wait for the compiler, and move what it has made to where it is kept."""
-    status = process.wait()
-    _running.discard(process)
+def _finish(name: str, status: int, path: Path, to: Path) -> None:
+    """Move what the compiler has made to where it is kept."""
     if status:
         said = path.with_suffix(".said").read_text(errors="replace")
         raise CompileError(f"{name} fails: {_line(said) or f'exit status {status}'}")
@@ -194,40 +172,24 @@ def _line(message: str) -> str:
 
 def _key(source: str, command: tuple[str, ...]) -> str:
     """Name of a library: equal for what would be compiled alike, and runs alike."""
-    described = "\0".join([source, *command, _about(command[0]), *_ALWAYS, *FLAGS, _processor(), _version()])
+    described = "\0".join([source, *command, *_ALWAYS, *FLAGS, _here(command[0])])
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
 @cache
-def _about(path: str) -> str:
-    found = os.stat(os.path.realpath(path))
-    return f"{os.path.realpath(path)} {found.st_size} {found.st_mtime_ns}"
-
-
-@cache
-def _processor() -> str:
+def _here(compiler: str) -> str:
+    """What the compiler and the processor are."""
+    found = os.stat(os.path.realpath(compiler))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         described = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")})
     except OSError:
         described = [platform.processor()]
-    return "\n".join([platform.machine(), platform.system(), *described])
+    about = os.path.realpath(compiler), str(found.st_size), str(found.st_mtime_ns), platform.machine(), platform.system()
+    return "\n".join([*about, *described])
 
 
-@cache
-def _version() -> str:
-    try:
-        return version("hyperopt-nested")
-    except PackageNotFoundError:
-        return ""
-
-
-def is_stopping() -> bool:
-    """Whether Python is about to end."""
-    return _stopping.is_set()
-
-
-def _forget_locks() -> None:
+def _forget() -> None:
     """In a forked child: another thread of the parent may have held the lock."""
     global _lock
     _lock = threading.RLock()
@@ -235,9 +197,10 @@ def _forget_locks() -> None:
     _threads.clear()
 
 
+@atexit.register
 def _stop() -> None:
     """When Python ends: a thread that goes on then can end the process with an error."""
-    _stopping.set()
+    stopping.set()
     for process in list(_running):
         process.kill()
     for thread in list(_threads):
@@ -245,5 +208,4 @@ def _stop() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-atexit.register(_stop)
+    os.register_at_fork(after_in_child=_forget)

@@ -6,37 +6,33 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import mul
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
-from hyperopt_nested.backends.graph import Kind, UpdateGraph
-from hyperopt_nested.backends.layout import check_layout, is_stored, sizes
-from hyperopt_nested.backends.program import Batch, LayoutError
+from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph
+from hyperopt_nested.backends.program import Batch
 
 _started = os.getpid()
+PLAIN = frozenset([Tensor, torch.nn.Parameter])
+"""Classes whose data lie where `data_ptr` says; subclasses, such as DTensor, may have none."""
 
 
-def fused(graph: UpdateGraph) -> Kernel:
-    """Return a kernel that does a graph, for tensors of all sizes that pass `check_layout`.
-
-    Raises:
-        UnsupportedError: there is no C++ for it.
-        CompileError: the C++ does not compile.
-    """
-    return Kernel(graph, code(graph))
+class LayoutError(UnsupportedError):
+    """A program of some sort can not take these tensors, as they lie in memory; the message says why."""
 
 
 class Kernel:
-    """A compiled graph."""
+    """A graph in machine code, for tensors of all sizes that pass `check_layout`."""
 
     backend = "fused"
 
-    def __init__(self, graph: UpdateGraph, source: str) -> None:
-        (self._library,) = compiler.load([source])
-        self._run = self._library.run
+    def __init__(self, graph: UpdateGraph) -> None:
+        self._run = compiler.load([code(graph)])[0].run
         self._run.restype = None
         self._kinds, self._dtypes = [kind for kind, _ in graph.inputs], [dtype for _, dtype in graph.inputs]
         elements = [i for i, kind in enumerate(self._kinds) if kind == Kind.ELEMENT]
@@ -49,8 +45,7 @@ class Kernel:
         tables, pointers, storages = batch.prepared
         grads = [self._readable(row[0], row[self._like], storages) for row in batch.rows]
         tables[0][:: len(self._dtypes)] = array("q", map(Tensor.data_ptr, grads))
-        # a forked child has no threads but its own
-        threads = torch.get_num_threads() if os.getpid() == _started else 1
+        threads = torch.get_num_threads() if os.getpid() == _started else 1  # a forked child has no threads but its own
         self._run(ctypes.c_int64(len(grads)), *pointers, threads)
 
     def _prepared(self, rows: Sequence[Sequence[Tensor]]) -> tuple[list[array[int]], list[ctypes.c_void_p], set[int]]:
@@ -59,9 +54,8 @@ class Kernel:
             if [tensor.dtype for tensor in row] != self._dtypes:
                 raise LayoutError(f"a kernel for {self._dtypes} is given {[tensor.dtype for tensor in row]}")
             check_layout(row, self._kinds, row[self._like])
-        shapes = [sizes(row[self._like]) for row in rows]
-        addresses = [tensor.data_ptr() for row in rows for tensor in row]
-        tables = [array("q", table) for table in (addresses, [rows for rows, _ in shapes], [columns for _, columns in shapes])]
+        shapes = zip(*(sizes(row[self._like]) for row in rows), strict=True)
+        tables = [array("q", table) for table in ([tensor.data_ptr() for row in rows for tensor in row], *shapes)]
         storages = {tensor.untyped_storage().data_ptr() for row in rows for tensor in row[1:]}
         return tables, [ctypes.c_void_p(table.buffer_info()[0]) for table in tables], storages
 
@@ -73,3 +67,45 @@ class Kernel:
         if storage.data_ptr() in storages or grad.is_neg() or not is_stored(grad):
             return grad.clone(memory_format=torch.preserve_format).resolve_neg()
         return grad
+
+
+def sizes(param: Tensor) -> tuple[int, int]:
+    """Rows and columns: dimension 0 and all others; a tensor with fewer than two dimensions is one row."""
+    rows = param.shape[0] if param.ndim > 1 else 1
+    return rows, param.numel() // max(rows, 1)
+
+
+def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tensor) -> None:
+    """Raise LayoutError unless a kernel can work on the memory of the gradient, which may lie in any way, and of all else."""
+    rows, columns = sizes(param)
+    for i, (argument, kind) in enumerate(zip(arguments, kinds, strict=True)):
+        count = {Kind.NUMBER: 1, Kind.ROW: rows, Kind.ELEMENT: rows * columns}[kind]
+        plain = type(argument) in PLAIN and argument.layout == torch.strided and argument.device.type == "cpu" and not argument.is_neg()
+        if not plain or argument.numel() != count or count == 0:
+            raise LayoutError(f"a {type(argument).__name__} of shape {tuple(argument.shape)} on {argument.device} has not {count} numbers")
+        if i == 0:
+            continue
+        if kind == Kind.ELEMENT and argument.shape == param.shape:
+            strides = zip(argument.stride(), param.stride(), param.shape, strict=True)
+            fits = all(own == wanted or size == 1 for own, wanted, size in strides)
+        else:
+            fits = argument.is_contiguous() and (kind != Kind.ELEMENT or param.is_contiguous())
+        if not (fits and is_dense(argument) and is_stored(argument)):
+            raise LayoutError(f"a tensor of shape {tuple(argument.shape)} has strides {argument.stride()}, its parameter {param.stride()}")
+    if rows > 1 and param.stride(0) != columns:
+        raise LayoutError(f"a tensor with strides {param.stride()} does not lie row after row")
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise LayoutError("tensors of one update share memory")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    counts = accumulate((size for _, size in steps), mul, initial=1)
+    return all(stride == count for (stride, _), count in zip(steps, counts, strict=False))
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor holds all of it."""
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from hyperopt_nested.backends.program import UnsupportedError
+
+class UnsupportedError(Exception):
+    """A function can not be made into a program of some sort; the message says why."""
 
 
 class Kind(IntEnum):
@@ -21,29 +23,19 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A node of a graph; equal nodes are one object.
+    """A node of a graph; equal nodes are one object."""
 
-    Attributes:
-        op: "input", "constant", "cast", "expand", a reduction, or a pointwise operator by torch's name for it.
-        args: values, or the index of an input, or a constant.
-        kind: what there is one of.
-        dtype: torch's.
-        computed: the dtype that a pointwise operator's operands have when it is computed.
-    """
-
-    op: str
-    args: tuple[Any, ...]
-    kind: Kind
+    op: str  # "input", "constant", "cast", "expand", a reduction, or a pointwise operator by torch's name for it
+    args: tuple[Any, ...]  # values, or the index of an input, or a constant
+    kind: Kind  # what there is one of
     dtype: torch.dtype
-    computed: torch.dtype
+    computed: torch.dtype  # that a pointwise operator's operands have when it is computed
 
     @property
     def operands(self) -> tuple["Value", ...]:
-        """The values among the arguments."""
         return tuple(arg for arg in self.args if isinstance(arg, Value))
 
     def is_constant(self, number: float) -> bool:
-        """Whether it is a constant that equals a number."""
         return self.op == "constant" and bool(self.args[0] == number)
 
     @property
@@ -52,41 +44,10 @@ class Value:
         return self.op in REDUCTIONS and self.kind == Kind.NUMBER and self.operands[0].kind != Kind.NUMBER
 
 
-POINTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "abs",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "pow",
-        "exp",
-        "expm1",
-        "log",
-        "log1p",
-        "tanh",
-        "sigmoid",
-        "sign",
-        "maximum",
-        "minimum",
-        "clamp",
-        "where",
-        "remainder",
-        "gt",
-        "ge",
-        "lt",
-        "le",
-        "eq",
-        "ne",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-    ]
-)
+_ARITHMETIC = ["add", "sub", "mul", "div", "neg", "abs", "sign", "reciprocal", "remainder", "maximum", "minimum", "clamp", "where"]
+_FUNCTIONS = ["sqrt", "rsqrt", "pow", "exp", "expm1", "log", "log1p", "tanh", "sigmoid"]
+_CONDITIONS = ["gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"]
+POINTWISE = frozenset([*_ARITHMETIC, *_FUNCTIONS, *_CONDITIONS])
 REDUCTIONS = frozenset(["sum", "mean", "amax"])
 
 
@@ -97,24 +58,21 @@ class Values:
         self._made: dict[Any, Value] = {}
 
     def __call__(self, op: str, args: Sequence[Any], kind: Kind, dtype: torch.dtype, computed: torch.dtype | None = None) -> Value:
-        """A value as it is described."""
         key = op, tuple(id(arg) if isinstance(arg, Value) else (type(arg), repr(arg)) for arg in args), kind, dtype, computed or dtype
         if key not in self._made:
             self._made[key] = Value(op, tuple(args), kind, dtype, computed or dtype)
         return self._made[key]
 
 
+Inputs = tuple[tuple[Kind, torch.dtype], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class UpdateGraph:
-    """A function of one tensor's numbers, rows and elements.
+    """A function of one tensor's numbers, rows and elements."""
 
-    Attributes:
-        inputs: kind and dtype of each argument.
-        outputs: by index of an argument: the value to write to it.
-    """
-
-    inputs: tuple[tuple[Kind, torch.dtype], ...]
-    outputs: tuple[tuple[int, Value], ...]
+    inputs: Inputs  # of each argument
+    outputs: tuple[tuple[int, Value], ...]  # what to write to the argument of this index
 
     @cached_property
     def values(self) -> list[Value]:
@@ -125,16 +83,10 @@ class UpdateGraph:
     def description(self) -> tuple[Any, ...]:
         """What equal graphs have equal, and others do not."""
         index = {value: i for i, value in enumerate(self.values)}
-        nodes = [
-            (
-                value.op,
-                *(f"%{index[arg]}" if isinstance(arg, Value) else repr(arg) for arg in value.args),
-                value.kind,
-                value.dtype,
-                value.computed,
-            )
-            for value in index
-        ]
+        nodes = []
+        for value in index:
+            args = [f"%{index[arg]}" if isinstance(arg, Value) else repr(arg) for arg in value.args]
+            nodes.append((value.op, *args, value.kind, value.dtype, value.computed))
         return self.inputs, tuple(nodes), tuple((i, index[value]) for i, value in self.outputs)
 
 
@@ -153,18 +105,8 @@ def reachable(roots: Iterable[Value], through: Callable[[Value], bool] = lambda 
     return list(found)
 
 
-def uncast(value: Value) -> Value:
-    """A number before it is converted to where it is used, if that can be done later, or need not be."""
-    exact = value.op == "cast" and value.dtype.is_floating_point and value.args[0].dtype.is_floating_point
-    return value.args[0] if exact else value
-
-
 def kind_of(shape: Sequence[int], full: Sequence[int]) -> Kind:
-    """What something of a shape has one of, in a tensor of shape `full`.
-
-    Raises:
-        UnsupportedError: it is none of these.
-    """
+    """What something of a shape has one of, in a tensor of shape `full`; raises UnsupportedError if it is none of these."""
     shape, full = tuple(shape), tuple(full)
     if shape == full and full:
         return Kind.ELEMENT

@@ -1,52 +1,66 @@
-"""Pure functions of tensors as programs compiled by inductor, without guards: for arguments of fixed shapes, strides and dtypes."""
+"""Programs compiled by inductor, without guards: for arguments of fixed shapes, strides and dtypes. It caches them on disk."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.layout import is_dense
-from hyperopt_nested.backends.program import Function, PerRow, write_over
+from hyperopt_nested.backends.fused import is_dense
+from hyperopt_nested.backends.program import Batch, Function, write_over
+
+TOGETHER = frozenset(["cuda", "xpu"])
+"""Types of devices for which one program steps all tensors, so that launches do not grow with tensors. On others, each has its own."""
+
+Row = list[Tensor]
 
 
-def inductor(function: Function, arguments: Sequence[Tensor]) -> PerRow:
-    """Return what a function does to its arguments, in place, compiled by inductor, which caches on disk.
+class Inductor:
+    """What a function does to each row of a batch, as compiled programs; arguments other than the gradient are dense."""
 
-    Args:
-        function: what it does.
-        arguments: examples, dense but for the first, the gradient; they are not changed.
-    """
-    grad = arguments[0] if is_dense(arguments[0]) else arguments[0].contiguous()
-    run, stride = compiled(function, [grad, *arguments[1:]]), grad.stride()
+    backend = "compile"
 
-    def program(grad: Tensor, *others: Tensor) -> None:
-        storage = grad.untyped_storage().data_ptr()
-        if grad.stride() != stride or any(other.untyped_storage().data_ptr() == storage for other in others):
-            grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-        run(grad, *others)
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._made: dict[Any, Callable[..., Any]] = {}
 
-    return PerRow(program, "compile")
+    def __call__(self, batch: Batch) -> None:
+        if batch.prepared is None:
+            together = batch.rows[0][0].device.type in TOGETHER
+            parts = [batch.rows] if together else [[row] for row in batch.rows]
+            batch.prepared = [(rows, *self._program(rows)) for rows in parts]
+        for rows, strides, program in batch.prepared:
+            given = ([_lying(row, stride), *row[1:]] for row, stride in zip(rows, strides, strict=True))
+            program(*chain.from_iterable(given))
+
+    def _program(self, rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], Callable[..., Any]]:
+        """Strides of gradients, and the program that takes all arguments of all rows, one after the other."""
+        import torch._inductor  # takes a second or two
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        grads = [row[0] if is_dense(row[0]) else row[0].contiguous() for row in rows]
+        strides = [grad.stride() for grad in grads]
+        given = [*chain.from_iterable([grad, *row[1:]] for grad, row in zip(grads, rows, strict=True))]
+        of = tuple((each.shape, each.stride(), each.dtype, each.device) for each in given)
+        if of not in self._made:
+            width = len(rows[0])
+
+            def in_place(*arguments: Tensor) -> list[Tensor]:
+                for begin in range(0, len(arguments), width):
+                    row = arguments[begin : begin + width]
+                    write_over(row, self._function(*row))
+                return []
+
+            with torch.no_grad(), torch._inductor.config.patch(combo_kernels=len(rows) > 1):
+                traced = make_fx(in_place)(*(each.detach().clone() for each in given))
+                self._made[of] = torch._inductor.compile(traced, list[Any](given))
+        return strides, self._made[of]
 
 
-def compiled(function: Function, arguments: Sequence[Tensor]) -> Callable[..., Any]:
-    """Return the compiled function; arguments as of `inductor`."""
-    import torch._inductor  # takes a second or two
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def in_place(*given: Tensor) -> list[Tensor]:
-        write_over(given, function(*given))
-        return []
-
-    with torch.no_grad():
-        traced = make_fx(in_place)(*(argument.detach().clone() for argument in arguments))
-        program: Callable[..., Any] = torch._inductor.compile(traced, list[Any](arguments))
-    return program
-
-
-def compiler_for(device: torch.device) -> bool:
-    """Whether there is what inductor needs to compile for a device: a C++ compiler, or Triton."""
-    if device.type != "cpu":
+def compiler_for(device: str) -> bool:
+    """Whether there is what inductor needs to compile for a type of device: a C++ compiler, or Triton."""
+    if device != "cpu":
         from torch.utils._triton import has_triton
 
         return has_triton()
@@ -57,3 +71,11 @@ def compiler_for(device: torch.device) -> bool:
         return bool(get_cpp_compiler())
     except InvalidCxxCompiler:
         return False
+
+
+def _lying(row: Row, stride: tuple[int, ...]) -> Tensor:
+    """The gradient of a row; a copy if it lies otherwise, or shares memory with what is written."""
+    grad, storage = row[0], row[0].untyped_storage().data_ptr()
+    if grad.stride() == stride and all(other.untyped_storage().data_ptr() != storage for other in row[1:]):
+        return grad
+    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)

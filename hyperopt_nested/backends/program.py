@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from hyperopt_nested.backends.graph import Kind, kind_of
 
 Function = Callable[..., Sequence[Tensor | None]]
 """From as many tensors as it is given to what is written to each of them; None, or the tensor itself, where nothing is. It does not
@@ -13,51 +16,40 @@ depend on values of tensors."""
 
 @dataclass(eq=False)
 class Batch:
-    """Arguments of a program.
+    """Arguments of a program."""
 
-    Attributes:
-        rows: what the function takes, row by row: the gradient comes first, and may be another tensor in each call; the others stay.
-        prepared: what the program has made of those that stay.
-    """
-
-    rows: list[list[Tensor]] = field(default_factory=list)
-    prepared: Any = None
+    rows: list[list[Tensor]] = field(default_factory=list)  # of the function: first the gradient, any in each call; the others stay
+    prepared: Any = None  # what the program has made of those that stay
 
 
 class Program(Protocol):
-    """Does what a function does, in place, to each row of a batch.
+    """Does what a function does, in place, to each row of a batch."""
 
-    Attributes:
-        backend: which sort of program it is.
-    """
+    backend: str  # which sort of program it is
 
-    backend: str
-
-    def __call__(self, batch: Batch) -> None:
-        """Do it."""
+    def __call__(self, batch: Batch) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What programs are needed for.
+    """What programs are needed for."""
 
-    Attributes:
-        of: what they depend on beside the arguments.
-        rule: the rule's name, for messages.
-        functions: what each program does; they run one after the other, on the same arguments.
-        arguments: of all functions, the gradient first; they are not changed.
-        param: the tensor.
-        changing: indices of arguments that are written to between the programs.
-        examples: makes examples of the arguments: small ones, or, with `whole=True`, ones of the same sizes and strides.
-    """
-
-    of: Hashable
-    rule: str
-    functions: Sequence[Function]
-    arguments: Sequence[Tensor]
+    of: Hashable  # what they depend on beside the arguments
+    rule: str  # its name, for messages
+    functions: Sequence[Function]  # what each program does; they run one after the other, on the same arguments
+    arguments: Sequence[Tensor]  # of all functions, the gradient first; they are not changed
     param: Tensor
-    changing: Collection[int]
-    examples: Callable[..., Iterable[list[Tensor]]]
+    changing: Collection[int]  # indices of arguments that are written to between the programs
+    examples: Callable[..., Iterable[list[Tensor]]]  # makes small arguments, or, with `whole=True`, ones of the same sizes and strides
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each argument has one value of; raises UnsupportedError if that is not known."""
+        return tuple(kind_of(argument.shape, self.param.shape) for argument in self.arguments)
+
+    @property
+    def singletons(self) -> tuple[bool, ...]:
+        return tuple(size == 1 for size in self.param.shape)
 
 
 @dataclass(eq=False)
@@ -74,11 +66,7 @@ class PerRow:
 
 def engine(function: Function) -> PerRow:
     """The function itself as a program: what every other program has to reproduce."""
-
-    def in_place(*arguments: Tensor) -> None:
-        write_over(arguments, function(*arguments))
-
-    return PerRow(in_place, "reference")
+    return PerRow(lambda *arguments: write_over(arguments, function(*arguments)), "reference")
 
 
 def write_over(arguments: Sequence[Tensor], new: Sequence[Tensor | None]) -> None:
@@ -86,11 +74,3 @@ def write_over(arguments: Sequence[Tensor], new: Sequence[Tensor | None]) -> Non
     for old, value in zip(arguments, new, strict=True):
         if value is not None and value is not old:
             old.copy_(value)
-
-
-class UnsupportedError(Exception):
-    """A function can not be made into a program of some sort; the message says why."""
-
-
-class LayoutError(UnsupportedError):
-    """A program of some sort can not take these tensors, as they lie in memory; the message says why."""

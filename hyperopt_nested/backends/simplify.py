@@ -8,36 +8,28 @@ from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value,
 def simplified(graph: UpdateGraph, read: Mapping[int, Value] | None = None) -> UpdateGraph:
     """A graph that does the same, with fewer choices between values. The order of products stays, since they may overflow.
 
-    Args:
-        graph: the graph.
-        read: by index of an argument: the value in the graph that it holds already, and that is read from it.
+    The values in `read` are already in the arguments of these indices, and are read from there.
     """
-    return _Simplification().of(graph, {value: i for i, value in (read or {}).items()})
+    held, how = {value: i for i, value in (read or {}).items()}, _Simplification()
+    new: dict[Value, Value] = {}
+    for value in graph.values:
+        if value in held:
+            new[value] = how.value("input", (held[value],), value.kind, value.dtype)
+        else:
+            new[value] = how.made(value, [new[arg] if isinstance(arg, Value) else arg for arg in value.args])
+    return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
 class _Simplification:
     def __init__(self) -> None:
-        self._value = Values()
+        self.value = Values()
         self._assumed: dict[tuple[Value, Value], Value] = {}
 
-    def of(self, graph: UpdateGraph, read: Mapping[Value, int]) -> UpdateGraph:
-        new: dict[Value, Value] = {}
-        for value in graph.values:
-            if value in read:
-                new[value] = self._value("input", (read[value],), value.kind, value.dtype)
-                continue
-            args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
-            new[value] = self._made(value, args)
-        return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
-
-    def _made(self, value: Value, args: Sequence[Value]) -> Value:
-        if value.kind > Kind.NUMBER and value.dtype.is_floating_point:
-            rule = getattr(self, f"_{value.op}", None)
-            found = rule(value, *args) if rule else None
-            if found is not None:
-                made: Value = found
-                return made
-        return self._value(value.op, args, value.kind, value.dtype, value.computed)
+    def made(self, value: Value, args: Sequence[Value]) -> Value:
+        """A value of an operator, simpler if one of the methods that are named after operators makes it so."""
+        rule = getattr(self, f"_{value.op}", None) if value.kind > Kind.NUMBER and value.dtype.is_floating_point else None
+        found: Value | None = rule(value, *args) if rule else None
+        return found or self.value(value.op, args, value.kind, value.dtype, value.computed)
 
     def _add(self, _: Value, one: Value, other: Value) -> Value | None:
         if one.op == other.op == "where" and one.args[0] is other.args[0] and one.args[1] is other.args[2]:
@@ -48,9 +40,9 @@ class _Simplification:
     def _where(self, value: Value, condition: Value, yes: Value, no: Value) -> Value | None:
         """The root that has derivative zero at zero is the root of what is not negative; and what is chosen need not choose again."""
         if yes.op == "sqrt" and no.is_constant(0) and _keeps_positive(condition, yes.args[0]):
-            return self._value("sqrt", (self._assuming(condition, yes.args[0]),), value.kind, value.dtype)
+            return self.value("sqrt", (self._assuming(condition, yes.args[0]),), value.kind, value.dtype)
         assumed = self._assuming(condition, yes)
-        return None if assumed is yes else self._value("where", (condition, assumed, no), value.kind, value.dtype)
+        return None if assumed is yes else self.value("where", (condition, assumed, no), value.kind, value.dtype)
 
     def _assuming(self, condition: Value, value: Value) -> Value:
         """A value where a condition is met; anywhere else, it may be another."""
@@ -62,13 +54,13 @@ class _Simplification:
 
     def _assumed_anew(self, condition: Value, value: Value) -> Value:
         if _keeps_positive(condition, value):  # so that it is the same value whether the condition is met or not
-            zero = self._value("constant", (0,), Kind.NUMBER, value.dtype)
-            return self._value("where", (condition, value.args[1], zero), value.kind, value.dtype)
+            zero = self.value("constant", (0,), Kind.NUMBER, value.dtype)
+            return self.value("where", (condition, value.args[1], zero), value.kind, value.dtype)
         if value.op == "where" and value.args[0] is condition:
             return self._assuming(condition, value.args[1])
         args = [self._assuming(condition, arg) if isinstance(arg, Value) else arg for arg in value.args]
         same = all(new is old for new, old in zip(args, value.args, strict=True))
-        return value if same else self._made(value, args)
+        return value if same else self.made(value, args)
 
 
 def _keeps_positive(condition: Value, value: Value) -> bool:

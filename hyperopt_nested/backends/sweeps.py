@@ -4,45 +4,36 @@ A total over a tensor is known after a sweep over all of it; what depends on it 
 total takes a second loop over that row, which the cache still holds.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, reachable
+from hyperopt_nested.backends.simplify import simplified
 
 
 @dataclass
 class Sweep:
-    """One pass over a tensor.
+    """One pass over a tensor."""
 
-    Attributes:
-        totals: what is summed up over all of it.
-        writes: by index of an argument: what is written to it, row by row or element by element.
-        written: by index of an argument: what an earlier pass has written to it, which is read from there.
-    """
-
-    totals: list[Value] = field(default_factory=list)
-    writes: dict[int, Value] = field(default_factory=dict)
-    written: dict[int, Value] = field(default_factory=dict)
+    totals: list[Value] = field(default_factory=list)  # what is summed up over all of it
+    writes: dict[int, Value] = field(default_factory=dict)  # by argument: what is written to it, row by row or element by element
+    written: dict[int, Value] = field(default_factory=dict)  # by argument: what an earlier pass has written to it, which is read there
 
     @cached_property
     def values(self) -> list[Value]:
         """Rows and elements that are read or computed, each after those that it is made of; a total's operand is among them, it is not."""
         roots = [*(total.operands[0] for total in self.totals), *self.writes.values()]
-        known = set(self.written.values())
-        found = reachable(roots, through=lambda value: value.kind != Kind.NUMBER and value not in known)
-        return [value for value in found if value.kind != Kind.NUMBER]
+        return [value for value in reachable(roots, _within(self.written)) if value.kind != Kind.NUMBER]
 
     @cached_property
     def sources(self) -> dict[Value, int]:
         """What is read, with the index of the argument that holds it."""
         known = {value: i for i, value in self.written.items()}
-        read = {value: value.args[0] for value in self.values if value.op == "input"}
-        return {value: index for value in self.values if (index := known.get(value, read.get(value))) is not None}
+        return {each: known.get(each, each.args[0]) for each in self.values if each in known or each.op == "input"}
 
     @cached_property
     def computed(self) -> list[Value]:
-        """What is computed."""
         return [value for value in self.values if value not in self.sources and value.op != "constant"]
 
     @property
@@ -55,12 +46,7 @@ class Sweeps:
     """A graph in the order in which to do it: `numbers[0]`, `sweeps[0]`, `numbers[1]`, ..., then `writes`; `numbers` has one more.
 
     Rows and elements are written in the last sweep, since what is read before has to be what it was; or, where that touches less memory,
-    in the one before, and read from there then. Numbers are written at the end.
-
-    Attributes:
-        numbers: single numbers that are computed before each sweep and after the last, each after those that it is made of.
-        sweeps: passes over a tensor.
-        writes: by index of an argument: the number that is written to it.
+    in the one before, and read from there then. Numbers are written at the end: `writes` has them by index of the argument.
     """
 
     def __init__(self, graph: UpdateGraph) -> None:
@@ -70,50 +56,71 @@ class Sweeps:
         last = max([at[value] for value in values if value.is_total or value in large.values()], default=-1)
         latest = _latest(graph, last)
         at = _earliest(values, latest)
-        self._inputs = graph.inputs
         totals = [[value for value in values if value.is_total and latest[value] == k] for k in range(last + 1)]
         self.sweeps = [Sweep(each) for each in totals]
         if large:
             self.sweeps[last].writes = large
         if large and last > 0:
             roots = [total.operands[0] for total in totals[last]]
-            early = read_back(large, [i for i, value in large.items() if at[value] < last], roots)
+            early = _read_back(large, [i for i, value in large.items() if at[value] < last], roots)
             late = {i: value for i, value in large.items() if i not in early}
             split = [*self.sweeps[: last - 1], Sweep(totals[last - 1], early), Sweep(totals[last], late, early)]
-            self.sweeps = min(self.sweeps, split, key=self._touched)
+            self.sweeps = min(self.sweeps, split, key=lambda sweeps: _bytes_touched(graph, sweeps))
         self.numbers: list[list[Value]] = [[] for _ in range(last + 2)]
         for value in values:
             if value.kind == Kind.NUMBER and value.op not in ("input", "constant") and not value.is_total:
                 self.numbers[at[value]].append(value)
         self.writes = {i: value for i, value in graph.outputs if graph.inputs[i][0] == Kind.NUMBER}
 
-    @property
-    def bytes_touched(self) -> int:
-        """Bytes an element that are read and written."""
-        return self._touched(self.sweeps)
 
-    def _touched(self, sweeps: Iterable[Sweep]) -> int:
-        indices = [i for sweep in sweeps for i in (*set(sweep.sources.values()), *sweep.writes)]
-        return sum(dtype.itemsize for kind, dtype in (self._inputs[i] for i in indices) if kind == Kind.ELEMENT)
+def with_early_writes(graphs: Sequence[UpdateGraph], changing: Collection[int]) -> list[UpdateGraph]:
+    """Graphs that do the same, one after the other, with writes of the last done by the one before, where that touches less memory.
 
-
-def read_back(outputs: Mapping[int, Value], movable: Iterable[int], roots: Iterable[Value] = ()) -> dict[int, Value]:
-    """Of writes that can be done early, those after which the rest needs nothing of what they overwrite.
-
-    Args:
-        outputs: by index of an argument: all that is written.
-        movable: which of them can be done early.
-        roots: what else is needed later.
+    A step whose learned values have to be known before the tensor is updated passes over it twice. What renews the state alone, as Adam's
+    moments, waits for no total and no learned value, so it can happen in the first pass, which reads it for the hypergradient anyway; the
+    second then reads it back, and needs no gradient. Arguments whose indices are in `changing` are written to between the graphs.
     """
+    if len(graphs) != 2:
+        return list(graphs)
+    first, last = graphs
+    known = {*changing, *(i for i, _ in first.outputs)}
+
+    def waits(value: Value) -> bool:
+        above = reachable([value])
+        return value.kind == Kind.NUMBER or any(each.is_total or (each.op == "input" and each.args[0] in known) for each in above)
+
+    movable = [i for i, value in last.outputs if i not in dict(first.outputs) and not waits(value)]
+    early = _read_back(dict(last.outputs), movable, [total.operands[0] for total in last.values if total.is_total])
+    if not early:
+        return [first, last]
+    moved = replace(first, outputs=(*first.outputs, *early.items()))
+    rest = replace(last, outputs=tuple((i, value) for i, value in last.outputs if i not in early))
+    found = [simplified(moved), simplified(rest, early)]
+    return min([first, last], found, key=lambda pair: sum(_bytes_touched(graph, Sweeps(graph).sweeps) for graph in pair))
+
+
+def _read_back(outputs: Mapping[int, Value], movable: Iterable[int], roots: Iterable[Value]) -> dict[int, Value]:
+    """Of `movable` writes, those that can be done early, since what is left, and `roots`, needs nothing of what they overwrite."""
     early = {i: outputs[i] for i in movable}
     while True:
-        known = set(early.values())
         late = [*(value for i, value in outputs.items() if i not in early), *roots]
-        needed = reachable(late, through=lambda value: value.kind != Kind.NUMBER and value not in known)  # noqa: B023
-        lost = {value.args[0] for value in needed if value.op == "input" and value not in known} & early.keys()
+        needed = reachable(late, _within(early))
+        lost = {value.args[0] for value in needed if value.op == "input" and value not in early.values()} & early.keys()
         if not lost:
             return early
         early = {i: value for i, value in early.items() if i not in lost}
+
+
+def _within(written: Mapping[int, Value]) -> Callable[[Value], bool]:
+    """What is looked through in a pass: rows and elements that are not `written` by an earlier one."""
+    known = set(written.values())
+    return lambda value: value.kind != Kind.NUMBER and value not in known
+
+
+def _bytes_touched(graph: UpdateGraph, sweeps: Iterable[Sweep]) -> int:
+    """Bytes an element that are read and written."""
+    touched = [graph.inputs[i] for sweep in sweeps for i in (*set(sweep.sources.values()), *sweep.writes)]
+    return sum(dtype.itemsize for kind, dtype in touched if kind == Kind.ELEMENT)
 
 
 def _earliest(values: Iterable[Value], totals: Mapping[Value, int]) -> dict[Value, int]:

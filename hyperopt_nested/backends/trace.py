@@ -5,6 +5,7 @@ another thread.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,171 +13,131 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value, Values, kind_of
-from hyperopt_nested.backends.program import Function, UnsupportedError
+from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Inputs, Kind, UnsupportedError, UpdateGraph, Value, Values, kind_of
+from hyperopt_nested.backends.program import Function
 
-_SAME = frozenset(["alias", "detach", "clone", "lift_fresh_copy", "lift_fresh", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"])
-_VIEWS = (_SAME - {"clone", "lift_fresh_copy"}) | {"expand"}
-_FILLED: dict[str, float] = {"zeros_like": 0, "zeros": 0, "new_zeros": 0, "ones_like": 1, "ones": 1, "new_ones": 1}
-_FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
-_OTHER_NAMES = {"sgn": "sign", "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not"}
-_KNOWN = {*_SAME, *_FILLED, *_FILLS, *_OTHER_NAMES, *POINTWISE, *REDUCTIONS, "expand", "_to_copy", "copy"}
-_KNOWN |= {"rsub", "clamp_min", "clamp_max"}
+_VIEWS = ["alias", "detach", "lift_fresh", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand"]
+_TAKEN = dict.fromkeys([*_VIEWS, "clone", "lift_fresh_copy", "_to_copy", "scalar_tensor"], 0)
+_TAKEN |= {"copy": 1, "full": 1, "full_like": 1, "new_full": 2}
+"""Operators that give back one of their arguments, in another form, with its position."""
+_FILLED = {"zeros_like": 0, "zeros": 0, "new_zeros": 0, "ones_like": 1, "ones": 1, "new_ones": 1}
+_LOGICAL = {"mul": "logical_and", "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not"}
+_KNOWN = {*_TAKEN, *_FILLED, *_LOGICAL, *POINTWISE, *REDUCTIONS, "sgn", "rsub", "clamp_min", "clamp_max"}
 _SIZES = (3, 5, 7, 11, 13), (5, 3, 11, 7, 2)
 _KEPT = torch.ops.aten.rsub.Scalar, torch.ops.aten.sum.default
 
 
+@cache
+def _decompositions() -> dict[Any, Any]:
+    return {op: how for op, how in dict[Any, Any](core_aten_decompositions()).items() if op not in _KEPT}
+
+
 def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
-    """Return the graph of a function of one tensor's gradient, state and numbers.
+    """Return the graph of a function of one tensor's gradient, state and numbers; only shapes and dtypes of arguments are read.
 
     It is traced on small tensors of two other shapes: a function that depends on sizes in a way that graphs do not have gives two
-    graphs, and is refused.
-
-    Args:
-        function: from as many tensors as there are arguments to what is written to each of them; None where nothing is.
-        arguments: examples; only shapes and dtypes are read.
-        param: the tensor; what has its shape has one value an element.
-
-    Raises:
-        UnsupportedError: the function does something that does not go row by row, or writes a value of another shape than its argument.
+    graphs, and is refused, as is what does not go row by row, or writes a value of another shape than its argument.
     """
     if param.ndim > len(_SIZES[0]):
         raise UnsupportedError(f"a tensor has {param.ndim} dimensions")
-    kinds = [kind_of(argument.shape, param.shape) for argument in arguments]
-    found = [_traced(function, arguments, kinds, param, sizes[: param.ndim]) for sizes in _SIZES]
+    inputs = tuple((kind_of(argument.shape, param.shape), argument.dtype) for argument in arguments)
+    found = [_traced(function, arguments, inputs, param, sizes[: param.ndim]) for sizes in _SIZES]
     if found[0].description != found[1].description:
         raise UnsupportedError("an update depends on sizes")
     return found[0]
 
 
-def _traced(function: Function, arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tensor, sizes: tuple[int, ...]) -> UpdateGraph:
+def _traced(function: Function, arguments: Sequence[Tensor], inputs: Inputs, param: Tensor, sizes: tuple[int, ...]) -> UpdateGraph:
     shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, sizes, strict=True))
-    row = (*shape[:1], *(1 for _ in shape[1:]))
-    examples = [
-        torch.ones(shape if kind == Kind.ELEMENT else row if kind == Kind.ROW else argument.shape, dtype=argument.dtype)
-        for kind, argument in zip(kinds, arguments, strict=True)
-    ]
-    recorder = _Recorder(shape, examples, kinds)
+    shapes = {Kind.ELEMENT: shape, Kind.ROW: (*shape[:1], *(1 for _ in shape[1:]))}
+    shaped = zip(arguments, inputs, strict=True)
+    examples = [torch.ones(shapes.get(kind, argument.shape), dtype=dtype) for argument, (kind, dtype) in shaped]
+    recorder = _Recorder(shape, examples, inputs)
     with torch.no_grad(), recorder:
         new = function(*examples)
     outputs = []
-    for i, value in enumerate(new):
+    for i, (value, (kind, dtype)) in enumerate(zip(new, inputs, strict=True)):
         if value is None or value is examples[i]:
             continue
         made = recorder.value_of(value)
-        if made.kind != kinds[i]:
-            a = {Kind.NUMBER: "one value", Kind.ROW: "one value a row", Kind.ELEMENT: "one value an element"}
+        if made.kind != kind:
+            of = {Kind.NUMBER: "one value", Kind.ROW: "one value a row", Kind.ELEMENT: "one value an element"}
             raise UnsupportedError(
-                f"an update writes {a[made.kind]} to a tensor of shape {tuple(arguments[i].shape)}, which has {a[kinds[i]]}"
+                f"an update writes {of[made.kind]} to a tensor of shape {tuple(arguments[i].shape)}, which has {of[kind]}"
             )
-        made = recorder.cast(made, made.kind, examples[i].dtype)
+        made = recorder.cast(made, kind, dtype)
         if not (made.op == "input" and made.args[0] == i):
             outputs.append((i, made))
-    inputs = tuple((kind, argument.dtype) for kind, argument in zip(kinds, arguments, strict=True))
     return UpdateGraph(inputs, tuple(outputs))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what operators do to tensors, as values of a graph."""
 
-    _decomposed: dict[Any, Any] | None = None
-
-    def __init__(self, shape: tuple[int, ...], inputs: Sequence[Tensor], kinds: Sequence[Kind]) -> None:
+    def __init__(self, shape: tuple[int, ...], examples: Sequence[Tensor], inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shape, self._value = shape, Values()
-        self._of: dict[int, Value] = {}
-        self._held: list[Tensor] = []  # so that an id stays its own
-        self._fixed: set[int] = set()  # inputs, views and what is viewed: not to be changed in place
-        if _Recorder._decomposed is None:
-            _Recorder._decomposed = {op: how for op, how in dict[Any, Any](core_aten_decompositions()).items() if op not in _KEPT}
-        for i, (tensor, kind) in enumerate(zip(inputs, kinds, strict=True)):
-            self._keep(tensor, self._value("input", (i,), kind, tensor.dtype))
-            self._fixed.add(id(tensor))
+        self._of = dict[int, tuple[Value, Tensor]]()  # by id, which stays a tensor's own as long as this is held
+        self._fixed = set(map(id, examples))  # inputs, views and what is viewed: not to be changed in place
+        _decompositions()  # outside of this mode
+        for i, (tensor, (kind, dtype)) in enumerate(zip(examples, inputs, strict=True)):
+            self._of[id(tensor)] = self._value("input", (i,), kind, dtype), tensor
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value that a tensor holds; of one that was not made here, a constant."""
         if id(tensor) not in self._of:
             if tensor.numel() != 1 or type(tensor) not in (Tensor, torch.nn.Parameter):
                 raise UnsupportedError("an update has a tensor in it that is not in its state")
-            self._keep(tensor, self._value("constant", (tensor.item(),), Kind.NUMBER, tensor.dtype))
-        return self._of[id(tensor)]
-
-    def _keep(self, tensor: Tensor, value: Value) -> None:
-        self._held.append(tensor)
-        self._of[id(tensor)] = value
+            self._of[id(tensor)] = self._value("constant", (tensor.item(),), Kind.NUMBER, tensor.dtype), tensor
+        return self._of[id(tensor)][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        assert self._decomposed is not None
-        if func in self._decomposed:
-            with self:
-                found = self._decomposed[func](*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        name = str(func._schema.name).split("::")[1]
-        in_place = name.endswith("_")
-        name = name.rstrip("_")
-        if name not in _KNOWN:
-            with self:
-                found = func.decompose(*args, **kwargs)
-            if found is NotImplemented:
-                raise UnsupportedError(f"an update calls {func}")
-            return found
-        made = func(*args, **kwargs)
+        name, kwargs = str(func._schema.name).split("::")[1], kwargs or {}
+        name, in_place = name.rstrip("_"), name.endswith("_")
+        for decompose in (_decompositions().get(func), None if name in _KNOWN else func.decompose):
+            if decompose:
+                with self:
+                    found = decompose(*args, **kwargs)
+                if found is not NotImplemented:
+                    return found
+        made = func(*args, **kwargs) if name in _KNOWN else None
         if not isinstance(made, Tensor):
             raise UnsupportedError(f"an update calls {func}")
         value = self._called(func, name, args, kwargs, made)
-        if in_place:
-            if id(args[0]) in self._fixed:
-                raise UnsupportedError(f"an update calls {func} on what is seen elsewhere")
-            self._of[id(args[0])] = value
-            return made
+        if in_place and id(args[0]) in self._fixed:
+            raise UnsupportedError(f"an update calls {func} on what is seen elsewhere")
         if name in _VIEWS:
             self._fixed |= {id(made), *(id(arg) for arg in args if isinstance(arg, Tensor))}
-        self._keep(made, value)
+        changed = args[0] if in_place else made
+        self._of[id(changed)] = value, changed
         return made
 
     def _called(self, func: Any, name: str, given: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> Value:
         """The value of one operator's result."""
-        ends = [kwargs.get("min"), kwargs.get("max")] if name == "clamp" and kwargs else []
-        args: list[Any] = [self.value_of(arg) if isinstance(arg, Tensor) else arg for arg in [*given, *ends]]
+        args: list[Any] = [self.value_of(arg) if isinstance(arg, Tensor) else arg for arg in given]
         kind, dtype = kind_of(made.shape, self._shape), made.dtype
-        name = _OTHER_NAMES.get(name, name) if dtype == torch.bool or name == "sgn" else name
-        if name in _SAME:
-            return self.cast(args[0], kind, dtype)
-        if name in ("expand", "_to_copy", "copy"):
-            return self.cast(args[1] if name == "copy" else args[0], kind, dtype)
-        if name in _FILLED or name in _FILLS:
-            fill = _FILLED[name] if name in _FILLED else args[_FILLS[name]]
-            if isinstance(fill, Value):
-                return self.cast(fill, kind, dtype)
-            return self._value("constant", (fill,), kind, dtype)
+        if name in _TAKEN or name in _FILLED:
+            taken = args[_TAKEN[name]] if name in _TAKEN else _FILLED[name]
+            return self.cast(taken, kind, dtype) if isinstance(taken, Value) else self._value("constant", (taken,), kind, dtype)
         if name in REDUCTIONS:
             equal = args[0].op == "constant" and (name != "sum" or args[0].is_constant(0))
             if equal or args[0].kind == kind:
                 return self.cast(args[0], kind, dtype)
-            if name != "amax" or args[0].dtype != dtype:
-                args[0] = self.cast(args[0], args[0].kind, dtype)
-            return self._value(name, (args[0],), kind, dtype)
+            return self._value(name, (self.cast(args[0], args[0].kind, dtype),), kind, dtype)
+        name = "sign" if name == "sgn" else _LOGICAL.get(name, name) if dtype == torch.bool else name
         args = [None if arg is None else self._operand(arg) for arg in args]
         if name in ("add", "sub", "rsub"):
             alpha = kwargs.get("alpha", args.pop(2).args[0] if len(args) > 2 else 1)
             if name == "rsub":
-                name, args = "sub", [args[1], args[0]]
-                if alpha != 1:
-                    raise UnsupportedError(f"an update calls {func} with alpha={alpha!r}")
-            elif alpha != 1:
+                name, args = "sub", args[::-1]
+            if alpha != 1:
                 args[1] = self._value("mul", (args[1], self._operand(alpha)), args[1].kind, dtype)
-        if name in ("clamp_min", "clamp_max"):
-            name, args = "clamp", [args[0], args[1], None] if name == "clamp_min" else [args[0], None, args[1]]
+        if name.startswith("clamp"):
+            name, args = "clamp", [args[0], None, args[1]] if name == "clamp_max" else [*args, None][:3]
         if name not in POINTWISE or kwargs.get("rounding_mode"):
             raise UnsupportedError(f"an update calls {func}")
-        if name == "mul" and dtype == torch.bool:
-            name = "logical_and"
-        if name == "clamp":
-            args = [*args, None, None][:3]
-        computed = dtype if dtype != torch.bool or name.startswith("logical") else _compared(given)
-        args = [None if arg is None else self._unexpanded(arg) for arg in args]
+        compared = dtype == torch.bool and not name.startswith("logical")
+        computed = torch.result_type(given[0], given[1]) if compared and len(given) > 1 else given[0].dtype if compared else dtype
         return self.cast(self._simplified(name, args, dtype, computed), kind, dtype)
 
     def _simplified(self, name: str, args: list[Any], dtype: torch.dtype, computed: torch.dtype) -> Value:
@@ -188,45 +149,31 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             same = args[1]
         elif name == "sub" and zero[0]:
             name, args = "neg", [args[1]]
-        elif (name in ("add", "sub") and zero[1]) or (name == "neg" and zero[0]) or (name in ("mul", "div") and one[1]):
-            same = args[0]
-        elif (name == "add" and zero[0]) or (name == "mul" and one[0]):
+        elif (name == "mul" and one[0]) or (name == "add" and zero[0]):
             same = args[1]
-        elif name == "mul" and zero[0] and zero[1]:
+        elif (name in ("mul", "div") and one[1]) or (name in ("add", "sub") and zero[1]) or (name in ("neg", "mul") and all(zero)):
             same = args[0]
         if same is not None:
             return self.cast(same, kind, dtype)
         return self._value(name, tuple(args), kind, dtype, computed)
 
-    def _unexpanded(self, value: Value) -> Value:
-        if value.op == "constant":
-            return self._value("constant", value.args, Kind.NUMBER, value.dtype)
-        found: Value = value.args[0] if value.op == "expand" else value
-        return found
-
     def _operand(self, arg: Any) -> Value:
-        if isinstance(arg, Value):
-            return arg
-        dtype = torch.bool if isinstance(arg, bool) else torch.int64 if isinstance(arg, int) else torch.float64
-        return self._value("constant", (arg,), Kind.NUMBER, dtype)
+        """What a pointwise operator takes of a value, or a number."""
+        if not isinstance(arg, Value):
+            dtype = torch.bool if isinstance(arg, bool) else torch.int64 if isinstance(arg, int) else torch.float64
+            return self._value("constant", (arg,), Kind.NUMBER, dtype)
+        if arg.op == "constant":
+            return self._value("constant", arg.args, Kind.NUMBER, arg.dtype)
+        found: Value = arg.args[0] if arg.op == "expand" else arg
+        return found
 
     def cast(self, value: Value, kind: Kind, dtype: torch.dtype) -> Value:
         """A value in another dtype, or as what there is more of."""
-        if value.op == "constant":
-            return self._value("constant", value.args, kind, dtype) if _fits(value, dtype) else self._value("cast", (value,), kind, dtype)
+        if value.op == "constant":  # it stays one if it is the same number
+            old, new = (float(torch.tensor(value.args[0], dtype=each)) for each in (value.dtype, dtype))
+            return self._value("constant", value.args, kind, dtype) if new == old else self._value("cast", (value,), kind, dtype)
         if value.op == "cast" and value.args[0].dtype == dtype and torch.promote_types(dtype, value.dtype) == value.dtype:
             value = value.args[0]  # there and back
         elif value.dtype != dtype:
             value = self._value("cast", (value,), value.kind, dtype)
         return value if value.kind == kind else self._value("expand", (value,), kind, dtype)
-
-
-def _fits(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a constant is the same number in another dtype, or there is only one way to write it."""
-    return float(torch.tensor(value.args[0], dtype=dtype)) == float(torch.tensor(value.args[0], dtype=value.dtype))
-
-
-def _compared(given: Sequence[Any]) -> torch.dtype:
-    """The dtype in which operands are compared."""
-    found: torch.dtype = torch.result_type(given[0], given[1]) if len(given) > 1 else given[0].dtype
-    return found

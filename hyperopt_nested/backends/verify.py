@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.program import Batch, Function, Program, Request, write_over
+from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
 from hyperopt_nested.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -17,57 +17,55 @@ _SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0
 """Of the gradients of successive examples."""
 
 
-def deviation(programs: list[Program], request: Request, *, whole: bool = False) -> str:
-    """Compare programs with the functions that they are made of.
-
-    Args:
-        programs: one for each function of the request.
-        request: what they were made for.
-        whole: whether they take tensors of no other size.
-
-    Returns:
-        What deviates, in words; nothing if the programs agree with the engine on all examples, up to rounding.
-    """
+def deviation(programs: Sequence[Program], request: Request, *, whole: bool = False) -> str:
+    """What deviates from the functions of a request, in words; nothing if programs agree with them on all examples, up to rounding."""
     if request.param.is_meta:  # nothing is computed there
         return ""
     tolerance = max(_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments)
+    by_engine = [engine(function) for function in request.functions]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for example in request.examples(whole=whole):
-            found = [argument.clone() for argument in example]
-            for program in programs:
-                program(Batch([found]))
-                _change(found, request)
-            wanted = _by_engine(example, request)
+            found, wanted = _run(programs, example, request), _run(by_engine, example, request)
             wrong = [i for i in range(1, len(wanted)) if _differs(found[i], wanted[i], tolerance)]
             if wrong:
-                noise = [_noise(example, wanted, seed, request) for seed in range(8)]
-                wrong = [i for i in wrong if _differs(found[i], wanted[i], tolerance, sum(each[i] for each in noise))]
+                moved = [_run(by_engine, _moved(example, seed), request) for seed in range(8)]
+                noise = {i: sum(_distance(each[i], wanted[i]) for each in moved) for i in wrong}
+                wrong = [i for i in wrong if _differs(found[i], wanted[i], tolerance, noise[i])]
             if wrong:
                 value, off = wanted[wrong[0]].double(), found[wrong[0]].double() - wanted[wrong[0]].double()
                 return f"a result of {float(value.abs().amax()):.3g} is off by {float(off.abs().amax()):.3g}"
     return ""
 
 
+def _run(programs: Sequence[Program], arguments: Sequence[Tensor], request: Request) -> list[Tensor]:
+    """What arguments are after programs, between which shared values change."""
+    now = [argument.clone() for argument in arguments]
+    for program in programs:
+        program(Batch([now]))
+        for i in request.changing:
+            now[i].mul_(1.01)
+    return now
+
+
+def _moved(arguments: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Arguments that are changed by as little as rounding does."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = []
+    for each in arguments:
+        change = torch.rand(each.shape, generator=generator, dtype=torch.float64).to(each.device) * 16 - 8
+        eps = torch.finfo(each.dtype).eps if each.is_floating_point() else 0
+        moved.append((each.double() * (1 + change * eps)).to(each.dtype))
+    return moved
+
+
 def examples(
-    arguments: Sequence[Tensor],
-    param: Tensor,
-    hypers: Mapping[int, LearnedHyper],
-    point: int | None,
-    update: Function,
-    *,
-    whole: bool,
+    arguments: Sequence[Tensor], param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, update: Function, *, whole: bool
 ) -> Iterator[list[Tensor]]:
-    """Make small examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
+    """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
-
-    Args:
-        arguments: what an update takes, the gradient first.
-        param: the tensor.
-        hypers: learned hypers, by index of the argument that holds their raw values.
-        point: index of the tensor among the arguments, if it is one.
-        update: the update, by the engine.
-        whole: whether examples have the sizes and strides of these arguments instead.
+    The argument at `point` is the tensor, and those at the indices of `hypers` are raw values. If `whole`, examples have the sizes and
+    strides of the arguments; else they are small.
     """
     generator = torch.Generator().manual_seed(0)
     shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, _SIZES.get(param.ndim, (2,) * param.ndim), strict=True))
@@ -101,31 +99,6 @@ def examples(
             now[i] = learned.hyper.confine((now[i] * factor).to(now[i].dtype), learned.via)
         yield [argument.clone() for argument in now]
         write_over(now, update(*now))
-
-
-def _by_engine(arguments: Sequence[Tensor], request: Request) -> list[Tensor]:
-    now = [argument.clone() for argument in arguments]
-    for function in request.functions:
-        write_over(now, function(*now))
-        _change(now, request)
-    return now
-
-
-def _change(arguments: list[Tensor], request: Request) -> None:
-    """What happens to shared values between programs."""
-    for i in request.changing:
-        arguments[i].mul_(1.01)
-
-
-def _noise(arguments: Sequence[Tensor], wanted: Sequence[Tensor], seed: int, request: Request) -> list[Tensor]:
-    """How far the engine's results move if its arguments change by as little as rounding does, entry by entry."""
-    generator = torch.Generator().manual_seed(seed)
-    moved = []
-    for each in arguments:
-        change = torch.rand(each.shape, generator=generator, dtype=torch.float64).to(each.device) * 16 - 8
-        eps = torch.finfo(each.dtype).eps if each.is_floating_point() else 0
-        moved.append((each.double() * (1 + change * eps)).to(each.dtype))
-    return [_distance(new, old) for new, old in zip(_by_engine(moved, request), wanted, strict=True)]
 
 
 def _differs(found: Tensor, wanted: Tensor, tolerance: float, noise: Tensor | float = 0.0) -> bool:
