@@ -15,9 +15,10 @@ import typer
 from measure import compared, report, seconds
 
 import hyperopt_nested as hn
+from hyperopt_nested.backends.choice import WARM_UP
 
 WIDTHS, BATCH = (64, 256, 256, 10), 128
-WARM = 3
+WARM = WARM_UP + 4  # steps before those that are timed
 RATE = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-7)))
 BOTH = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-7)), weight_decay=hn.learn(1e-2, by=hn.sgd(lr=1e-7)))
 PLAIN, ONE_STEP, VALIDATION = "torch.optim.AdamW", "lr learned, one step", "lr learned, one step, from a validation loss"

@@ -1,7 +1,8 @@
 """Time of a step, and of the first one, for small models; as ratios to torch's default AdamW, a loop over tensors.
 
 Candidates of a model take turns, on the same gradients; ratios are of the same round. First steps are each in a process of their own, where
-nothing has been traced, with a folder for compiled kernels that is empty at first. Without a compiler means that `CXX` names none.
+nothing has been traced, with a folder for compiled kernels that is empty at first. Without a compiler means that `CXX` names none. All is
+on one thread: with more, a busy machine slows tensors this small down by factors.
 """
 
 import json
@@ -104,7 +105,7 @@ def all_first_steps(threads: int) -> Rows:
 
 def main(
     rounds: int = 25,
-    threads: int = 2,
+    threads: int = 1,
     out: Annotated[Path, typer.Option(help="Directory to save tables in, as CSV.")] = Path("benchmarks/results"),
 ) -> None:
     """Print, and save, what steps take; fail if a requirement is not met."""

@@ -141,7 +141,7 @@ class Programs:
         for sort in self._sorts:
             try:
                 programs = self._of_sort(sort, request)
-                verified = (*map(id, programs), request.of, request.kinds, request.singletons)
+                verified = (*map(id, programs), request.of, sort == "compile" or request.kinds, request.singletons)
                 if verified not in self._deviations:
                     self._deviations[verified] = deviation(programs, request, whole=sort == "compile")
                 if not self._deviations[verified]:
