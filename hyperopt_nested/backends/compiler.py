@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"
@@ -178,13 +179,15 @@ def _key(source: str, command: tuple[str, ...]) -> str:
 
 @cache
 def _here(compiler: str) -> str:
-    """What the compiler and the processor are."""
+    """What the compiler, the processor and the library are."""
     found = os.stat(os.path.realpath(compiler))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         described = sorted({line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")})
     except OSError:
         described = [platform.processor()]
+    with suppress(PackageNotFoundError):
+        described.append(version("hyperopt-nested"))
     about = os.path.realpath(compiler), str(found.st_size), str(found.st_mtime_ns), platform.machine(), platform.system()
     return "\n".join([*about, *described])
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from hyperopt_nested.backends.cpp_text import DRIVER, HEADER
 from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value
 from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total, levels
 
+HEADER, DRIVER = (Path(__file__).with_name(name).read_text() for name in ("kernel.h", "driver.h"))
 _EXACT = {torch.float64: "double", torch.float32: "float", torch.bool: "bool", torch.int64: "int64_t", torch.int32: "int32_t"}
 _STORED, _COMPUTED = {**_EXACT, torch.bfloat16: "uint16_t"}, {**_EXACT, torch.bfloat16: "float"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
