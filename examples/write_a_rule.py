@@ -25,7 +25,7 @@ def main() -> None:
     weight = torch.nn.Parameter(torch.zeros(20))
     learner = hn.adam(lr=0.02)
     optimizer = soft_sign(
-        lr=hn.learn(1e-2, by=learner), beta=hn.learn(0.9, by=learner), delta=hn.learn(0.1, by=learner, per="element", bounds=(1e-3, 10.0))
+        lr=hn.learn(1e-2, by=learner), beta=hn.learn(0.9, by=learner), delta=hn.learn(0.1, by=learner, per="element", via="log")
     )
     opt = hn.HyperOptimizer([("weight", weight)], optimizer)
     for step in range(201):

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
+from hyperopt_nested.callers import caller_level
 from hyperopt_nested.checks import not_an_optimizer
 from hyperopt_nested.group import ByName, check_params, pack, unpack
 from hyperopt_nested.grouped import NO_CHOICES, Choice, GroupedOptimizer
@@ -235,13 +236,10 @@ class HyperOptimizer(GroupedOptimizer):
             first = kept.fresh.intersection(grads)
         if first and self._begins_at_first_step:
             kept.begin(first, self._how["state_dtype"])
-        self._mind_changes(grads.keys(), 8)
+        self._mind_changes(grads.keys())
 
-    def _mind_changes(self, names: Set[str], depth: int) -> None:
-        """Learn nothing through last updates that do not explain the weights any more, where their memory needs that.
-
-        A warning points to the caller at `depth`.
-        """
+    def _mind_changes(self, names: Set[str]) -> None:
+        """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
         kept = cast(ParamState, self._kept)
         if not (changed := kept.weights.changed(names)):
             return
@@ -253,7 +251,7 @@ class HyperOptimizer(GroupedOptimizer):
                 f"the weights of {new[0]!r}{more} were changed after the last step, so learned hypers learn nothing from that step there: "
                 f"put the change into the optimizer, as a combinator such as hn.project, or {other}. This is said once a tensor; "
                 "`changed` counts it",
-                stacklevel=depth,
+                stacklevel=caller_level(),
             )
         for name in changed:
             self.changed[name] = self.changed.get(name, 0) + 1
@@ -273,7 +271,7 @@ class HyperOptimizer(GroupedOptimizer):
         grads = self._grads()
         kept = cast(ParamState, self._kept)
         grads = {name: grad for name, grad in grads.items() if name in kept.params}
-        self._mind_changes(grads.keys(), 6)
+        self._mind_changes(grads.keys())
         kept.take(kept.nested.hyper_step({name: p.detach() for name, p in kept.params.items()}, grads, kept.st), self.state)
         self._pinned.look(kept.nested, kept.st)
 

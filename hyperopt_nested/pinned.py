@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.callers import caller_level
 from hyperopt_nested.learned import LearnedHyper, Learner
 from hyperopt_nested.nested import Nested
 from hyperopt_nested.ops import State
@@ -45,7 +46,7 @@ class PinnedValues:
                 continue
             if count.item() > 0:
                 self._told.add(path)
-                warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=7)
+                warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=caller_level())
 
 
 def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Raws]:

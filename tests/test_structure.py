@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
 LAYERS = [
     "outside_dynamo",
+    "callers",
     "checks",
     "hyper",
     "registry",

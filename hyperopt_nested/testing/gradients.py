@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_nested.hyper import Hyper
 from hyperopt_nested.learnable import Memory
 from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, watch_kinks
+from hyperopt_nested.ops import State, map_tree, watch_kinks
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.differences import Difference, extrapolated, steps
 from hyperopt_nested.testing.strategies import Case
@@ -101,6 +101,11 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     return resolved
 
 
+def _expanded(leaf: Tensor, like: Tensor) -> Tensor:
+    """An entry of a state as it is kept where hypers are learned more finely: one number may stand for a tensor."""
+    return leaf.expand(like.shape).clone()
+
+
 def _by_engine(
     subject: Subject,
     case: Case,
@@ -117,7 +122,8 @@ def _by_engine(
         if "does not use it" in str(error):
             raise RuleError(f"no hypergradient: {error}") from error
         raise Inapplicable(str(error)) from error
-    new, st = nested.step(params, case.grads[-1], {**st, "rule": states})
+    full = {name: map_tree(_expanded, state, st["rule"][name]) for name, state in states.items()}
+    new, st = nested.step(params, case.grads[-1], {**st, "rule": full})
     found = nested.hypergradients(new, case.after, st)
     moves = torch.stack([(case.after[t] * (new[t] - param)).abs().sum() for t, param in params.items()]).sum()
     sizes = {name: moves / room(nested.learned[name].hyper, case.hypers[name]) for name in learned}
