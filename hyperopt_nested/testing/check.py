@@ -21,7 +21,7 @@ from hyperopt_nested.testing.subject import Checkable, Inapplicable, RuleError, 
 Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
 """Another program that should do the same: from tensors and values of hypers to an optimizer of them."""
 
-_ROUNDS, _EXAMPLES = 8, 240  # at most, or at most so many examples, until every hyper is verified at every granularity
+_ROUNDS, _EXAMPLES = 20, 600  # at most, or at most so many examples, until every hyper is verified at every granularity
 _SHRINKS = 200  # examples tried in search of a smaller one that fails
 
 _LARGE = ((40, 64), (2560,), (16, 10, 4, 4))  # shapes; the first that the rule accepts is checked
