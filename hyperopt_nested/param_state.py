@@ -14,7 +14,7 @@ from hyperopt_nested.hyper import Bijection
 from hyperopt_nested.kept_state import Ref, pairs, refs
 from hyperopt_nested.learned import COUNTED, Learner
 from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, in_dtype, map_tree
+from hyperopt_nested.ops import State, flatten, in_dtype, map_tree
 from hyperopt_nested.roster import Roster
 from hyperopt_nested.weights import Weights
 
@@ -72,7 +72,7 @@ class ParamState:
     ) -> None:
         self.nested, self.roster, self.refs, self.steps, self.declared = nested, roster, places, steps, declared
         self.params = {name: roster.tensors[name] for name in roster.tensors if name in tracked}
-        by_ref = {ref: leaves[path] for path, ref in _flat(places).items()}
+        by_ref = {ref: leaves[path] for path, ref in flatten(places).items()}
         self.st = map_tree(by_ref.__getitem__, places)
         self._owners = {name: param for name, param in roster.tensors.items() if name in tracked or name == roster.home}
         watched = {name: p for name, p in self.params.items() if places["memory"][name].keys() & {"numbers", "carried"}}
@@ -184,8 +184,8 @@ class ParamState:
         for name in names:
             optimizer, param = self.nested.optimizer_of(name), self.params[name].detach()
             given = _given(optimizer.rule)
-            new = _flat(in_dtype(optimizer.rule.init(param, optimizer.settings), param, dtype))
-            for path, old in _flat(self.st["rule"][name]).items():
+            new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, dtype))
+            for path, old in flatten(self.st["rule"][name]).items():
                 if path not in given:
                     old.copy_(new[path])
 
@@ -236,8 +236,8 @@ def built(
     params = {name: param.detach() for name, param in roster.tensors.items() if name in tracked}
     fresh = nested.init(params)
     tree = refs(nested, fresh, roster.home)
-    places, leaves = _flat(tree), _flat(fresh)
-    last: dict[Path, Tensor] = _flat(before.st) if before else {}
+    places, leaves = flatten(tree), flatten(fresh)
+    last: dict[Path, Tensor] = flatten(before.st) if before else {}
     known: Collection[str] = before.params if before else ()
 
     def entry(name: str, key: str) -> Tensor | None:
@@ -332,13 +332,6 @@ def _coordinates(nested: Learner, prefix: str) -> dict[str, Tensor]:
         if learned.via is not None:
             found[prefix + key] = torch.tensor(get_args(Bijection).index(learned.via) + 1, dtype=torch.float64)
         found |= _coordinates(learned.learner, f"{prefix}{key}.")
-    return found
-
-
-def _flat(tree: State, path: Path = ()) -> dict[Path, Any]:
-    found: dict[Path, Any] = {}
-    for key, leaf in tree.items():
-        found |= _flat(leaf, (*path, key)) if isinstance(leaf, dict) else {(*path, key): leaf}
     return found
 
 
