@@ -3,7 +3,10 @@
 import inspect
 import math
 import numbers
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,3 +174,14 @@ def check_options(name: str, kinds: Kinds, defaults: Mapping[str, Any], given: M
                 raise ValueError(f"{label}={value!r} must be {count} numbers")
         elif key.endswith("dtype"):
             check_dtype(label, value)
+
+
+_INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, str(torch.__file__)))
+
+
+def caller_level() -> int:
+    """Return the `stacklevel` for a warning of the calling function: the first frame outside of the library and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -10,16 +10,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hyperopt_nested.carried import Carried
-from hyperopt_nested.draws import Draws, devices_of, drawn_again
-from hyperopt_nested.horizon import Curvature
-from hyperopt_nested.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
+from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
+from hyperopt_nested.hypergradients.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
+from hyperopt_nested.hypergradients.training import Values, refuse_other
+from hyperopt_nested.hypergradients.unrolled import Hypergradients, hypergradient, in_values
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.training import Values, refuse_other
-from hyperopt_nested.twice import loss_with_hessian
-from hyperopt_nested.unrolled import Hypergradients, hypergradient, in_values
+from hyperopt_nested.trees import State, map_tree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
