@@ -19,6 +19,11 @@ from hyperopt_nested.optim.param_state import ParamState
 from hyperopt_nested.optim.roster import Group, Roster, free_name
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Rule
 
+Choice = Optimizer | Callable[[str, Tensor], Optimizer]
+
+NO_CHOICES = type, torch.nn.Module, FunctionRule, Combinator
+"""What can be called, and is no function from a tensor's name and the tensor to an optimizer."""
+
 
 def pack(hypers: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as a group holds them: beta1, beta2, ... become the tuple `betas`, which torch's schedulers know."""
@@ -188,12 +193,6 @@ class Numbers:
                 tensors[i].copy_(value) if isinstance(value, Tensor) else tensors[i].fill_(value)
                 last[i] = value
         return tensors
-
-
-Choice = Optimizer | Callable[[str, Tensor], Optimizer]
-
-NO_CHOICES = type, torch.nn.Module, FunctionRule, Combinator
-"""What can be called, and is no function from a tensor's name and the tensor to an optimizer."""
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
