@@ -88,23 +88,24 @@ def _with_casts(graph: UpdateGraph) -> UpdateGraph:
     return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
-def _operation(value: Value) -> Callable[..., Tensor]:
+def _operation(value: Value) -> Callable[..., Any]:
     """What computes a value, given tensors that are stepped at once and its operands."""
     op, kind, dtype = value.op, value.kind, value.dtype
     if op == "input":
         index: int = value.args[0]
-        return lambda tensors: tensors.read(index, kind)  # type: ignore[no-any-return]
+        return lambda tensors: tensors.read(index, kind)
     if op == "constant":
         constant = torch.tensor(value.args[0], dtype=dtype)
         return lambda _: constant
     if op == "cast":
-        return lambda _, operand: operand.to(dtype)  # type: ignore[no-any-return]
-    operator, old = getattr(torch, op, None), value.operands[0].kind
+        return lambda _, operand: operand.to(dtype)
+    old = value.operands[0].kind
     if op == "expand":
-        return lambda tensors, operand: tensors.expand(operand, old, kind)  # type: ignore[no-any-return]
+        return lambda tensors, operand: tensors.expand(operand, old, kind)
+    operator = getattr(torch, op)
     if op in REDUCTIONS:
         reduction = operator if op == "amax" else partial(operator, dtype=dtype)
-        return lambda tensors, operand: tensors.reduce(reduction, operand, old, kind)  # type: ignore[no-any-return]
+        return lambda tensors, operand: tensors.reduce(reduction, operand, old, kind)
     if op == "pow" and value.args[1].op == "constant":
         exponent = value.args[1].args[0]
         return lambda _, base, __: torch.pow(base, exponent).to(dtype)
@@ -152,7 +153,7 @@ class _Tensors:
         if self._equal or value.ndim == 0:
             parts: Sequence[Tensor] = value.expand(self._shapes[kind] if self._equal else (len(targets),)).unbind()
         else:
-            parts = value.split(self._lengths[kind])
+            parts = torch.split_with_sizes(value, self._lengths[kind])
         shaped = zip(parts, targets, strict=True)
         parts = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in shaped]
         torch._foreach_copy_(targets, parts)
@@ -169,7 +170,7 @@ class _Tensors:
             return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True)
         lengths = self._lengths[old]
         widths = self._columns if new == Kind.ROW else lengths
-        parts = zip(value.expand(sum(lengths)).split(lengths), widths, strict=True)
+        parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
         return torch.cat([reduction(part.reshape(-1, width), dim=1) for part, width in parts])
 
 
