@@ -25,13 +25,10 @@ class Interpreter:
         index = {value: i for i, value in enumerate(graph.values)}
         outputs = {value for _, value in graph.outputs}
         last = {operand: value for value in graph.values for operand in value.operands if operand not in outputs}
-        unused: dict[Value, list[int]] = {value: [] for value in index}
-        for operand, value in last.items():
-            unused[value].append(index[operand])
+        unused = {value: [index[each] for each in {*value.operands} if last.get(each) is value] for value in index}
         self._steps = [(_operation(value), [index[each] for each in value.operands], unused[value]) for value in index]
         self._outputs = [(i, index[value], value.kind) for i, value in graph.outputs]
-        written = {i for i, _ in graph.outputs}
-        self._aliases = [index[value] for value in outputs if _source(value) in written]
+        self._aliases = [index[value] for value in outputs if _source(value) in dict(graph.outputs)]
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
@@ -79,12 +76,9 @@ def _with_casts(graph: UpdateGraph) -> UpdateGraph:
         op, args = value.op, [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
         if op in POINTWISE:
             args = [arg and operand(arg, value, condition=op == "where" and i == 0) for i, arg in enumerate(args)]
-        if op == "clamp":
-            low, high = args[1:]
-            raised = args[0] if low is None else make("maximum", (args[0], low), value.kind, value.dtype, value.computed)
-            new[value] = raised if high is None else make("minimum", (raised, high), value.kind, value.dtype, value.computed)
-        else:
-            new[value] = make(op, args, value.kind, value.dtype, value.computed)
+        for bounded, bound in zip(("maximum", "minimum"), args[1:], strict=True) if op == "clamp" else ():
+            args[0] = args[0] if bound is None else make(bounded, (args[0], bound), value.kind, value.dtype, value.computed)
+        new[value] = args[0] if op == "clamp" else make(op, args, value.kind, value.dtype, value.computed)
     return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
@@ -178,5 +172,4 @@ def _source(value: Value) -> int | None:
     """Index of the argument whose memory a value may share, if there is one."""
     while value.op in ("cast", "expand"):
         value = value.args[0]
-    index: int | None = value.args[0] if value.op == "input" else None
-    return index
+    return int(value.args[0]) if value.op == "input" else None
