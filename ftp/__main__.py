@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRA = {"matplotlib", "scipy", "sklearn"}
+_EXTRA = {"matplotlib", "numpy", "rich", "scipy", "sklearn", "typer"}
 """Modules of the extra `demo`."""
 
 

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_nested.audit import Audit, Bias, audit
 from hyperopt_nested.backends.choice import Backend
-from hyperopt_nested.combinator import Combinator, Step, combinator
 from hyperopt_nested.combinators import (
     Anchor,
     centralize,
@@ -19,14 +17,18 @@ from hyperopt_nested.combinators import (
     project,
     spd,
 )
-from hyperopt_nested.functional import Functional, functional
-from hyperopt_nested.horizon import Curvature
-from hyperopt_nested.hyper import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
-from hyperopt_nested.implicit import Solver
-from hyperopt_nested.learnable import Memory
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
-from hyperopt_nested.optimizer import HyperOptimizer
+from hyperopt_nested.combinators.base import Combinator, Step, combinator
+from hyperopt_nested.domains import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
+from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.audit import Audit, Bias, audit
+from hyperopt_nested.hypergradients.functional import Functional, functional
+from hyperopt_nested.hypergradients.implicit import Solver
+from hyperopt_nested.hypergradients.sweep import Sweep, sweep
+from hyperopt_nested.hypergradients.unrolled import Hypergradients, Method, hypergradient
+from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
+from hyperopt_nested.optim.optimizer import HyperOptimizer
 from hyperopt_nested.projections import Ball, Saturation, frobenius, linf, mars, row_l2
 from hyperopt_nested.registry import get, names, register
 from hyperopt_nested.rule import Bound, Coupling, FunctionRule, Learn, Optimizer, Per, Rule, accumulator, is_on, learn, rule
@@ -54,8 +56,7 @@ from hyperopt_nested.rules import (
     sgd,
     sgd_hd,
 )
-from hyperopt_nested.sweep import Sweep, sweep
-from hyperopt_nested.unrolled import Hypergradients, Method, hypergradient
+from hyperopt_nested.trees import State
 
 if TYPE_CHECKING:
     from hyperopt_nested import testing as testing

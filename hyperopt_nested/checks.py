@@ -1,9 +1,13 @@
-"""What is wrong with an argument, said with its name, its value and the remedy."""
+"""Messages: what is wrong with an argument, with its name, its value and the remedy; where the user's code is; what to install."""
 
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ Kinds = Mapping[str, type | None]
 """By option: the type that its values have (bool, int, float or tuple); None of an option that takes others."""
 
 _NAMED = {"bool": bool, "int": int, "float": float}
+_INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, str(torch.__file__)))
 
 
 def is_number(value: Any) -> bool:
@@ -171,3 +176,30 @@ def check_options(name: str, kinds: Kinds, defaults: Mapping[str, Any], given: M
                 raise ValueError(f"{label}={value!r} must be {count} numbers")
         elif key.endswith("dtype"):
             check_dtype(label, value)
+
+
+def caller_level() -> int:
+    """Return the `stacklevel` for a warning of the calling function: the first frame outside of the library and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Name the extra to install where a package is missing that imports inside the context need.
+
+    Args:
+        name: of the extra, in `pyproject.toml`.
+
+    Raises:
+        ModuleNotFoundError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package == "hyperopt_nested":
+            raise
+        raise ModuleNotFoundError(f"{package} is not installed: pip install 'hyperopt-nested[{name}]'", name=package) from missing

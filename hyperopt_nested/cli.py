@@ -6,14 +6,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from hyperopt_nested import registry
+from hyperopt_nested.checks import extra
 
-from hyperopt_nested import registry, testing
-from hyperopt_nested.testing.programs import check_names
-from hyperopt_nested.testing.registered import Row, rows
+with extra("cli"):
+    import typer
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from hyperopt_nested import testing
+    from hyperopt_nested.testing.programs import check_names
+    from hyperopt_nested.testing.registered import Row, rows
 
 app = typer.Typer(no_args_is_help=True, help="Learn any hyper-parameter of any optimizer.", pretty_exceptions_enable=False)
 

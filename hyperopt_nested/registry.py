@@ -7,15 +7,12 @@ An entry is anything that makes an `Optimizer` when called: a rule made by `@rul
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from hyperopt_nested.rule import Optimizer
-
-_FACTORIES: dict[str, "Callable[..., Optimizer]"] = {}
+_FACTORIES: dict[str, Callable[..., Any]] = {}
 _CHECK_WITH: dict[str, Mapping[str, Any]] = {}
 
-F = TypeVar("F", bound="Callable[..., Optimizer]")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None) -> F:
@@ -41,7 +38,7 @@ def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None)
     return factory
 
 
-def get(name: str) -> "Callable[..., Optimizer]":
+def get(name: str) -> Callable[..., Any]:
     """The entry called `name`.
 
     Raises:
@@ -58,7 +55,7 @@ def check_with(name: str) -> Mapping[str, Any]:
     return _CHECK_WITH[name]
 
 
-def example(name: str, around: "Callable[[], Optimizer]") -> "Optimizer":
+def example(name: str, around: Callable[[], Any]) -> Any:
     """An optimizer of the entry called `name`, as it is checked; made around another one if it needs one."""
     factory, settings = get(name), _CHECK_WITH[name]
     first = next(iter(inspect.signature(factory, follow_wrapped=False).parameters.values()), None)

@@ -25,9 +25,10 @@ from hyperopt_nested.checks import (
     not_an_optimizer,
     with_betas,
 )
-from hyperopt_nested.hyper import Bijection, Hyper, check_bijection
-from hyperopt_nested.ops import State, number_dtype, zeros_like
+from hyperopt_nested.domains import Bijection, Hyper, check_bijection
+from hyperopt_nested.ops import number_dtype, zeros_like
 from hyperopt_nested.signatures import assigned, check_definition, checked_pair, chosen, declared_options, keywords_of
+from hyperopt_nested.trees import State
 
 Coupling = Literal["element", "row", "tensor"]
 """The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper
-from hyperopt_nested.ops import State
+from hyperopt_nested.domains import Hyper
+from hyperopt_nested.trees import State
 
 
 def check_definition(kind: str, init: Any, coupling: Any, couplings: tuple[str, ...], hypers: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from hyperopt_nested.backends import choice, compiler, foreach, fused, inductor,
 from hyperopt_nested.backends.program import Batch
 from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.trace import trace
-from hyperopt_nested.pinned import PinnedValues
+from hyperopt_nested.optim.pinned import PinnedValues
 from hyperopt_nested.testing.subject import subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:the learned value")  # which some of these rates take to an end

@@ -205,7 +205,7 @@ def test_help_lists_the_demo_and_its_options():
     assert "--out" in text
 
 
-@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib", "typer"])
 def test_a_missing_package_gives_one_line_that_says_what_to_install(module, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("ftp.cli", "ftp.demo", f"{module}."))]:
         monkeypatch.delitem(sys.modules, name)

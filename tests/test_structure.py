@@ -1,6 +1,10 @@
-"""The project's own shape: imports run one way, modules stay short, ftp stands on public names only."""
+"""The project's own shape: imports run one way and in no circle, ftp stands on public names only, torch is the one dependency."""
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,78 +12,71 @@ import pytest
 import hyperopt_nested as hn
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted([*ROOT.glob("hyperopt_nested/**/*.py"), *ROOT.glob("ftp/**/*.py")])
-LAYERS = [
-    "outside_dynamo",
-    "callers",
-    "checks",
-    "hyper",
-    "registry",
-    "ops",
-    "signatures",
-    "rule",
-    "projections",
-    "combinator",
-    "sensitivity",
-    "rules",
-    "combinators",
+FLOORS = [
+    ["checks", "trees"],
+    ["domains", "ops"],
+    ["registry", "signatures", "rule"],
+    ["projections"],
+    ["rules", "combinators"],
+    ["engine"],
+    ["hypergradients", "backends"],
+    ["optim"],
+    ["testing", "cli"],
 ]
-LAYERS += ["learned", "tensor_update", "joint_update", "horizon", "learnable", "last_update", "nested", "twice", "draws", "carried"]
-LAYERS += ["layers", "functional", "losses", "implicit", "training", "unrolled", "sweep", "audit", "kept_state", "pinned"]
-LAYERS += ["backends", "group", "roster", "weights", "param_state", "loading", "grouped", "optimizer", "testing", "cli"]
-PACKAGES = ["rules", "combinators", "backends", "testing"]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("hyperopt_nested", "ftp")
+    for path in sorted(ROOT.glob(f"{package}/**/*.py"))
+}
+OPTIONAL = ["hypothesis", "matplotlib", "rich", "scipy", "sklearn", "typer"]
 
 
-def imported(path: Path) -> list[tuple[str, list[str]]]:
-    """Modules that a file imports when it runs, with the names taken from them."""
-    tree = ast.parse(path.read_text())
-    typing_only = [
-        node
-        for check in ast.walk(tree)
-        if isinstance(check, ast.If) and "TYPE_CHECKING" in ast.unparse(check.test)
-        for node in ast.walk(check)
-    ]
-    found = [
-        (node.module, [a.name for a in node.names])
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node not in typing_only
-    ]
-    found += [(a.name, []) for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    return [(module, names) for module, names in found if module]
-
-
-def layer(path: Path) -> str:
-    return path.relative_to(ROOT / "hyperopt_nested").parts[0].removesuffix(".py")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    for module, names in imported(path):
-        package, *rest = module.split(".")
-        rest = rest or names
-        if path.is_relative_to(ROOT / "hyperopt_nested"):
-            assert package != "ftp", f"{module}: the engine knows nothing of ftp"
-            if package == "hyperopt_nested" and path != ROOT / "hyperopt_nested" / "__init__.py":
-                own, other = layer(path), rest[0]
-                assert LAYERS.index(other) < LAYERS.index(own) or own == other in PACKAGES, f"{own} imports {other}"
-
-
-def test_every_module_has_its_layer() -> None:
-    assert sorted({layer(path) for path in ROOT.glob("hyperopt_nested/**/*.py")} - {"__init__"}) == sorted(LAYERS)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_is_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("ftp/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_ftp_imports_only_public_names(path: Path) -> None:
-    for module, names in imported(path):
-        if module.split(".")[0] == "hyperopt_nested":
-            assert module == "hyperopt_nested", f"{module} is not public: import hyperopt_nested as hn"
-            assert set(names) <= set(hn.__all__)
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """All modules that a file imports, with the names taken from them: in functions and for type checkers too."""
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield str(node.module), [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    named = {f"{module}.{name}" if f"{module}.{name}" in MODULES else module for module, names in imports(path) for name in names or [""]}
+    return named & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    package, _, inside = module.partition(".")
+    if package == "ftp" or not inside:
+        return
+    own, *below = inside.split(".")
+    is_folder = bool(below) or MODULES[module].name == "__init__.py"
+    for imported in own_imports(MODULES[module]):
+        assert imported.startswith("hyperopt_nested."), f"{module} imports {imported}: import modules of hyperopt_nested, and never ftp"
+        other = imported.split(".")[1]
+        assert FLOOR[other] < FLOOR[own] or other == own or (FLOOR[other] == FLOOR[own] and not is_folder), f"{module} imports {imported}"
+
+
+def test_imports_have_no_circle() -> None:
+    TopologicalSorter({module: own_imports(path) for module, path in MODULES.items()}).prepare()
+
+
+def test_every_module_has_its_floor() -> None:
+    rooms = {module.split(".")[1] for module in MODULES if module.startswith("hyperopt_nested.")}
+    assert sorted(rooms) == sorted(FLOOR)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.split(".")[0] == "ftp"])
+def test_ftp_imports_only_public_names(module: str) -> None:
+    for imported, names in imports(MODULES[module]):
+        if imported.split(".")[0] == "hyperopt_nested":
+            assert imported == "hyperopt_nested", f"{imported} is not public: import hyperopt_nested as hn"
+            assert set(names) <= set(hn.__all__)
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hn":
             assert node.attr in hn.__all__, f"hn.{node.attr} is not public"
 
@@ -87,3 +84,34 @@ def test_ftp_imports_only_public_names(path: Path) -> None:
 def test_public_names_exist() -> None:
     assert all(hasattr(hn, name) for name in hn.__all__)
     assert sorted(hn.__all__) == hn.__all__
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_torch_is_all_that_the_packages_need() -> None:
+    absent = f"import sys; sys.modules |= dict.fromkeys({[*OPTIONAL, 'numpy']})"
+    found = run(f"{absent}; import ftp, hyperopt_nested as hn, torch; print(hn.sgd(lr=0.1).declared['lr'], type(hn.Audit([])).__name__)")
+    assert (found.returncode, found.stdout) == (0, "0.1 Audit\n"), found.stderr
+
+
+def test_import_loads_no_optional_package() -> None:
+    found = run(f"import sys, hyperopt_nested, ftp; print([name for name in {OPTIONAL} if name in sys.modules])")
+    assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("hypothesis", "testing", "hn.testing"),
+        ("hypothesis", "testing", "from hyperopt_nested.testing import check_rule"),
+        ("hypothesis", "cli", "import hyperopt_nested.cli"),
+        ("typer", "cli", "import hyperopt_nested.cli"),
+        ("rich", "cli", "hn.Audit([]).table()"),
+        ("matplotlib", "demo", "hn.Audit([]).figure()"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(package: str, extra: str, use: str) -> None:
+    found = run(f"import sys; sys.modules[{package!r}] = None; import hyperopt_nested as hn; {use}")
+    assert found.stderr.splitlines()[-1] == (f"ModuleNotFoundError: {package} is not installed: pip install 'hyperopt-nested[{extra}]'")

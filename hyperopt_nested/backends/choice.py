@@ -20,8 +20,8 @@ from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.sweeps import with_early_writes
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
-from hyperopt_nested.joint_update import Tensors
-from hyperopt_nested.nested import Nested
+from hyperopt_nested.engine.joint_update import Tensors
+from hyperopt_nested.engine.nested import Nested
 
 Backend = Literal["auto", "reference", "foreach", "compile", "fused"]
 """What runs a step. All do what the engine does, up to rounding. Programs are made from the engine when tensors of their kind are first

@@ -13,10 +13,10 @@ from torch import Tensor
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
 from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
 from hyperopt_nested.backends.verify import examples
-from hyperopt_nested.joint_update import Tensors
-from hyperopt_nested.learned import COUNTED, LearnedHyper
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, filled, flatten, map_tree
+from hyperopt_nested.engine.joint_update import Tensors
+from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.trees import State, filled, flatten, map_tree
 
 Numbers = Mapping[str, list[Tensor]]
 """By tensor: what its group holds for each hyper of its optimizer, in order, shape () each."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
-from hyperopt_nested.learned import LearnedHyper
+from hyperopt_nested.engine.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _NOISE = 100.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype
-from hyperopt_nested.ops import State
+from hyperopt_nested.trees import State
 
 Anchor = Literal["start", "zero"] | Tensor
 """A point to stay near: the parameter's values before its first step ("start"), zero (which takes no memory), or a tensor of the

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinator import Step, combinator
-from hyperopt_nested.hyper import Interval
-from hyperopt_nested.ops import State, counter, state_dtype
+from hyperopt_nested.combinators.base import Step, combinator
+from hyperopt_nested.domains import Interval
+from hyperopt_nested.ops import counter, state_dtype
+from hyperopt_nested.trees import State
 
 
 def _init_lookahead(param: Tensor, *, k: int) -> State:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinator import Step, combinator
 from hyperopt_nested.combinators.anchor import Anchor, displacement, keep_anchor
-from hyperopt_nested.hyper import NonNegative
-from hyperopt_nested.ops import State, kink
+from hyperopt_nested.combinators.base import Step, combinator
+from hyperopt_nested.domains import NonNegative
+from hyperopt_nested.ops import kink
 from hyperopt_nested.projections import frobenius
+from hyperopt_nested.trees import State
 
 
 def _to_zero(param: Tensor, *, anchor: Anchor = "zero") -> State:

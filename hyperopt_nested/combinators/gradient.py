@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinator import Step, combinator
-from hyperopt_nested.hyper import Positive
-from hyperopt_nested.ops import State, kink, safe_sqrt
+from hyperopt_nested.combinators.base import Step, combinator
+from hyperopt_nested.domains import Positive
+from hyperopt_nested.ops import kink, safe_sqrt
+from hyperopt_nested.trees import State
 
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 

@@ -5,12 +5,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinator import Step, combinator
 from hyperopt_nested.combinators.anchor import Anchor, anchor_of, displacement, keep_anchor
-from hyperopt_nested.hyper import NonNegative
-from hyperopt_nested.ops import State, finite, state_dtype
+from hyperopt_nested.combinators.base import Step, combinator
+from hyperopt_nested.domains import NonNegative
+from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation, largest, mars
 from hyperopt_nested.rule import Coupling
+from hyperopt_nested.trees import State
 
 _BALLS = "mars", "frobenius", "row_l2", "linf"
 

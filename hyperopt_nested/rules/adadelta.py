@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Interval, NonNegative, Positive
-from hyperopt_nested.ops import State, zeros
+from hyperopt_nested.domains import Interval, NonNegative, Positive
+from hyperopt_nested.ops import zeros
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 
 @rule(

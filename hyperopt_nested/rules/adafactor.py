@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper, NonNegative, Positive
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, zeros_like
+from hyperopt_nested.domains import Hyper, NonNegative, Positive
+from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, zeros_like
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor) -> State:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, zeros_like
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import counter, kink, safe_sqrt, zeros_like
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 _HYPERS: dict[str, Any] = {"lr": NonNegative(1e-3), "beta1": UnitInterval(0.9), "beta2": UnitInterval(0.999), "eps": Positive(1e-8)}
 

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, zeros_like
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import counter, kink, safe_sqrt, zeros_like
 from hyperopt_nested.rule import Learn, accumulator, rule
 from hyperopt_nested.rules.adam import init_moments, moments
+from hyperopt_nested.trees import State
 
 _HYPERS: dict[str, Any] = {
     "beta1": UnitInterval(0.9),

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, counter, safe_sqrt, zeros
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import counter, safe_sqrt, zeros
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor) -> State:

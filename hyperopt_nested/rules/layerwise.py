@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, kink, zeros_like
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import kink, zeros_like
 from hyperopt_nested.projections import frobenius
 from hyperopt_nested.rule import Learn, is_on, rule
 from hyperopt_nested.rules.adam import direction, init_moments, moments
+from hyperopt_nested.trees import State
 
 
 def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, coefficient: Tensor | float = 1.0, eps: Tensor | float = 0.0) -> Tensor:

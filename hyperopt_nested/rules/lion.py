@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, UnitInterval
-from hyperopt_nested.ops import State, kink, zeros
+from hyperopt_nested.domains import NonNegative, UnitInterval
+from hyperopt_nested.ops import kink, zeros
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 
 @rule(

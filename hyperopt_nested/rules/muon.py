@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, kink, zeros_like
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import kink, zeros_like
 from hyperopt_nested.rule import rule
+from hyperopt_nested.trees import State
 
 _RATIOS = {
     "original": lambda rows, columns: math.sqrt(max(1, rows / max(columns, 1))),

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, safe_sqrt, zeros
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import safe_sqrt, zeros
 from hyperopt_nested.rule import Learn, is_on, rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor, *, momentum: float | Learn, centered: bool) -> State:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper, NonNegative, Positive
-from hyperopt_nested.ops import State, counter, kink, zeros_like
+from hyperopt_nested.domains import Hyper, NonNegative, Positive
+from hyperopt_nested.ops import counter, kink, zeros_like
 from hyperopt_nested.rule import Learn, rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor, *, step_size_min: float | Learn, step_size_max: float | Learn) -> State:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import State, counter, kink, safe_sqrt, state_dtype, zeros_like
+from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, zeros_like
 from hyperopt_nested.rule import Learn, accumulator, rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn, warmup_steps: int) -> State:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import NonNegative, Real
-from hyperopt_nested.ops import State, counter
+from hyperopt_nested.domains import NonNegative, Real
+from hyperopt_nested.ops import counter
 from hyperopt_nested.rule import Learn, is_on, rule
+from hyperopt_nested.trees import State
 
 
 def _init(param: Tensor, *, momentum: float | Learn, dampening: float | Learn, nesterov: bool) -> State:

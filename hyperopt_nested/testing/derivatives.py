@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.ops import State, watch_kinks
+from hyperopt_nested.ops import watch_kinks
 from hyperopt_nested.testing.differences import LEVELS, Difference, extrapolated, steps
 from hyperopt_nested.testing.gradients import EXACT, TOLERANCE, room
 from hyperopt_nested.testing.strategies import Case
 from hyperopt_nested.testing.subject import RuleError, Subject, Tree, direct, history, leaves, numbers
+from hyperopt_nested.trees import State
 
 Group = dict[str, Tensor]
 """One sort of input or output, such as the parameter, or one entry of the state: by tensor."""

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper
-from hyperopt_nested.learnable import Memory
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree, watch_kinks
+from hyperopt_nested.domains import Hyper
+from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.ops import watch_kinks
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.differences import Difference, extrapolated, steps
 from hyperopt_nested.testing.strategies import Case
 from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, Tree, direct, history, numbers
+from hyperopt_nested.trees import State, map_tree
 
 EXACT = 1e-12
 """Two programs in float64 that compute the same thing, relative to the size of what is summed."""

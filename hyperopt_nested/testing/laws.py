@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import map_tree
+from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.testing.gradients import EXACT
 from hyperopt_nested.testing.strategies import MAX_STEPS, Case
 from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, Tree, direct, history, leaves, numbers, start
+from hyperopt_nested.trees import map_tree
 
 Law = Callable[[Subject, Case], None]
 

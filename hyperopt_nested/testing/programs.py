@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.choice import Backend
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.optimizer import HyperOptimizer
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.optim.optimizer import HyperOptimizer
 from hyperopt_nested.rule import Learn, Optimizer, Per, learn
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.testing.gradients import PERS, room

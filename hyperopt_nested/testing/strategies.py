@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper
+from hyperopt_nested.domains import Hyper
 from hyperopt_nested.rule import Per
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (), (3,), (2, 3), (1, 2), (3, 1), (2, 2, 1, 2), (0, 2))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested import registry
-from hyperopt_nested.combinator import Combinator
-from hyperopt_nested.ops import State
+from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Per, learn
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.testing.strategies import SHAPES, Case
+from hyperopt_nested.trees import State
 
 Tree = dict[str, Tensor]
 Checkable = FunctionRule | Combinator | Optimizer | str

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.learnable import Kind, Memory, kind_of_memory
-from hyperopt_nested.learned import number
-from hyperopt_nested.ops import State, finite, map_tree, state_dtype
-from hyperopt_nested.sensitivity import Raws, linearize, pull_forward, pull_reverse, pullback
+from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.engine.learnable import Kind, Memory, kind_of_memory
+from hyperopt_nested.engine.learned import number
+from hyperopt_nested.engine.sensitivity import Raws, linearize, pull_forward, pull_reverse, pullback
+from hyperopt_nested.ops import finite, state_dtype
+from hyperopt_nested.trees import State, map_tree
 
 
 class LastUpdate:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hyperopt_nested.learned import LearnedHyper, number
-from hyperopt_nested.ops import State, finite, leaves, map_tree, state_dtype
+from hyperopt_nested.engine.learned import LearnedHyper, number
+from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.trees import State, leaves, map_tree
 
 
 class TensorUpdate:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype, check_number, not_an_optimizer
-from hyperopt_nested.horizon import Curvature
-from hyperopt_nested.joint_update import Tensors, Values
-from hyperopt_nested.learned import LearnedHyper
-from hyperopt_nested.ops import State
+from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.joint_update import Tensors, Values
+from hyperopt_nested.engine.learned import LearnedHyper
+from hyperopt_nested.engine.sensitivity import unused
+from hyperopt_nested.engine.tensor_update import TensorUpdate
 from hyperopt_nested.rule import Coupling, Learn, Optimizer
-from hyperopt_nested.sensitivity import unused
-from hyperopt_nested.tensor_update import TensorUpdate
+from hyperopt_nested.trees import State
 
 Memory = Literal["auto", "kept", "forward", "reverse", "none"]
 """How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a

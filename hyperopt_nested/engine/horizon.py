@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.ops import State, finite, map_tree, state_dtype
-from hyperopt_nested.sensitivity import Raws, pull_forward, pushforward
+from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.engine.sensitivity import Raws, pull_forward, pushforward
+from hyperopt_nested.ops import finite, state_dtype
+from hyperopt_nested.trees import State, map_tree
 
 Curvature = Literal["none", "exact"]
 """What becomes of the gradient's own dependence on the tensors when sensitivities are carried on: "none" leaves it out, so that no more

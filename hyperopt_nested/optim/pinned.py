@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.callers import caller_level
-from hyperopt_nested.learned import LearnedHyper, Learner
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State
-from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.checks import caller_level
+from hyperopt_nested.engine.learned import LearnedHyper, Learner
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.trees import State
 
 _EVERY = 100
 """Steps from one look at a device to the next, since each look waits for it; the CPU's are looked at in every step."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from hyperopt_nested.learned import LearnedHyper
-from hyperopt_nested.ops import State
+from hyperopt_nested.engine.learned import LearnedHyper
+from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.tensor_update import TensorUpdate
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.sensitivity import Raws
-from hyperopt_nested.tensor_update import TensorUpdate
+from hyperopt_nested.trees import State
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]

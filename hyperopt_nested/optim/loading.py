@@ -8,9 +8,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Bijection
-from hyperopt_nested.kept_state import pairs
-from hyperopt_nested.param_state import COORDINATES, STEPS, ParamState, is_entry, is_said
+from hyperopt_nested.domains import Bijection
+from hyperopt_nested.optim.kept_state import pairs
+from hyperopt_nested.optim.param_state import COORDINATES, STEPS, ParamState, is_entry, is_said
 
 Group = dict[str, Any]
 

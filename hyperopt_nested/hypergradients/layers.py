@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hyperopt_nested.carried import carried_now
+from hyperopt_nested.hypergradients.carried import carried_now
 
 FOLLOWING: ContextVar[bool] = ContextVar("following", default=False)
 """Whether running statistics are followed: whether someone reads the buffers that a call leaves."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from hyperopt_nested.carried import Carried
-from hyperopt_nested.draws import Draws, devices_of, drawn_again
-from hyperopt_nested.implicit import Solver, implicit
-from hyperopt_nested.losses import (
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.double_backward import check_twice, named, twice
+from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
+from hyperopt_nested.hypergradients.implicit import Solver, implicit
+from hyperopt_nested.hypergradients.losses import (
     Hypers,
     Loss,
     Tensors,
@@ -26,9 +28,7 @@ from hyperopt_nested.losses import (
     parted,
     refuse_constant,
 )
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree
-from hyperopt_nested.twice import check_twice, named, twice
+from hyperopt_nested.trees import State, map_tree
 
 Values = dict[str, Tensors]
 

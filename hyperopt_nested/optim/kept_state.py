@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperopt_nested.learned import COUNTED, Learner
-from hyperopt_nested.ops import State
+from hyperopt_nested.engine.learned import COUNTED, Learner
+from hyperopt_nested.trees import State
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,21 @@ from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.callers import caller_level
-from hyperopt_nested.checks import not_an_optimizer
-from hyperopt_nested.group import ByName, check_params, pack, unpack
-from hyperopt_nested.grouped import NO_CHOICES, Choice, GroupedOptimizer
-from hyperopt_nested.horizon import Curvature
-from hyperopt_nested.joint_update import Hessian
-from hyperopt_nested.learnable import Memory, check_horizon
-from hyperopt_nested.learned import MODEL
-from hyperopt_nested.loading import loaded, matched
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree
-from hyperopt_nested.outside_dynamo import outside_dynamo
-from hyperopt_nested.param_state import ParamState, built, is_own, is_said
-from hyperopt_nested.pinned import PinnedValues
-from hyperopt_nested.roster import Group, Roster
+from hyperopt_nested.checks import caller_level, not_an_optimizer
+from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.joint_update import Hessian
+from hyperopt_nested.engine.learnable import Memory, check_horizon
+from hyperopt_nested.engine.learned import MODEL
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
+from hyperopt_nested.optim.loading import loaded, matched
+from hyperopt_nested.optim.outside_dynamo import outside_dynamo
+from hyperopt_nested.optim.param_groups import NO_CHOICES, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
+from hyperopt_nested.optim.param_state import ParamState, built, is_own, is_said
+from hyperopt_nested.optim.pinned import PinnedValues
+from hyperopt_nested.optim.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.twice import loss_with_hessian
+from hyperopt_nested.trees import State, map_tree
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 

@@ -10,13 +10,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Bijection
-from hyperopt_nested.kept_state import Ref, pairs, refs
-from hyperopt_nested.learned import COUNTED, Learner
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, flatten, in_dtype, map_tree
-from hyperopt_nested.roster import Roster
-from hyperopt_nested.weights import Weights
+from hyperopt_nested.domains import Bijection
+from hyperopt_nested.engine.learned import COUNTED, Learner
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.optim.kept_state import Ref, pairs, refs
+from hyperopt_nested.optim.roster import Roster
+from hyperopt_nested.optim.weights import Weights
+from hyperopt_nested.trees import State, flatten, in_dtype, map_tree
 
 STEPS = "steps"
 """The entry of a tensor's state that counts its steps: float64, shape (), always on the CPU."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.horizon import Curvature, Horizon
-from hyperopt_nested.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.last_update import LastUpdate
-from hyperopt_nested.learnable import (
+from hyperopt_nested.engine.horizon import Curvature, Horizon
+from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.engine.last_update import LastUpdate
+from hyperopt_nested.engine.learnable import (
     Memory,
     check_declared,
     check_horizon,
@@ -26,11 +26,11 @@ from hyperopt_nested.learnable import (
     check_used,
     optimizers_of,
 )
-from hyperopt_nested.learned import COUNTED, LearnedHyper, number
-from hyperopt_nested.ops import State, evaluated, in_dtype, map_tree
+from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
+from hyperopt_nested.engine.sensitivity import Raws
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.sensitivity import Raws
 from hyperopt_nested.signatures import check_form, check_state
+from hyperopt_nested.trees import State, evaluated, in_dtype, map_tree
 
 
 class Nested:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hyperopt_nested import registry
 from hyperopt_nested.checks import check_options, kinds_of, not_an_optimizer
-from hyperopt_nested.hyper import Hyper
-from hyperopt_nested.ops import State
+from hyperopt_nested.domains import Hyper
 from hyperopt_nested.rule import Coupling, Learn, Optimizer, Rule
 from hyperopt_nested.signatures import assigned, check_definition, checked_pair, chosen, declared_options
+from hyperopt_nested.trees import State
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """One step of the optimizer inside: from a parameter and a gradient to the new parameter. Its state is kept for it."""

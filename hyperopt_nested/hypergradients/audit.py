@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hyperopt_nested.carried import Carried
-from hyperopt_nested.draws import Draws, devices_of, drawn_again
-from hyperopt_nested.horizon import Curvature
-from hyperopt_nested.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
-from hyperopt_nested.nested import Nested
-from hyperopt_nested.ops import State, map_tree
+from hyperopt_nested.checks import extra
+from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
+from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
+from hyperopt_nested.hypergradients.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
+from hyperopt_nested.hypergradients.training import Values, refuse_other
+from hyperopt_nested.hypergradients.unrolled import Hypergradients, hypergradient, in_values
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.training import Values, refuse_other
-from hyperopt_nested.twice import loss_with_hessian
-from hyperopt_nested.unrolled import Hypergradients, hypergradient, in_values
+from hyperopt_nested.trees import State, map_tree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 Evaluate = Callable[..., tuple[Tensor, Any]]
 
@@ -67,8 +68,11 @@ class Audit:
 
     rows: list[Bias]
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The rows, to be printed with rich: `rich.print(found.table())`."""
+        with extra("cli"):
+            from rich.table import Table
+
         made = Table("hyper", "steps", "estimate", "cosine", "magnitude", "same sign", title="Online against exact hypergradients")
         for row in sorted(self.rows, key=lambda row: (row.hyper, row.steps)):
             made.add_row(row.hyper, str(row.steps), row.estimate, f"{row.cosine:.3f}", f"{row.magnitude:.3g}", f"{row.sign:.0%}")
@@ -76,7 +80,8 @@ class Audit:
 
     def figure(self) -> "Figure":
         """For each hyper, cosine and magnitude against the number of steps; needs matplotlib."""
-        from matplotlib.figure import Figure
+        with extra("demo"):
+            from matplotlib.figure import Figure
 
         hypers = list(dict.fromkeys(row.hyper for row in self.rows))
         discounts = list(dict.fromkeys(row.discount for row in self.rows))

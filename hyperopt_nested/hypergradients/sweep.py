@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.carried import Carried
-from hyperopt_nested.losses import TrainLoss, detached, evaluate, gradients, is_tensor, parted
-from hyperopt_nested.nested import Nested
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.losses import TrainLoss, detached, evaluate, gradients, is_tensor, parted
+from hyperopt_nested.hypergradients.unrolled import check_values
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.unrolled import check_values
 
 Randomness = Literal["different", "same", "error"]
 """What random numbers, such as dropout's masks, the runs of a sweep draw: as `torch.func.vmap` calls them."""

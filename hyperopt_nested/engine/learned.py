@@ -10,10 +10,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Bijection, Hyper
-from hyperopt_nested.ops import State, leaves, map_tree, number_dtype, state_dtype
+from hyperopt_nested.domains import Bijection, Hyper
+from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.ops import number_dtype, state_dtype
 from hyperopt_nested.rule import Bound, Learn
-from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.trees import State, leaves, map_tree
 
 MODEL = "model"
 """Key of a learned value that all tensors share."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from hyperopt_nested.carried import Carried, carrying
+from hyperopt_nested.hypergradients.carried import Carried, carrying
 
 Tensors = dict[str, Tensor]
 Hypers = Mapping[str, Mapping[str, Tensor]]

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.hyper import Hyper
-from hyperopt_nested.implicit import Solver
-from hyperopt_nested.learnable import optimizers_of
-from hyperopt_nested.losses import Hypers, OuterLoss, Tensors, TrainLoss
-from hyperopt_nested.nested import Nested
+from hyperopt_nested.domains import Hyper
+from hyperopt_nested.engine.learnable import optimizers_of
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.hypergradients.implicit import Solver
+from hyperopt_nested.hypergradients.losses import Hypers, OuterLoss, Tensors, TrainLoss
+from hyperopt_nested.hypergradients.training import Trace, Training
 from hyperopt_nested.rule import Learn, Optimizer
-from hyperopt_nested.training import Trace, Training
 
 Method = Literal["reverse", "forward", "implicit"]
 """How a hypergradient is taken through the steps of training: see `hypergradient`."""

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hyperopt_nested.carried import Carried, carried_now, no_recomputation
-from hyperopt_nested.draws import Draws, devices_of, drawn_again
-from hyperopt_nested.layers import FOLLOWING, prepare, statistics_read
+from hyperopt_nested.hypergradients.carried import Carried, carried_now, no_recomputation
+from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
+from hyperopt_nested.hypergradients.layers import FOLLOWING, prepare, statistics_read
 
 Buffers = Literal["carried", "fixed"]
 """What becomes of the buffers that a module changes: "carried" hands them from step to step where `hypergradient`, `audit` or `sweep` call

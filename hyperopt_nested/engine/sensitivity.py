@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from hyperopt_nested.ops import map_tree
+from hyperopt_nested.trees import map_tree
 
 Raws = dict[str, Tensor]
 Update = Callable[[dict[str, Raws]], tuple[Raws, Any]]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hyperopt_nested.ops import map_tree
-from hyperopt_nested.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.trees import map_tree
 
 Solver = Literal["cg", "neumann"]
 """How implicit differentiation solves its linear system: "cg", conjugate gradients, where the update's Jacobian is symmetric and the

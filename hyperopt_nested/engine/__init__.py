@@ -1,0 +1,1 @@
+"""The engine: nested differentiation of optimizers, one step at a time."""

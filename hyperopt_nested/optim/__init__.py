@@ -1,0 +1,1 @@
+"""The front end in the form of `torch.optim`."""
