@@ -100,6 +100,7 @@ class Run:
 
     def __init__(self, case: Case, backend: str, noise: float = 0.0) -> None:
         self.case, self.noise = case, noise
+        self.centralizes = "centralize" in repr(case.optimizer)  # rows of equal entries leave zero then, and rules may divide that by little
         self.generator = torch.Generator().manual_seed(case.seed)
         self.buffers: list[Tensor] = []
         self.outside: list[Tensor] = []
@@ -140,8 +141,9 @@ class Run:
             drawn = self._randn(tuple(param.shape)) * (0.1, 3.0, 1.0)[(at + i) % 3]
             noise = 1 + self.noise * torch.rand(drawn.shape, generator=torch.Generator().manual_seed(at), dtype=torch.float64)
             grad = drawn.to(param.dtype)
-            if how == "expanded" and grad.ndim:
-                grad = grad.reshape(-1)[:1].reshape((1,) * grad.ndim).expand(grad.shape) if grad.numel() else grad
+            if how == "expanded" and grad.ndim and grad.numel():
+                constant = grad[:1] if self.centralizes else grad.reshape(-1)[:1].reshape((1,) * grad.ndim)
+                grad = constant.expand(grad.shape)
             elif how == "other order" and grad.ndim > 1:
                 grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
             elif how == "own memory" and at == 2:
