@@ -105,7 +105,8 @@ class Training:
         total = map_tree(torch.zeros_like, values)
         cotangents: list[Tensor | None] | None = None
         for begin in reversed(starts):
-            start, hypers = tree_map(_leaf, kept.pop()), map_tree(_differentiable if create_graph else _leaf, values)
+            start, hypers = kept.pop(), map_tree(_differentiable if create_graph else _leaf, values)
+            start = {part: tree_map(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
             part, at = batches[begin : begin + segment], first + begin
             with torch.enable_grad(), twice():
                 if cotangents is None:
@@ -116,7 +117,7 @@ class Training:
                     with drawn_again(draws.pop()):
                         outputs = tree_leaves(self._run_again(start, hypers, part, at))
                 pairs = [(each, weight) for each, weight in zip(outputs, cotangents or [None], strict=True) if each.requires_grad]
-                inputs, rebuilt = parted((start, hypers), is_real)
+                inputs, rebuilt = parted((start, hypers), _is_followed)
                 found = torch.autograd.grad(
                     [each for each, _ in pairs],
                     inputs,
@@ -342,6 +343,10 @@ def other_again(step: int, what: str, before: Tensor) -> RuntimeError:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _is_followed(leaf: Any) -> bool:
+    return is_tensor(leaf) and leaf.requires_grad
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
