@@ -19,7 +19,8 @@ FLOORS = [
     ["projections"],
     ["rules", "combinators"],
     ["engine"],
-    ["hypergradients", "backends"],
+    ["backends"],
+    ["hypergradients"],
     ["optim"],
     ["testing", "cli"],
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from hyperopt_nested.backends.differentiable import DifferentiableUpdate
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.carried import Carried
 from hyperopt_nested.hypergradients.double_backward import check_twice, named, twice
@@ -89,6 +90,7 @@ class Training:
         self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
         self._has_aux, self._order = has_aux, order
+        self._by_kernels = DifferentiableUpdate(nested)
         self.trace = Trace()
 
     def reverse(
@@ -168,7 +170,7 @@ class Training:
                 check_twice(loss, grads, params, order=self._order)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
-            return self._update(carry, grads, buffers, values, step), loss, aux
+            return self._update(carry, grads, buffers, values, step, by_kernels=graph and self._order == 2), loss, aux
 
     def forward(self, carry: State, values: Values, batches: Iterable[Any], first: int) -> Values:
         """By jvp, with one tangent for each entry of the hypers, all at once under vmap; from step number `first`."""
@@ -289,14 +291,15 @@ class Training:
             raise refuse_constant("outer_loss", "params or hypers")
         return loss, aux
 
-    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int) -> State:
+    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, by_kernels: bool = False) -> State:
         """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone."""
         now: dict[str, Tensors] = {key: {} for key in values}
         for key, name, value, scheduled in self._each(values):
             if scheduled and step >= len(value):
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are more batches")
             now[key][name] = value[step] if scheduled else value
-        params, rule = self._nested.update(carry["params"], grads, carry["rule"], now)
+        update = self._by_kernels if by_kernels else self._nested.update
+        params, rule = update(carry["params"], grads, carry["rule"], now)
         return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
     def _each(self, values: Hypers) -> Iterator[tuple[str, str, Tensor, bool]]:
