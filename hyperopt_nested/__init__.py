@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hyperopt_nested import optim as optim
 from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinators import (
     Anchor,

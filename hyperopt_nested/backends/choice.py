@@ -16,7 +16,6 @@ from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_lay
 from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph
 from hyperopt_nested.backends.inductor import Inductor, compiler_for
 from hyperopt_nested.backends.program import Program, Request, engine
-from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.sweeps import with_early_writes
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
@@ -186,7 +185,7 @@ class Programs:
             try:
                 graphs = [trace(function, request.arguments, request.param) for function in request.functions]
                 if sort == "fused":
-                    graphs = with_early_writes([simplified(graph) for graph in graphs], request.changing)
+                    graphs = with_early_writes(graphs, request.changing)
                 self._graphs[key] = graphs
             except UnsupportedError as error:
                 self._graphs[key] = error

@@ -1,5 +1,6 @@
 """Whether programs do what the engine does, tried on small examples before they are used."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -24,8 +25,8 @@ def deviation(programs: Sequence[Program], request: Request, *, whole: bool = Fa
     tolerance = max(_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments)
     by_engine = [engine(function) for function in request.functions]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for example in request.examples(whole=whole):
-            found, wanted = _run(programs, example, request), _run(by_engine, example, request)
+        for at, example in enumerate(request.examples(whole=whole)):
+            found, wanted = _run(programs, example, request, 1 + at % 2), _run(by_engine, example, request)
             wrong = [i for i in range(1, len(wanted)) if _differs(found[i], wanted[i], tolerance)]
             if wrong:
                 moved = [_run(by_engine, _moved(example, seed), request) for seed in range(8)]
@@ -37,14 +38,14 @@ def deviation(programs: Sequence[Program], request: Request, *, whole: bool = Fa
     return ""
 
 
-def _run(programs: Sequence[Program], arguments: Sequence[Tensor], request: Request) -> list[Tensor]:
-    """What arguments are after programs, between which shared values change."""
-    now = [argument.clone() for argument in arguments]
+def _run(programs: Sequence[Program], arguments: Sequence[Tensor], request: Request, count: int = 1) -> list[Tensor]:
+    """What arguments are after programs, between which shared values change; they are the last of `count` in a batch."""
+    rows = [[argument.clone() for argument in arguments] for _ in range(count)]
     for program in programs:
-        program(Batch([now]))
-        for i in request.changing:
-            now[i].mul_(1.01)
-    return now
+        program(Batch(rows))
+        for row, i in itertools.product(rows, request.changing):
+            row[i].mul_(1.01)
+    return rows[-1]
 
 
 def _moved(arguments: Sequence[Tensor], seed: int) -> list[Tensor]:
