@@ -1,6 +1,6 @@
 """The update of tensors with a native pull-back: autograd keeps what an update is given, and nothing that is computed on the way."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -12,9 +12,8 @@ from torch import Tensor
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.fused import Kernel, check_layout, sizes
-from hyperopt_nested.backends.graph import Kind, UnsupportedError, kind_of
-from hyperopt_nested.backends.program import Function, Request
-from hyperopt_nested.backends.simplify import simplified
+from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph, Value, Values, kind_of
+from hyperopt_nested.backends.program import Request
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.joint_update import Tensors
@@ -73,7 +72,7 @@ class DifferentiableUpdate:
                 return self._nested.update(params, grads, rule, hypers)
             rows.append(row)
             plans.append(plan)
-        made = iter(_Update.apply(plans, *chain.from_iterable(rows)))
+        made = iter(_apply(plans, *chain.from_iterable(rows)))
         new = [[next(made) if i is None else row[i] for i in plan.passed] for plan, row in zip(plans, rows, strict=True)]
         named = list(zip(grads, new, strict=True))
         return {name: first for name, (first, *_) in named}, {name: filled(rule[name], state) for name, (_, *state) in named}
@@ -92,13 +91,13 @@ class DifferentiableUpdate:
         key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, *forms, *ones
         if key not in _plans:
             try:
-                _plans[key] = self._made(name, row, state, kinds)
+                _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
         found = _plans[key]
         return found and replace(found, forms=[torch.empty_like(each, device="meta") for each in [row[1], *row[1:]]])
 
-    def _made(self, name: str, row: Sequence[Tensor], state: State, kinds: Sequence[Kind]) -> _Plan | None:
+    def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
         count, results = len(row), range(len(leaves(state)) + 1)
         keys = [(each.key, each.key_of(name)) for each in self._nested.learned_of(name).values()]
 
@@ -109,12 +108,15 @@ class DifferentiableUpdate:
             return [new[name], *leaves(rule[name])]
 
         hypers = {len(results) + i: each for i, each in enumerate(self._nested.learned_of(name).values(), start=1)}
-        trials = partial(examples, param=row[1].detach(), hypers=hypers, point=1)
+
+        def trials(arguments: Sequence[Tensor], *, whole: bool = False) -> Iterator[list[Tensor]]:
+            made = examples(arguments, row[1].detach(), hypers, 1, advance, whole=whole)
+            return (each for each in made if all(bool(torch.isfinite(tensor).all()) for tensor in each))
 
         def advance(*given: Tensor) -> list[Tensor | None]:
             return [None, *update(given[:count]), *(None for _ in given[len(results) + 1 :])]
 
-        small = next(trials([each.detach() for each in row], update=advance, whole=False))
+        small = next(trials([each.detach() for each in row]))
         with torch.enable_grad():
             at = [each.requires_grad_(like.requires_grad) for each, like in zip(small, row, strict=True)]
             new = update(at)
@@ -137,16 +139,16 @@ class DifferentiableUpdate:
                 new = update(row)
                 return [new[i] for i in followed]
 
-            _, pull = torch.func.vjp(chosen, *(given[i] for i in wanted))
-            found = pull(list(given[count : count + len(followed)]))
+            through: Any = torch.func.vjp(chosen, *(given[i] for i in wanted))
+            found = through[1](list(given[count : count + len(followed)]))
             return [*(None for _ in given[: count + len(followed)]), *found, *(None for _ in written)]
 
-        functions: list[Function] = [updated, pulled]
+        functions = [updated, pulled]
         arguments = [each.detach() for each in arguments]
-        graphs = [simplified(trace(function, arguments, row[1])) for function in functions]
+        graphs = [_without_zeros(trace(function, arguments, row[1])) for function in functions]
         compiler.load([code(graph) for graph in graphs])  # side by side
         kernels = [Kernel(graph) for graph in graphs]
-        request = Request((), "", functions, arguments, row[1], (), partial(trials, arguments, update=advance))
+        request = Request((), "", functions, arguments, row[1], (), partial(trials, arguments))
         if deviation(kernels, request):
             return None
         read = frozenset(value.args[0] for value in graphs[-1].values if value.op == "input")
@@ -187,6 +189,7 @@ class _Update(torch.autograd.Function):
         return None, *slopes
 
 
+_apply: Any = _Update.apply
 _Batch = list[tuple[Tensor, list[Tensor | None]]]
 
 
@@ -197,4 +200,20 @@ def _run(batches: Mapping[Kernel, _Batch]) -> None:
 
 def _lying(tensor: Tensor, form: Tensor) -> Tensor:
     """A tensor, or a copy of it, that lies as another."""
-    return tensor if tensor.stride() == form.stride() else torch.empty_like(form, device="cpu").copy_(tensor)
+    return tensor if tensor.stride() == form.stride() and not tensor.is_neg() else torch.empty_like(form, device="cpu").copy_(tensor)
+
+
+def _without_zeros(graph: UpdateGraph) -> UpdateGraph:
+    """A graph that does the same to finite numbers, without products with a constant zero, such as a weight decay that is off."""
+    made, new = Values(), dict[Value, Value]()
+    for value in graph.values:
+        args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
+        zeros = [isinstance(arg, Value) and arg.is_constant(0) for arg in args]
+        new[value] = made(value.op, args, value.kind, value.dtype, value.computed)
+        if any(zeros) and value.op in ("mul", "cast", "expand"):
+            new[value] = made("constant", (0,), value.kind, value.dtype)
+        elif any(zeros) and value.op == "add":
+            other = args[zeros.index(True) - 1]
+            if (other.kind, other.dtype) == (value.kind, value.dtype):
+                new[value] = other
+    return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))

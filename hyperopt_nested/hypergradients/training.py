@@ -71,6 +71,7 @@ class Training:
         reverse: whether gradients are differentiated in reverse: what has no such derivative is refused in the first step.
         has_aux: whether the losses may return pairs of a loss and anything else.
         order: how many derivatives of the training loss are taken.
+        by_kernels: whether native kernels do and differentiate updates, where there are some, in reverse.
 
     Attributes:
         trace: what the losses returned.
@@ -86,11 +87,12 @@ class Training:
         reverse: bool,
         has_aux: bool,
         order: int = 2,
+        by_kernels: bool = False,
     ) -> None:
         self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
         self._has_aux, self._order = has_aux, order
-        self._by_kernels = DifferentiableUpdate(nested)
+        self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
 
     def reverse(
@@ -170,7 +172,7 @@ class Training:
                 check_twice(loss, grads, params, order=self._order)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
-            return self._update(carry, grads, buffers, values, step, by_kernels=graph and self._order == 2), loss, aux
+            return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
 
     def forward(self, carry: State, values: Values, batches: Iterable[Any], first: int) -> Values:
         """By jvp, with one tangent for each entry of the hypers, all at once under vmap; from step number `first`."""
@@ -291,14 +293,14 @@ class Training:
             raise refuse_constant("outer_loss", "params or hypers")
         return loss, aux
 
-    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, by_kernels: bool = False) -> State:
+    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, differentiable: bool = False) -> State:
         """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone."""
         now: dict[str, Tensors] = {key: {} for key in values}
         for key, name, value, scheduled in self._each(values):
             if scheduled and step >= len(value):
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are more batches")
             now[key][name] = value[step] if scheduled else value
-        update = self._by_kernels if by_kernels else self._nested.update
+        update = self._differentiable if differentiable else self._nested.update
         params, rule = update(carry["params"], grads, carry["rule"], now)
         return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
