@@ -1,5 +1,6 @@
 """Definitions of rules and combinators: what the parameters of their functions are, and what calls give to each."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,6 +134,7 @@ def chosen(values: Mapping[str, Any], function: Callable[..., Any]) -> dict[str,
     return {name: value for name, value in values.items() if name in keywords}
 
 
+@functools.cache
 def keywords_of(function: Callable[..., Any] | None) -> dict[str, Any]:
     """Keyword-only parameters of a function, with their defaults."""
     parameters = inspect.signature(function).parameters.values() if function else ()

@@ -38,7 +38,8 @@ class _Plan:
     wanted: list[int]  # arguments that autograd follows
     written: list[int]  # results that are no arguments
     read: frozenset[int]  # arguments that the pull-back reads
-    forms: list[Tensor] = field(default_factory=list)  # tensors without data that lie as the arguments do
+    forms: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = field(default_factory=list)  # of arguments: shape, strides and dtype
+    sizes: tuple[int, int] = 0, 0  # rows and columns
 
 
 _plans: dict[Hashable, _Plan | None] = {}
@@ -86,16 +87,17 @@ class DifferentiableUpdate:
         except UnsupportedError:
             return None
         fixed = ((hyper, None if isinstance(value, Learn) else value) for hyper, value in optimizer.settings.items())
-        forms = ((each.dtype, each.requires_grad) for each in row)
+        followed = ((each.dtype, each.requires_grad) for each in row)
         ones = (size == 1 for size in param.shape)
-        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, *forms, *ones
+        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, *followed, *ones
         if key not in _plans:
             try:
                 _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
         found = _plans[key]
-        return found and replace(found, forms=[torch.empty_like(each, device="meta") for each in [row[1], *row[1:]]])
+        forms = [(each.shape, each.stride(), each.dtype) for each in [row[1], *row[1:]]]
+        return found and replace(found, forms=forms, sizes=sizes(param))
 
     def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
         count, results = len(row), range(len(leaves(state)) + 1)
@@ -163,12 +165,12 @@ class _Update(torch.autograd.Function):
         given, batches = iter(tensors), dict[Kernel, _Batch]()
         results, constant, kept = list[Tensor](), list[Tensor](), list[Tensor | None]()
         for plan in plans:
-            row = [_lying(next(given), form) for form in plan.forms]
-            new = [torch.empty_like(row[1 + i]) for i in plan.written]
+            row = [_lying(next(given), *form) for form in plan.forms]
+            new = [_empty(*plan.forms[1 + i]) for i in plan.written]
             results += new
             constant += [each for i, each in zip(plan.written, new, strict=True) if i not in plan.followed]
             kept += [each if i in plan.read else None for i, each in enumerate(row)]
-            batches.setdefault(plan.update, []).append((plan.forms[1], [*row, *(None for _ in (*plan.followed, *plan.wanted)), *new]))
+            batches.setdefault(plan.update, []).append((plan.sizes, [*row, *(None for _ in (*plan.followed, *plan.wanted)), *new]))
         _run(batches)
         ctx.plans = plans
         ctx.save_for_backward(*kept)
@@ -181,26 +183,30 @@ class _Update(torch.autograd.Function):
         slopes = list[Tensor | None]()
         for plan in ctx.plans:
             row, given = [next(kept) for _ in plan.forms], {i: next(along) for i in plan.written}
-            found = {i: torch.empty_like(plan.forms[i], device="cpu") for i in plan.wanted}
+            found = {i: _empty(*plan.forms[i]) for i in plan.wanted}
             slopes += [found.get(i) for i in range(len(row))]
-            pulled = [_lying(given[i], plan.forms[1 + i]) for i in plan.followed]
-            batches.setdefault(plan.pull, []).append((plan.forms[1], [*row, *pulled, *found.values(), *(None for _ in given)]))
+            pulled = [_lying(given[i], *plan.forms[1 + i]) for i in plan.followed]
+            batches.setdefault(plan.pull, []).append((plan.sizes, [*row, *pulled, *found.values(), *(None for _ in given)]))
         _run(batches)
         return None, *slopes
 
 
 _apply: Any = _Update.apply
-_Batch = list[tuple[Tensor, list[Tensor | None]]]
+_Batch = list[tuple[tuple[int, int], list[Tensor | None]]]
 
 
 def _run(batches: Mapping[Kernel, _Batch]) -> None:
     for kernel, batch in batches.items():
-        kernel.run([sizes(form) for form, _ in batch], [row for _, row in batch])
+        kernel.run(*zip(*batch, strict=True))
 
 
-def _lying(tensor: Tensor, form: Tensor) -> Tensor:
-    """A tensor, or a copy of it, that lies as another."""
-    return tensor if tensor.stride() == form.stride() and not tensor.is_neg() else torch.empty_like(form, device="cpu").copy_(tensor)
+def _empty(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+
+def _lying(tensor: Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor, or a copy of it, with these strides."""
+    return tensor if tensor.stride() == strides and not tensor.is_neg() else _empty(shape, strides, dtype).copy_(tensor)
 
 
 def _without_zeros(graph: UpdateGraph) -> UpdateGraph:

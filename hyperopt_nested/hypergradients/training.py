@@ -33,6 +33,9 @@ from hyperopt_nested.trees import State, map_tree
 
 Values = dict[str, Tensors]
 
+_FEW = 32
+"""Steps from which on it is tried in the first whether gradients can be differentiated; before, all steps are soon differentiated."""
+
 
 @dataclass
 class Trace:
@@ -91,7 +94,7 @@ class Training:
     ) -> None:
         self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
-        self._has_aux, self._order = has_aux, order
+        self._has_aux, self._order, self._tries = has_aux, order, True
         self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
 
@@ -100,6 +103,7 @@ class Training:
     ) -> tuple[Values, Tensors]:
         """By autograd, one segment of steps at a time, the last one first; from step number `first`."""
         self._check_schedules(values, first + len(batches))
+        self._tries = len(batches) >= _FEW
         starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
         devices = devices_of(carry["params"].values())
         draws: list[Draws] = []
@@ -169,7 +173,7 @@ class Training:
             loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
             grads = gradients(loss, params, graph=graph or first)
             if first:
-                check_twice(loss, grads, params, order=self._order)
+                check_twice(loss, grads, params, order=self._order, trial=self._tries)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
