@@ -38,7 +38,7 @@ _NUMBER = float | Learn
 
 def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]) -> Parameters:
     """What a class takes: arguments of its rule, where several hypers may be one tuple, and those that all classes share."""
-    single = {each.name: each for each in _signature(rule).parameters.values()}
+    single = {each.name: each for each in inspect.signature(rule).parameters.values()}
     tuples = packs(single)
     whole = {part: name for name, parts in tuples.items() for part in parts}
     found: Parameters = {}
@@ -58,23 +58,6 @@ def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]
 
 def _tuple_of(values: Sequence[float | None]) -> Any:
     return types.GenericAlias(tuple, tuple(_NUMBER if value is not None else _NUMBER | None for value in values))
-
-
-def _signature(rule: Factory) -> inspect.Signature:
-    """How a rule is called."""
-    if not isinstance(rule, FunctionRule):
-        return inspect.signature(rule)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    annotated = (
-        {**inspect.signature(rule.initial).parameters, **inspect.signature(rule.function).parameters}
-        if rule.initial
-        else inspect.signature(rule.function).parameters
-    )
-    found = [inspect.Parameter(name, keyword, default=hyper.default, annotation=_NUMBER) for name, hyper in rule.hypers.items()]
-    found += [
-        inspect.Parameter(name, keyword, default=value, annotation=annotated[name].annotation) for name, value in rule.options.items()
-    ]
-    return inspect.Signature([*found, inspect.Parameter("maximize", keyword, default=False, annotation=bool)])
 
 
 def _documentation(cls: "type[DropIn]") -> str:
