@@ -111,8 +111,8 @@ class DifferentiableUpdate:
 
         hypers = {len(results) + i: each for i, each in enumerate(self._nested.learned_of(name).values(), start=1)}
 
-        def trials(arguments: Sequence[Tensor], *, whole: bool = False) -> Iterator[list[Tensor]]:
-            made = examples(arguments, row[1].detach(), hypers, 1, advance, whole=whole)
+        def trials(arguments: Sequence[Tensor], *, whole: bool = False, less: int = 0) -> Iterator[list[Tensor]]:
+            made = examples(arguments, row[1].detach(), hypers, 1, advance, whole=whole, less=less)
             return (each for each in made if all(bool(torch.isfinite(tensor).all()) for tensor in each))
 
         def advance(*given: Tensor) -> list[Tensor | None]:
