@@ -86,7 +86,8 @@ def check_used(binding: Binding, name: str, param: Tensor, *, one_step: bool) ->
     optimizer, learned = binding.optimizer, {each.key: (hyper, each) for hyper, each in binding.learned.items()}
     if not learned:
         return
-    rule, device = optimizer.rule, "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
+    rule = optimizer.rule
+    device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {key: each.start(probe, each.learn.value) for key, (_, each) in learned.items()}
     update = binding.update(probe, probe, rule.init(probe, optimizer.settings), {})
