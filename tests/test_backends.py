@@ -38,10 +38,10 @@ def all_learned(name: str) -> hn.Optimizer:
     found = checked.template
     chosen = {"lr": 0.05, "eps": 0.1, "eps1": 0.1, "eps2": 0.1, "d": 1.1}
     for hyper in checked.own:
-        if hyper in found.rule.flat or hyper in found.learned:
+        if hyper in found.rule.nondifferentiable or hyper in found.learned:
             continue
         value = chosen.get(hyper, found.declared[hyper] or 0.1)
-        trial = found.replace(**{hyper: learned(value, "model" if found.rule.measures else "tensor")})
+        trial = found.replace(**{hyper: learned(value, "model" if found.rule.reduction else "tensor")})
         try:
             hn.Nested(trial).init({"w": torch.ones(4, 3)})
         except ValueError:  # not used with these options
@@ -89,7 +89,7 @@ def assert_same(found: Problem, expected: Problem) -> None:
 @hn.testing.every_rule("hyperopt_nested", "ftp")
 def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     optimizer = all_learned(name)
-    if optimizer.rule.measures:
+    if optimizer.rule.reduction:
         with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: .* needs a total over all tensors"):
             Problem(optimizer, backend)
         return

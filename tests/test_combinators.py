@@ -82,7 +82,7 @@ def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None
 
     hn.Nested(chain("model")).init(params)
     for optimizer, memory in ((chain("tensor"), "auto"), (chain("model"), "reverse")):
-        with pytest.raises(ValueError, match=r"decay enters the total over all tensors.*learn it per 'model'"):
+        with pytest.raises(ValueError, match=r"decay enters the sum over all tensors.*learn it per 'model'"):
             hn.Nested(optimizer, memory=memory).init(params)  # type: ignore[arg-type]
 
 
@@ -96,9 +96,9 @@ def test_the_total_is_over_all_groups_with_a_gradient() -> None:
     assert torch.equal(c, torch.zeros(2))
 
 
-@hn.combinator(coupling="element", measure=lambda grad: grad.abs().sum(), scale=hn.Positive(1.0))
-def over_sum(param: Any, grad: Any, state: Any, step: Any, *, scale: Any, total: Any) -> Any:
-    return step(param, scale * grad / total), state
+@hn.combinator(separable="element", global_reduce=lambda grad: grad.abs().sum())
+def over_sum(param: Any, grad: Any, state: Any, step: Any, *, scale: Any = hn.Positive(1.0), reduced: Any) -> Any:
+    return step(param, scale * grad / reduced), state
 
 
 def test_each_combinator_has_its_own_total() -> None:
@@ -165,22 +165,22 @@ def test_combinators_are_checked() -> None:
             hn.Nested(optimizer).init({"w": torch.ones(2)})
 
 
-@hn.rule(coupling="element")
+@hn.rule(separable="element")
 def without_lr(param: Any, grad: Any, state: Any) -> Any:
     return param - grad, state
 
 
 def test_a_combinator_that_forgets_its_step_is_told() -> None:
-    @hn.combinator()
+    @hn.combinator
     def forgetful(param: Any, grad: Any, state: Any, step: Any) -> Any:
         return param, state
 
     nested = hn.Nested(forgetful(hn.sgd()))
     with pytest.raises(RuntimeError, match="forgetful called its step 0 times; it must call it once"):
         nested.step({"w": torch.ones(2)}, {"w": torch.ones(2)}, nested.init({"w": torch.ones(2)}))
-    with pytest.raises(TypeError, match="`measure=` and the parameter `total` need each other"):
+    with pytest.raises(TypeError, match="`global_reduce=` and the parameter `reduced` need each other"):
 
-        @hn.combinator(measure=torch.sum)
+        @hn.combinator(global_reduce=torch.sum)
         def halfway(param: Any, grad: Any, state: Any, step: Any) -> Any:
             return step(param, grad), state
 

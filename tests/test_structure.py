@@ -17,11 +17,12 @@ FLOORS = [
     ["domains", "ops"],
     ["registry", "signatures", "rule"],
     ["projections"],
-    ["rules", "combinators"],
+    ["rules"],
+    ["combinators"],
     ["engine"],
     ["hypergradients", "backends"],
     ["optim"],
-    ["testing", "cli"],
+    ["testing", "cli", "typing"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

@@ -78,7 +78,7 @@ def settings_of(name: str, per: Any) -> hn.Optimizer:
     plain = hn.get(name)()
     chosen = {"lr": 0.05, "eps": 0.1, "eps1": 0.1, "eps2": 0.1, "d": 1.1}
     values = {hyper: chosen.get(hyper, value or 0.1) for hyper, value in plain.declared.items()}
-    return plain.replace(**{h: value if h in plain.rule.flat else learned(value, per) for h, value in values.items()})
+    return plain.replace(**{h: value if h in plain.rule.nondifferentiable else learned(value, per) for h, value in values.items()})
 
 
 @pytest.mark.parametrize("per", ["model", "tensor", "row", "element"])

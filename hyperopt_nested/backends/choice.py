@@ -66,7 +66,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
 
 def _only_by_engine(nested: Nested, params: Tensors) -> str:
     """Why only the engine can step these tensors; nothing if others can."""
-    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.measures]
+    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.reduction]
     if summed:
         return f"{summed[0]} needs a total over all tensors"
     if nested.curvature == "exact":

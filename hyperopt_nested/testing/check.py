@@ -117,7 +117,7 @@ def verify(checked: Subject, *, examples: int = 30) -> Report:
     """The law of hypergradients alone, as in `check_rule`."""
     record = Record()
     rule = checked.template.rule
-    wanted = [(name, per) for name in checked.own if name not in rule.flat for per in PERS]
+    wanted = [(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS]
     missing = wanted
     rounds = max(_ROUNDS, _EXAMPLES // examples)
     for turn in range(rounds if checked.own else 0):
@@ -134,7 +134,7 @@ def verify(checked: Subject, *, examples: int = 30) -> Report:
             f"large enough for finite differences to resolve ({record.kinks} were left out at kinks). Is its derivative always zero? "
             "Then declare it flat. Does it matter only with other options? Then check an optimizer that has them"
         )
-    flat = tuple(name for name in checked.own if name in rule.flat)
+    flat = tuple(name for name in checked.own if name in rule.nondifferentiable)
     return Report(checked.name, {pair: record.worst[pair] for pair in wanted}, flat, record.kinks)
 
 

@@ -63,7 +63,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     params, states = history(plain, case)
     expected, smooth = _differences(plain, case, params, states, hypers)
     resolved: set[str] = set()
-    learned: dict[str, Per] = {name: case.per for name in hypers if name not in plain.rule.flat}
+    learned: dict[str, Per] = {name: case.per for name in hypers if name not in plain.rule.nondifferentiable}
     memories: tuple[Memory, ...] = ("kept", "reverse", "auto") if plain.rule.late else ("kept", "reverse")
     found = {memory: _by_engine(subject, case, params, states, learned, memory) for memory in memories} if learned else {}
     for name in hypers:
@@ -72,7 +72,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
         value, error = difference.value[ok], difference.error[ok]
         largest = float(value.abs().amax()) if value.numel() else 0.0
         where = f"per {case.per}, tensors of shape {', '.join(str(tuple(p.shape)) for p in params.values())}, step {len(case.grads)}"
-        if name in plain.rule.flat:
+        if name in plain.rule.nondifferentiable:
             if bool((value.abs() > 4 * error).any()):
                 record.focus = name
                 raise RuleError(f"{name} is declared flat, but by finite differences its hypergradient is {_shown(value)} ({where})")
@@ -82,7 +82,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
             if not Difference(value, error).agrees(got, relative=TOLERANCE):
                 record.focus = name
                 only_forward = memory != "reverse" and Difference(value, error).agrees(found["reverse"][0][name][ok], relative=TOLERANCE)
-                doubt = f"; in reverse it is right: is the rule's coupling={plain.rule.coupling!r} true?" if only_forward else ""
+                doubt = f"; in reverse it is right: is the rule's separable={plain.rule.separable!r} true?" if only_forward else ""
                 raise RuleError(
                     f"the hypergradient of {name} is {_shown(got)} with memory={memory!r}, but by finite differences {_shown(value)}, "
                     f"with an estimated error of {_shown(error)} ({where}){doubt}"

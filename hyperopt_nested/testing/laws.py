@@ -133,7 +133,7 @@ def check_ends(subject: Subject, case: Case) -> None:
         ]
         for end in ends:
             at_end = Case({**case.hypers, name: end}, case.params, case.grads, case.after, "tensor", case.options)
-            learned = {} if name in subject.template.rule.flat else {name: at_end.per}
+            learned = {} if name in subject.template.rule.nondifferentiable else {name: at_end.per}
             nested = Nested(subject.learning(at_end, learned), memory="reverse")  # which hides nothing that is not finite
             try:
                 params, st = case.params, nested.init(case.params)

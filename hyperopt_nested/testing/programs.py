@@ -183,7 +183,7 @@ def _settings(subject: Subject, params: Mapping[str, Tensor]) -> Iterator[tuple[
         other = subject.make(**{name: choices[1]})
         if _runs(other, params):
             yield f"{name}={choices[1]!r}", other, None
-    names = [name for name in subject.own if name not in template.rule.flat]
+    names = [name for name in subject.own if name not in template.rule.nondifferentiable]
     for per in PERS:
         for tower in (False, True) if per == "row" else (False,):
             how = f"learned per {per}{', at a rate that is learned' if tower else ''}"
