@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ class Definition:
         made += [each.replace(kind=each.KEYWORD_ONLY) for each in options.values()]
         return inspect.Signature([*self.before, *made, *self.after], return_annotation=result)
 
-    def __get__(self, instance: object, owner: type | None = None) -> "Definition":
+    def __get__(self, instance: object, owner: type | None = None) -> Self:
         """Itself: as an attribute of a class it is no method. `help` shows the signatures of what has this."""
         return self
 
