@@ -375,7 +375,7 @@ adamw = hn.optim.AdamW(model.parameters(), 1e-3, (0.9, lr), weight_decay=lr, bac
 groups = hn.optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}], lr=0.1, nesterov=False)
 rates: dict[str, float] = adamw.learned()
 adamw.set_hyper("lr", 0.1)
-one: hn.Rule = hn.adamw
+one: hn.typing.Rule = hn.adamw
 per: hn.typing.Per = "row"
 
 @hn.rule(hn.rules.zeros("average"), separable="element")

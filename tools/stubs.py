@@ -31,7 +31,7 @@ def of_factories(folder: str) -> tuple[str, str]:
     imported, made = [], []
     for source, name in imports(ROOT / "hyperopt_nested" / folder / "__init__.py"):
         value = getattr(sys.modules[package], name)
-        if isinstance(value, (hn.FunctionRule, hn.Combinator)):
+        if isinstance(value, (hn.typing.FunctionRule, hn.typing.Combinator)):
             call = function("__call__", inspect.signature(value), inspect.getdoc(value), is_method=True, betas=True)
             made.append(f"class _{name}({type(value).__name__}):\n{indented(call)}\n\n{name}: _{name}\n")
         elif name in hn.names():
@@ -119,9 +119,7 @@ def needed(text: str) -> list[str]:
     used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     homes = {
         "collections.abc": ["Iterable", "Callable"],
-        "hyperopt_nested.combinators.base": ["Combinator"],
-        "hyperopt_nested.projections": ["Ball"],
-        "hyperopt_nested.rule": ["FunctionRule", "Learn", "Optimizer"],
+        "hyperopt_nested.rule": ["Learn", "Optimizer"],
         "hyperopt_nested.typing": [*ALIASES],
         "torch": ["Tensor", "device", "dtype"],
         "typing": ["Any", "Literal"],

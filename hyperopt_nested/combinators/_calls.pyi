@@ -2,10 +2,8 @@
 
 from torch import device, dtype
 
-from hyperopt_nested.combinators.base import Combinator
-from hyperopt_nested.projections import Ball
 from hyperopt_nested.rule import Learn, Optimizer
-from hyperopt_nested.typing import Anchor, Saturation
+from hyperopt_nested.typing import Anchor, Ball, Combinator, Saturation
 
 class _ema(Combinator):
     def __call__(self, optimizer: Optimizer, /, *, decay: float = 0.999) -> Optimizer:

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import dtype
 
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+from hyperopt_nested.rule import Learn, Optimizer
+from hyperopt_nested.typing import FunctionRule
 
 class _adabelief(FunctionRule):
     def __call__(
