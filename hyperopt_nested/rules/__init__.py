@@ -11,7 +11,6 @@ from hyperopt_nested.rules._blocks import (
     is_on,
     larger,
     moments,
-    norm,
     smaller,
     trust_ratio,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "moments",
     "muon",
     "nadam",
-    "norm",
     "radam",
     "rmsprop",
     "rprop",
