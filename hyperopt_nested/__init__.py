@@ -136,4 +136,5 @@ def __getattr__(name: str) -> Any:
         import hyperopt_nested.testing
 
         return hyperopt_nested.testing
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = [home for home, module in {"optim": optim, "rules": rules, "typing": typing}.items() if name in module.__all__]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + "".join(f"; it is in hn.{home}" for home in homes))

@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperopt_nested import registry
 from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
-from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update, keywords_of
+from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
 from hyperopt_nested.trees import State
 
 Per = Literal["model", "tensor", "row", "element"]
@@ -240,8 +240,7 @@ class FunctionRule(Definition, Rule):
         self._finish, self.late = finish, frozenset(late)
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        taken = keywords_of(self._finish)
-        return self._finish(param, state, **{name: value for name, value in hypers.items() if name in taken})
+        return self._finish(param, state, **hypers)
 
     @property
     def signature(self) -> Hashable:

@@ -100,8 +100,7 @@ class Run:
 
     def __init__(self, case: Case, backend: str, noise: float = 0.0) -> None:
         self.case, self.noise = case, noise
-        # rows of equal entries leave zero then, and rules may divide that by little
-        self.centralizes = "centralize" in repr(case.optimizer)
+        self.centralizes = "centralize" in repr(case.optimizer)  # rows of equal entries leave zero then
         self.generator = torch.Generator().manual_seed(case.seed)
         self.buffers: list[Tensor] = []
         self.outside: list[Tensor] = []

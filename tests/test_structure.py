@@ -94,6 +94,12 @@ def test_public_names_exist() -> None:
     assert len(hn.__all__) < 60
 
 
+def test_names_elsewhere_are_found() -> None:
+    with pytest.raises(AttributeError, match="module 'hyperopt_nested' has no attribute 'zeros'; it is in hn.rules$"):
+        hn.zeros  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(hn, "nothing")
+
+
 def test_the_version_is_that_of_the_installed_package() -> None:
     assert hn.__version__ == version("hyperopt-nested")
     hidden = "import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError(name))"

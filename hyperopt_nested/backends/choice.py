@@ -15,7 +15,7 @@ from hyperopt_nested.backends.foreach import Interpreter
 from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_layout, is_dense
 from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph
 from hyperopt_nested.backends.inductor import Inductor, compiler_for
-from hyperopt_nested.backends.program import Program, Request, engine
+from hyperopt_nested.backends.program import Engine, Program, Request
 from hyperopt_nested.backends.sweeps import with_early_writes
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
@@ -160,7 +160,7 @@ class Programs:
             if (sort + why) not in self._said:
                 self._said.add(sort + why)
                 warn(f"backend={sort!r} is not used for {request.rule}: {why}", stacklevel=2)
-        return [engine(function) for function in request.functions]
+        return [Engine(function) for function in request.functions]
 
     def _of_sort(self, sort: str, request: Request) -> list[Program]:
         if sort == "fused":

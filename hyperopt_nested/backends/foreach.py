@@ -143,14 +143,12 @@ class _Tensors:
 
     def write(self, index: int, value: Tensor, kind: Kind) -> None:
         """Write a value to an argument of all tensors."""
-        targets = self._inputs[index]
-        if self._equal or value.ndim == 0:
-            parts: Sequence[Tensor] = value.expand(self._shapes[kind] if self._equal else (len(targets),)).unbind()
-        else:
-            parts = torch.split_with_sizes(value, self._lengths[kind])
+        targets, lengths = self._inputs[index], self._lengths[kind]
+        equal = self._equal
+        parts = value.expand(self._shapes[kind]).unbind() if equal else torch.split_with_sizes(value.expand(sum(lengths)), lengths)
         shaped = zip(parts, targets, strict=True)
-        parts = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in shaped]
-        torch._foreach_copy_(targets, parts)
+        new = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in shaped]
+        torch._foreach_copy_(targets, new)
 
     def expand(self, value: Tensor, old: Kind, new: Kind) -> Tensor:
         """Repeat each number or row for what belongs to it, where broadcasting does not."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
-from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
+from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
 from hyperopt_nested.backends.verify import examples
 from hyperopt_nested.engine.joint_update import Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
@@ -165,7 +165,7 @@ class ProgramStep:
             held, step = self._learner(key, list(by_value), st)
             row = [*(torch.empty_like(raws[value]) for value in by_value), *held]
             made.tensors += held
-            made.learns[key] = engine(step), Batch([row])
+            made.learns[key] = Engine(step), Batch([row])
             if len(raws) == 1:
                 trials = functools.partial(examples, row, row[0], {}, None, step)
                 made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)

@@ -439,7 +439,7 @@ class Adam(DropIn):
         lr: learning rate, >= 0.
         betas: decay rate of the first moment, in [0, 1); decay rate of the second moment, in [0, 1).
         eps: added to the root of the second moment, > 0.
-        weight_decay: coupled: added to the gradient, >= 0.
+        weight_decay: added to the gradient times the parameter, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         maximize: whether gradients are ascended.
         memory: how the last update is remembered; see `Nested`.

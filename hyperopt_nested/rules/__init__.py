@@ -12,7 +12,6 @@ from hyperopt_nested.rules._blocks import (
     is_on,
     larger,
     moments,
-    norm,
     smaller,
     trust_ratio,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "moments",
     "muon",
     "nadam",
-    "norm",
     "radam",
     "register",
     "rmsprop",

@@ -17,7 +17,6 @@ from hyperopt_nested.rules._blocks import direction as direction
 from hyperopt_nested.rules._blocks import is_on as is_on
 from hyperopt_nested.rules._blocks import larger as larger
 from hyperopt_nested.rules._blocks import moments as moments
-from hyperopt_nested.rules._blocks import norm as norm
 from hyperopt_nested.rules._blocks import smaller as smaller
 from hyperopt_nested.rules._blocks import trust_ratio as trust_ratio
 from hyperopt_nested.rules._calls import adabelief as adabelief

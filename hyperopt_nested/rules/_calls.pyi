@@ -57,7 +57,7 @@ class _adam(FunctionRule):
             beta1: decay rate of the first moment, in [0, 1).
             beta2: decay rate of the second moment, in [0, 1).
             eps: added to the root of the second moment, > 0.
-            weight_decay: coupled: added to the gradient, >= 0.
+            weight_decay: added to the gradient times the parameter, >= 0.
             amsgrad: use the largest second moment so far (Reddi et al. 2018).
 
         Example:
@@ -102,9 +102,9 @@ class _adamax(FunctionRule):
         Args:
             lr: learning rate, >= 0.
             beta1: decay rate of the first moment, in [0, 1).
+            weight_decay: added to the gradient times the parameter, >= 0.
             beta2: decay rate of the maximum, in [0, 1).
             eps: added to the gradient's absolute value, > 0.
-            weight_decay: added to the gradient times the parameter, >= 0.
         """
 
 adamax: _adamax
@@ -218,10 +218,10 @@ class _nadam(FunctionRule):
 
         Args:
             lr: learning rate, >= 0.
-            beta1: where the momentum tends to, and the decay rate of the first moment, in [0, 1).
             beta2: decay rate of the second moment, in [0, 1).
             eps: added to the root of the second moment, > 0.
             weight_decay: added to the gradient times the parameter, >= 0.
+            beta1: where the momentum tends to, and the decay rate of the first moment, in [0, 1).
             momentum_decay: \(\psi\), how fast the momentum tends to `beta1`, >= 0.
             decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
         """
