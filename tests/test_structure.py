@@ -21,7 +21,8 @@ FLOORS = [
     ["rules"],
     ["combinators"],
     ["engine"],
-    ["hypergradients", "backends"],
+    ["backends"],
+    ["hypergradients"],
     ["optim"],
     ["testing", "cli", "typing"],
 ]
