@@ -104,8 +104,8 @@ class DropIn(HyperOptimizer):
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> @hn.rule(coupling="element", lr=hn.Positive(1e-4))
-        ... def sign_descent(param, grad, state, *, lr):
+        >>> @hn.rule(separable="element")
+        ... def sign_descent(param, grad, state, *, lr=hn.Positive(1e-4)):
         ...     return param - lr * grad.sign(), state
         >>> class SignDescent(hn.optim.DropIn, rule=sign_descent): ...
         >>> opt = SignDescent(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6)))
