@@ -420,7 +420,7 @@ def test_mypy_accepts_the_right_script_and_finds_each_mistake(tmp_path: Path) ->
     script.write_text("\n".join([*lines, *MISTAKES]) + "\n")
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context", str(script)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    errors = re.findall(rf"^{re.escape(str(script))}:(\d+): error: .*\[(\S+)\]$", found, re.MULTILINE)
+    errors = re.findall(r"script\.py:(\d+): error: .*\[(\S+)\]$", found, re.MULTILINE)  # its cache may know another folder
     assert {int(line): code for line, code in errors} == {len(lines) + i: code for i, code in enumerate(MISTAKES.values(), start=1)}, found
 
 
