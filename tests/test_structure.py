@@ -20,7 +20,8 @@ FLOORS = [
     ["rules"],
     ["combinators"],
     ["engine"],
-    ["hypergradients", "backends"],
+    ["backends"],
+    ["hypergradients"],
     ["optim"],
     ["testing", "cli", "typing"],
 ]

@@ -116,22 +116,25 @@ class _Tensors:
     def __init__(self, rows: Sequence[list[Tensor]], like: int) -> None:
         self._rows, likes = rows, [row[like] for row in rows]
         self._device = likes[0].device
-        self._inputs = [[each.view(-1) if each.is_contiguous() else each for each in one] for one in zip(*rows, strict=True)]
+        columns = [[*one] for one in zip(*rows, strict=True)]
+        columns[0] = []  # gradients are others in each step
+        self._inputs = [[each.view(-1) if each.is_contiguous() else each for each in one] for one in columns]
+        self._same = [len(rows) == 1 or (bool(one) and all(each is one[0] for each in one)) for one in columns]
         self._written = [{each.untyped_storage().data_ptr() for each in row[1:]} for row in rows]
-        counts, sizes = [like.shape[0] if like.ndim else 1 for like in likes], [like.numel() for like in likes]
+        sizes, counts = [like.numel() for like in likes], [like.shape[0] if like.ndim else 1 for like in likes]
         self._columns = [size // count for size, count in zip(sizes, counts, strict=True)]
         self._lengths = {Kind.NUMBER: [1 for _ in likes], Kind.ROW: counts, Kind.ELEMENT: sizes}
         self._equal = len({*zip(counts, sizes, strict=True)}) == 1
-        columns = list(chain.from_iterable(map(repeat, self._columns, counts)))
-        repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): sizes, (Kind.ROW, Kind.ELEMENT): columns}
+        widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
+        repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): sizes, (Kind.ROW, Kind.ELEMENT): widths}
         self._repeats = {} if self._equal else {kinds: torch.tensor(each, device=self._device) for kinds, each in repeats.items()}
-        rest = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
-        self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in rest.items()}
+        whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
+        self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in whole.items()}
 
     def read(self, index: int, kind: Kind) -> Tensor:
         """An argument of all tensors."""
         parts = self._inputs[index] if index else [self._gradient(*each) for each in zip(self._rows, self._written, strict=True)]
-        if kind == Kind.NUMBER and all(part is parts[0] for part in parts):
+        if kind == Kind.NUMBER and self._same[index]:
             return parts[0].to(self._device).reshape(())
         if len(parts) == 1:
             return parts[0].to(self._device).reshape(self._shapes[kind])
@@ -144,10 +147,9 @@ class _Tensors:
     def write(self, index: int, value: Tensor, kind: Kind) -> None:
         """Write a value to an argument of all tensors."""
         targets, lengths = self._inputs[index], self._lengths[kind]
-        equal = self._equal
-        parts = value.expand(self._shapes[kind]).unbind() if equal else torch.split_with_sizes(value.expand(sum(lengths)), lengths)
-        shaped = zip(parts, targets, strict=True)
-        new = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in shaped]
+        full = value.expand(self._shapes[kind] if self._equal else sum(lengths))
+        parts = zip(full.unbind() if self._equal else torch.split_with_sizes(full, lengths), targets, strict=True)
+        new = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in parts]
         torch._foreach_copy_(targets, new)
 
     def expand(self, value: Tensor, old: Kind, new: Kind) -> Tensor:
@@ -160,8 +162,7 @@ class _Tensors:
         """Reduce each row, or each tensor, to one value."""
         if self._equal:
             return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True)
-        lengths = self._lengths[old]
-        widths = self._columns if new == Kind.ROW else lengths
+        lengths, widths = self._lengths[old], self._columns if new == Kind.ROW else self._lengths[old]
         parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
         return torch.cat([reduction(part.reshape(-1, width), dim=1) for part, width in parts])
 

@@ -107,7 +107,7 @@ def check_used(
     """
     if not learned:
         return
-    device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
+    device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
     numbers = TensorUpdate.fixed(optimizer, learned, {}, probe.device)
