@@ -15,7 +15,7 @@ from hyperopt_nested.backends import compiler
 from hyperopt_nested.hypergradients import differentiable_update
 from hyperopt_nested.testing.subject import direct, start
 
-RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)]
+RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.typing.FunctionRule)]
 AGREE = 1e-10  # reverse and forward
 CLOSED = 1e-8  # a closed form
 
