@@ -17,12 +17,15 @@ class Rules(griffe.Extension):
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        """Replace the update's signature by that of what the decorator makes of it."""
-        signature = getattr(getattr(hn, func.name, None), "__signature__", None)
+        """Replace the signature and the docstring of the update by those of what the decorator makes of it."""
+        made = getattr(hn, func.name, None)
+        signature = getattr(made, "__signature__", None)
         if signature is None or not func.decorators:
             return
         func.parameters = griffe.Parameters(*map(_shown, signature.parameters.values()))
         func.returns, func.decorators = "Optimizer", []
+        if func.docstring is not None:
+            func.docstring.value = (inspect.getdoc(made) or "").replace("\nExample:\n", "\nExamples:\n")
 
 
 def _shown(parameter: inspect.Parameter) -> griffe.Parameter:

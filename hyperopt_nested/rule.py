@@ -18,7 +18,7 @@ from torch import Tensor
 from hyperopt_nested import registry
 from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
-from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update, keywords_of
+from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
 from hyperopt_nested.trees import State
 
 Per = Literal["model", "tensor", "row", "element"]
@@ -38,7 +38,6 @@ class Rule(ABC):
         separable: the finest part of a tensor that the update treats on its own.
         nondifferentiable: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
         reduction: name of the sum over all tensors of what `global_reduce` returns for each, if `update` needs one.
-        late: hypers that act in `finish` alone; none where there is no such split.
     """
 
     name: str
@@ -46,7 +45,11 @@ class Rule(ABC):
     separable: Separable
     nondifferentiable: frozenset[str] = frozenset()
     reduction: str = ""
-    late: frozenset[str] = frozenset()
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Hypers that act in `finish` alone; none where there is no such split."""
+        return frozenset()
 
     @property
     def signature(self) -> Hashable:
@@ -221,6 +224,7 @@ class FunctionRule(Definition, Rule):
         if odd := [name for name in nondifferentiable if name not in self.hypers]:
             raise TypeError(f"nondifferentiable names {odd[0]!r}, which is no hyper; hypers are: {', '.join(self.hypers) or 'none'}")
         self.separable, self.nondifferentiable = separable, frozenset(nondifferentiable)
+        self._late: frozenset[str] = frozenset()
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         return self.start(param, {**settings, **self.options})
@@ -237,21 +241,25 @@ class FunctionRule(Definition, Rule):
 
     def finishes(self, finish: Callable[..., Tensor], late: tuple[str, ...]) -> None:
         """Declare the last part of the update, and the hypers that act in it alone. Internal."""
-        self._finish, self.late = finish, frozenset(late)
+        self._finish, self._late = finish, frozenset(late)
+
+    @property
+    def late(self) -> frozenset[str]:
+        return self._late
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        taken = keywords_of(self._finish)
-        return self._finish(param, state, **{name: value for name, value in hypers.items() if name in taken})
+        return self._finish(param, state, **hypers)
 
     @property
     def signature(self) -> Hashable:
         return self.function, *self.taken(self.options).items()
 
-    def __call__(self, *args: Any, maximize: bool = False, **settings: Any) -> Optimizer:
+    def __call__(self, *args: Any, **settings: Any) -> Optimizer:
         """Make an optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
 
         The first hyper may be given by position. Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
         """
+        maximize = settings.pop("maximize", False)
         values, options = self.assigned(args, settings)
         rule = object.__new__(type(self))  # a copy would be made by the registry
         vars(rule).update({**vars(self), "options": options})

@@ -74,6 +74,25 @@ def test_a_total_of_raw_gradients_leaves_every_granularity(per: Any, memory: Any
     assert max(found.values()) < DIFFERENCES, found
 
 
+@pytest.mark.parametrize(
+    ("around", "without"),
+    [
+        (lambda adamw: hn.clip_by_global_norm(hn.centralize(adamw), 1.1), True),
+        (lambda adamw: hn.coupled_decay(hn.clip_by_value(adamw, 0.7), 0.2, anchor="start"), True),
+        (lambda adamw: hn.ema(adamw), True),
+        (lambda adamw: hn.project(adamw, 0.3, saturation="exact"), False),
+        (lambda adamw: hn.decoupled_decay(adamw, 0.2), False),
+    ],
+)
+def test_what_adam_learns_without_memory_takes_none_inside_transforms_of_gradients(around: Any, without: bool) -> None:
+    optimizer = around(hn.adamw(lr=still(0.05), eps=still(0.1), weight_decay=still(0.1)))
+    params, _ = problem(0)
+    memory = hn.Nested(optimizer).init(params)["memory"]
+    assert all((each["sensitivity"] == {}) == without for each in memory.values())
+    found = errors(optimizer, ["lr", "eps", "weight_decay"], 5)
+    assert max(found.values()) < DIFFERENCES, found
+
+
 def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None:
     params, _ = problem(0)
 

@@ -14,7 +14,7 @@ import hyperopt_nested as hn
 from hyperopt_nested.backends import compiler, differentiable
 from hyperopt_nested.testing.subject import direct, start
 
-RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)]
+RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.typing.FunctionRule)]
 AGREE = 1e-10  # reverse and forward
 CLOSED = 1e-8  # a closed form
 

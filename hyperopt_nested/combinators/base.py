@@ -3,10 +3,12 @@
 A combinator is written like a rule, as one function; it is given the step of the optimizer that it is put around.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, get_args, overload
 
+import torch
 from torch import Tensor
 
 from hyperopt_nested import registry
@@ -84,6 +86,28 @@ class Combined(Rule):
     @property
     def signature(self) -> Hashable:
         return self.combinator, self.base.signature, *self.combinator.taken(self.options).items()
+
+    @functools.cached_property
+    def late(self) -> frozenset[str]:
+        """Those of the rule inside, if the combinator changes gradients alone: the parameter passes it as it is, tried on a small one."""
+        param, new = torch.ones(2, 2), torch.ones(2, 2)
+        before: list[Tensor] = []
+
+        def step(param: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001
+            before.append(param)
+            return new
+
+        hypers = {name: param.new_tensor(hyper.default) for name, hyper in self.hypers.items()}
+        try:
+            own = self.combinator.start(param, {**{name: hyper.default for name, hyper in self.hypers.items()}, **self.options})
+            after, _ = self._run(step, param, torch.ones(2, 2), own, hypers, param.sum())
+        except ValueError:  # an option that `init` refuses, or that does not fit this shape
+            return frozenset()
+        passes = after is new and [each is param for each in before] == [True]
+        return self.base.late.difference(self.combinator.borrowed) if passes else frozenset()
+
+    def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        return self.base.finish(param, state["base"], self._base_hypers(hypers))
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
         return {"base": self.base.init(param, settings), **self.combinator.start(param, {**settings, **self.options})}

@@ -22,9 +22,10 @@ from hyperopt_nested.trees import State
 Memory = Literal["auto", "kept", "forward", "reverse", "none"]
 """How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
 hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
-back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers that a rule
-declares as `late`, as Adam's learning rate and decoupled weight decay: of these the effect is worked out from the tensor and the state
-that the update left, and takes no memory; tensors have to be left alone between steps. "none" remembers nothing, and so learns nothing."""
+back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers whose effect
+can be worked out from the tensor and the state that the update left, as Adam's learning rate and decoupled weight decay, also where
+combinators change the gradient: these take no memory; tensors have to be left alone between steps. "none" remembers nothing, and
+learns nothing."""
 
 Kind = Literal["late", "forward", "reverse"]
 """How the last update's dependence on one hyper is remembered."""

@@ -15,9 +15,9 @@ from hyperopt_nested import rules
 from hyperopt_nested.checks import packs
 from hyperopt_nested.optim.optimizer import HyperOptimizer, Params
 from hyperopt_nested.optim.param_groups import Choice
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+from hyperopt_nested.rule import Learn, Optimizer
 
-Factory = FunctionRule | Callable[..., Optimizer]
+Factory = Callable[..., Optimizer]
 Parameters = dict[str, inspect.Parameter]
 
 _REMEDIES = {
@@ -104,8 +104,8 @@ class DropIn(HyperOptimizer):
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> @hn.rule(coupling="element", lr=hn.Positive(1e-4))
-        ... def sign_descent(param, grad, state, *, lr):
+        >>> @hn.rule(separable="element")
+        ... def sign_descent(param, grad, state, *, lr=hn.Positive(1e-4)):
         ...     return param - lr * grad.sign(), state
         >>> class SignDescent(hn.optim.DropIn, rule=sign_descent): ...
         >>> opt = SignDescent(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6)))
@@ -139,9 +139,9 @@ class DropIn(HyperOptimizer):
             DropIn.__init__(self, params, *args, **settings)
 
         own, given = list(inspect.signature(__init__).parameters.values())[:2]
-        __init__.__signature__ = inspect.Signature([own, given, *cls._takes.values()])  # type: ignore[attr-defined]
+        __init__.__signature__ = inspect.Signature([own.replace(annotation=own.empty), given, *cls._takes.values()])  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-        cls.__init__ = __init__  # type: ignore[method-assign]
+        setattr(cls, "__init__", __init__)  # noqa: B010 - an assignment would be what editors show
         if cls.__doc__ is None:
             cls.__doc__ = _documentation(cls)
 

@@ -27,7 +27,7 @@ from hyperopt_nested.optim.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State, map_tree
 
-Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+Params = Iterable[Tensor | tuple[str, Tensor] | Group]
 
 
 class HyperOptimizer(GroupedOptimizer):
@@ -106,7 +106,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
         self._pinned = PinnedValues(self._pinned_at_ends)
-        super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
+        super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
         self.defaults = self.defaults or self._numbers_of([])

@@ -1,6 +1,7 @@
 """The rules that come with the library, one family a module; and what rules are made of, for authors of others."""
 
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
+from hyperopt_nested.registry import register
 from hyperopt_nested.rules._blocks import (
     accumulator,
     average,
@@ -11,7 +12,6 @@ from hyperopt_nested.rules._blocks import (
     is_on,
     larger,
     moments,
-    norm,
     smaller,
     trust_ratio,
 )
@@ -49,8 +49,8 @@ __all__ = [
     "moments",
     "muon",
     "nadam",
-    "norm",
     "radam",
+    "register",
     "rmsprop",
     "rprop",
     "safe_sqrt",

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.ops import counter, kink, number_dtype, safe_sqrt, state_dtype, zeros_like
-from hyperopt_nested.projections import frobenius
 from hyperopt_nested.rule import Learn
 from hyperopt_nested.trees import State
 
@@ -86,11 +85,6 @@ def direction(step: Tensor, first: Tensor, second: Tensor, beta1: Tensor, beta2:
 def decayed(param: Tensor, grad: Tensor, lr: Tensor, weight_decay: Tensor, decoupled: bool) -> tuple[Tensor, Tensor]:
     """Parameter and gradient after weight decay: of the parameter if it is decoupled, else added to the gradient."""
     return (param - lr * weight_decay * param, grad) if decoupled else (param, grad + weight_decay * param)
-
-
-def norm(x: Tensor) -> Tensor:
-    """Euclidean norm of a tensor, of its number of dimensions, with derivative zero at zero."""
-    return frobenius.norms(x)
 
 
 def trust_ratio(weight_norm: Tensor, update_norm: Tensor, coefficient: Tensor | float = 1.0, eps: Tensor | float = 0.0) -> Tensor:

@@ -1,58 +1,103 @@
 """Adam and its relatives."""
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
 from hyperopt_nested.ops import kink, safe_sqrt
+from hyperopt_nested.projections import frobenius
 from hyperopt_nested.registry import register
-from hyperopt_nested.rule import Learn, Optimizer, learn, rule
-from hyperopt_nested.rules._blocks import accumulator, average, counted, decayed, direction, larger, moments, norm, trust_ratio
+from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, learn, rule
+from hyperopt_nested.rules._blocks import accumulator, average, counted, decayed, direction, larger, moments, trust_ratio
 from hyperopt_nested.rules.sgd import sgd
+from hyperopt_nested.signatures import Init, Separable
 from hyperopt_nested.trees import State
+
+
+class Hypers(NamedTuple):
+    """The hypers that the family shares."""
+
+    lr: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    eps: Tensor
+    weight_decay: Tensor
+
+
+_ARGS = {
+    "lr": "learning rate, >= 0.",
+    "beta1": "decay rate of the first moment, in [0, 1).",
+    "beta2": "decay rate of the second moment, in [0, 1).",
+    "eps": "added to the root of the second moment, > 0.",
+    "weight_decay": "added to the gradient times the parameter, >= 0.",
+}
+
+
+def _like_adam(
+    init: Init, *, lr: float = 1e-3, eps: float = 1e-8, weight_decay: float = 0.0, separable: Separable = "element"
+) -> Callable[[Callable[..., tuple[Tensor, State]]], FunctionRule]:
+    """Make a rule of `update(param, grad, state, hypers, *, <further hypers and options>)`, with the hypers and the Args of the family."""
+
+    def decorate(function: Callable[..., tuple[Tensor, State]]) -> FunctionRule:
+        def update(param: Tensor, grad: Tensor, state: State, **values: Any) -> tuple[Tensor, State]:
+            shared = Hypers(*(values.pop(name) for name in Hypers._fields))
+            return function(param, grad, state, shared, **values)
+
+        domains = NonNegative(lr), UnitInterval(0.9), UnitInterval(0.999), Positive(eps), NonNegative(weight_decay)
+        parameters = list(inspect.signature(function).parameters.values())
+        shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each) for name, each in zip(_ARGS, domains, strict=True)]
+        text, _, args = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")
+        lines = [f"    {name}: {said}" for name, said in _ARGS.items() if f"\n    {name}: " not in args]
+        signature = inspect.Signature([*parameters[:3], *shared, *parameters[4:]])
+        functools.update_wrapper(update, function).__signature__ = signature  # type: ignore[attr-defined]
+        update.__doc__ = "\n".join([f"{text}\n\nArgs:", *lines]) + args
+        return rule(init, separable=separable)(update)
+
+    return decorate
+
 
 _moments = counted("exp_avg", "exp_avg_sq")
 
 
-def _init_adam(param: Tensor, *, amsgrad: bool) -> State:
+def _init_adam(param: Tensor, *, amsgrad: bool = False) -> State:
     return counted("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * amsgrad)(param)
 
 
-def _adam(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor, eps: Tensor, amsgrad: bool) -> tuple[Tensor, State]:
-    """Adam's direction, and its new state."""
-    new = moments(grad, state, beta1, beta2)
-    second: Tensor = new["exp_avg_sq"]
-    if amsgrad:
-        second = new["max_exp_avg_sq"] = larger(state["max_exp_avg_sq"], second)
-    return direction(new["step"], new["exp_avg"], second, beta1, beta2, eps), new
+def _renewed(grad: Tensor, state: State, h: Hypers) -> State:
+    """Adam's state after one more gradient."""
+    new = moments(grad, state, h.beta1, h.beta2)
+    if "max_exp_avg_sq" in state:
+        new["max_exp_avg_sq"] = larger(state["max_exp_avg_sq"], new["exp_avg_sq"])
+    return new
 
 
-@rule(_init_adam, separable="element")
-def adam(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(1e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-8),
-    weight_decay: Tensor = NonNegative(0.0),
-    amsgrad: bool = False,
-) -> tuple[Tensor, State]:
+def _direction(state: State, h: Hypers) -> Tensor:
+    """Adam's direction, given its new state."""
+    second = state["max_exp_avg_sq" if "max_exp_avg_sq" in state else "exp_avg_sq"]
+    return direction(state["step"], state["exp_avg"], second, h.beta1, h.beta2, h.eps)
+
+
+def _move_adam(param: Tensor, state: State, h: Hypers) -> Tensor:
+    return param - h.lr * _direction(state, h)
+
+
+def _move_adamw(param: Tensor, state: State, h: Hypers) -> Tensor:
+    return param - h.lr * h.weight_decay * param - h.lr * _direction(state, h)
+
+
+@_like_adam(_init_adam)
+def adam(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
     r"""Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1), as `torch.optim.Adam`.
 
     Where the second moment is exactly zero, its root has derivative zero, so that hypergradients stay finite. `betas=(...)` gives both
     decay rates.
 
     Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
-        beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: coupled: added to the gradient, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
 
     Example:
@@ -60,30 +105,15 @@ def adam(
         >>> hn.adam(1e-2, betas=(0.8, 0.99))
         adam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-08, weight_decay=0.0)
     """
-    step, new = _adam(grad + weight_decay * param, state, beta1, beta2, eps, amsgrad)
-    return param - lr * step, new
+    new = _renewed(grad + h.weight_decay * param, state, h)
+    return _move_adam(param, new, h), new
 
 
-@rule(_init_adam, separable="element")
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(1e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-8),
-    weight_decay: Tensor = NonNegative(1e-2),
-    amsgrad: bool = False,
-) -> tuple[Tensor, State]:
+@_like_adam(_init_adam, weight_decay=1e-2)
+def adamw(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
     r"""Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), as `torch.optim.AdamW`.
 
     Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
-        beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, > 0.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
 
@@ -92,26 +122,12 @@ def adamw(
         >>> hn.adamw(lr=hn.learn(1e-3, hn.sgd(1e-5))).learned["lr"]
         learn(0.001, by=sgd(lr=1e-05, momentum=0.0, dampening=0.0, weight_decay=0.0))
     """
-    step, new = _adam(grad, state, beta1, beta2, eps, amsgrad)
-    return param - lr * weight_decay * param - lr * step, new
+    new = _renewed(grad, state, h)
+    return _move_adamw(param, new, h), new
 
 
-def _second(state: State) -> Tensor:
-    found: Tensor = state["max_exp_avg_sq" if "max_exp_avg_sq" in state else "exp_avg_sq"]
-    return found
-
-
-def _finish_adam(param: Tensor, state: State, *, lr: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor) -> Tensor:
-    return param - lr * direction(state["step"], state["exp_avg"], _second(state), beta1, beta2, eps)
-
-
-def _finish_adamw(param: Tensor, state: State, *, lr: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, weight_decay: Tensor) -> Tensor:
-    step = direction(state["step"], state["exp_avg"], _second(state), beta1, beta2, eps)
-    return param - lr * weight_decay * param - lr * step
-
-
-adam.finishes(_finish_adam, ("lr", "eps"))
-adamw.finishes(_finish_adamw, ("lr", "eps", "weight_decay"))
+adam.finishes(lambda param, state, **hypers: _move_adam(param, state, Hypers(**hypers)), late=("lr", "eps"))
+adamw.finishes(lambda param, state, **hypers: _move_adamw(param, state, Hypers(**hypers)), late=("lr", "eps", "weight_decay"))
 
 
 def adam_hd(lr: float = 1e-3, hyper_lr: float = 1e-8, **settings: Any) -> Optimizer:
@@ -140,17 +156,13 @@ def _init_nadam(param: Tensor, *, beta1: float | Learn, momentum_decay: float | 
     return {**_moments(param), "mu_product": accumulator(param, beta1, momentum_decay) + 1}
 
 
-@rule(_init_nadam, separable="element")
+@_like_adam(_init_nadam, lr=2e-3)
 def nadam(
     param: Tensor,
     grad: Tensor,
     state: State,
+    h: Hypers,
     *,
-    lr: Tensor = NonNegative(2e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-8),
-    weight_decay: Tensor = NonNegative(0.0),
     momentum_decay: Tensor = NonNegative(4e-3),
     decoupled_weight_decay: bool = False,
 ) -> tuple[Tensor, State]:
@@ -159,118 +171,88 @@ def nadam(
     The momentum of step t is \(\beta_1 (1 - 0.96^{t \psi} / 2)\).
 
     Args:
-        lr: learning rate, >= 0.
         beta1: where the momentum tends to, and the decay rate of the first moment, in [0, 1).
-        beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: added to the gradient times the parameter, >= 0.
         momentum_decay: \(\psi\), how fast the momentum tends to `beta1`, >= 0.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
     """
-    param, grad = decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    new = moments(grad, state, beta1, beta2)
+    param, grad = decayed(param, grad, h.lr, h.weight_decay, decoupled_weight_decay)
+    new = moments(grad, state, h.beta1, h.beta2)
     step = new["step"]
-    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+    mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
     product = new["mu_product"] = state["mu_product"] * mu
-    denominator = safe_sqrt(new["exp_avg_sq"] / (1 - beta2**step)) + eps
+    denominator = safe_sqrt(new["exp_avg_sq"] / (1 - h.beta2**step)) + h.eps
     ahead = (1 - mu) / (1 - product) * grad + mu_next / (1 - product * mu_next) * new["exp_avg"]
-    return param - lr * ahead / denominator, new
+    return param - h.lr * ahead / denominator, new
 
 
-@rule(_moments, separable="element")
-def radam(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(1e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-8),
-    weight_decay: Tensor = NonNegative(0.0),
-    decoupled_weight_decay: bool = False,
-) -> tuple[Tensor, State]:
+@_like_adam(_moments)
+def radam(param: Tensor, grad: Tensor, state: State, h: Hypers, *, decoupled_weight_decay: bool = False) -> tuple[Tensor, State]:
     """Rectified Adam (Liu et al. 2020, arXiv 1908.03265, algorithm 2), as `torch.optim.RAdam`.
 
     In the first steps (five, with `beta2` at its default) the second moment is not used.
 
     Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
-        beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: added to the gradient times the parameter, >= 0.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
     """
-    param, grad = decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    new = moments(grad, state, beta1, beta2)
+    param, grad = decayed(param, grad, h.lr, h.weight_decay, decoupled_weight_decay)
+    new = moments(grad, state, h.beta1, h.beta2)
     step = new["step"]
-    correction = 1 - beta2**step
-    longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * step * beta2**step / correction
+    correction = 1 - h.beta2**step
+    longest = 2 / (1 - h.beta2) - 1
+    length = longest - 2 * step * h.beta2**step / correction
     rectified = kink(length, 5.0) > 5
     length, longest = (torch.where(rectified, each, 6) for each in (length, longest))  # else the root's argument may be negative
     rectification = torch.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
-    adaptive = rectification * torch.sqrt(correction) / (safe_sqrt(new["exp_avg_sq"]) + eps)
-    return param - lr * new["exp_avg"] / (1 - beta1**step) * torch.where(rectified, adaptive, 1), new
+    adaptive = rectification * torch.sqrt(correction) / (safe_sqrt(new["exp_avg_sq"]) + h.eps)
+    return param - h.lr * new["exp_avg"] / (1 - h.beta1**step) * torch.where(rectified, adaptive, 1), new
 
 
-@rule(counted("exp_avg", "exp_inf"), separable="element")
-def adamax(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(2e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-8),
-    weight_decay: Tensor = NonNegative(0.0),
-) -> tuple[Tensor, State]:
+@_like_adam(counted("exp_avg", "exp_inf"), lr=2e-3)
+def adamax(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
     """Adam with a decaying maximum in the place of the second moment (Kingma and Ba 2015, algorithm 2), as `torch.optim.Adamax`.
 
     Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
         beta2: decay rate of the maximum, in [0, 1).
         eps: added to the gradient's absolute value, > 0.
-        weight_decay: added to the gradient times the parameter, >= 0.
     """
-    grad = grad + weight_decay * param
-    step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, beta1)
-    exp_inf = larger(beta2 * state["exp_inf"], kink(grad).abs() + eps)
-    return param - lr / (1 - beta1**step) * exp_avg / exp_inf, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
+    grad = grad + h.weight_decay * param
+    step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, h.beta1)
+    exp_inf = larger(h.beta2 * state["exp_inf"], kink(grad).abs() + h.eps)
+    return param - h.lr / (1 - h.beta1**step) * exp_avg / exp_inf, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
 
 
-@rule(counted("exp_avg", "exp_avg_var"), separable="element")
-def adabelief(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(1e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-16),
-    weight_decay: Tensor = NonNegative(0.0),
-) -> tuple[Tensor, State]:
+@_like_adam(counted("exp_avg", "exp_avg_var"), eps=1e-16)
+def adabelief(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
     r"""AdaBelief: Adam, scaled by how far gradients are from their average (Zhuang et al. 2020, arXiv 2010.07468, algorithm 2).
 
     As in the published program, without its rectification: `eps` is added to the second moment in every step, where it adds up, and
     to its root.
 
     Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
         beta2: decay rate of the second moment of gradient minus first moment, in [0, 1).
         eps: added to the second moment, and to its root, > 0.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
     """
-    step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, beta1)
+    step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, h.beta1)
     surprise = grad - exp_avg
-    exp_avg_var = beta2 * state["exp_avg_var"] + (1 - beta2) * surprise * surprise + eps
-    along = direction(step, exp_avg, exp_avg_var, beta1, beta2, eps)
-    return param - lr * (along + weight_decay * param), {"step": step, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
+    exp_avg_var = h.beta2 * state["exp_avg_var"] + (1 - h.beta2) * surprise * surprise + h.eps
+    along = direction(step, exp_avg, exp_avg_var, h.beta1, h.beta2, h.eps)
+    return param - h.lr * (along + h.weight_decay * param), {"step": step, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
+
+
+@_like_adam(_moments, eps=1e-6, weight_decay=1e-2, separable="tensor")
+def lamb(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
+    r"""LAMB: the direction of AdamW, scaled to the norm of each tensor (You et al. 2020, arXiv 1904.00962, algorithm 2).
+
+    Moments are corrected for their bias, and norms are not bounded. Where the weights or the direction are zero, the ratio of their
+    norms counts as 1.
+
+    Args:
+        weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
+    """
+    new = _renewed(grad, state, h)
+    step = _direction(new, h) + h.weight_decay * param
+    return param - h.lr * trust_ratio(frobenius.norms(param), frobenius.norms(step)) * step, new
 
 
 @rule(counted("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"), separable="element")
@@ -311,32 +293,3 @@ def adan(
     new = param * (1 - lr * weight_decay) - move if no_prox else (param - move) / (1 + lr * weight_decay)
     averages = {"exp_avg": exp_avg, "exp_avg_diff": exp_avg_diff, "exp_avg_sq": exp_avg_sq}
     return new, {"step": step, **averages, "previous_grad": grad.clone()}
-
-
-@rule(_moments, separable="tensor")
-def lamb(
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    *,
-    lr: Tensor = NonNegative(1e-3),
-    beta1: Tensor = UnitInterval(0.9),
-    beta2: Tensor = UnitInterval(0.999),
-    eps: Tensor = Positive(1e-6),
-    weight_decay: Tensor = NonNegative(1e-2),
-) -> tuple[Tensor, State]:
-    r"""LAMB: the direction of AdamW, scaled to the norm of each tensor (You et al. 2020, arXiv 1904.00962, algorithm 2).
-
-    Moments are corrected for their bias, and norms are not bounded. Where the weights or the direction are zero, the ratio of their
-    norms counts as 1.
-
-    Args:
-        lr: learning rate, >= 0.
-        beta1: decay rate of the first moment, in [0, 1).
-        beta2: decay rate of the second moment, in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
-    """
-    step, new = _adam(grad, state, beta1, beta2, eps, amsgrad=False)
-    step = step + weight_decay * param
-    return param - lr * trust_ratio(norm(param), norm(step)) * step, new

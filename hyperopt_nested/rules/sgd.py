@@ -7,9 +7,10 @@ from torch import Tensor
 
 from hyperopt_nested.domains import NonNegative, Positive, Real
 from hyperopt_nested.ops import counter, zeros_like
+from hyperopt_nested.projections import frobenius
 from hyperopt_nested.registry import register
 from hyperopt_nested.rule import Learn, Optimizer, learn, rule
-from hyperopt_nested.rules._blocks import copy_of, is_on, norm, trust_ratio
+from hyperopt_nested.rules._blocks import copy_of, is_on, trust_ratio
 from hyperopt_nested.trees import State
 
 
@@ -146,8 +147,8 @@ def lars(
         weight_decay: \(\lambda \ge 0\), added to the gradient.
         eps: \(\epsilon > 0\), guards the division.
     """
-    weight_norm = norm(param)
-    update_norm = norm(grad) + weight_decay * weight_norm
+    weight_norm = frobenius.norms(param)
+    update_norm = frobenius.norms(grad) + weight_decay * weight_norm
     move = lr * trust_ratio(weight_norm, update_norm, trust_coefficient, eps) * (grad + weight_decay * param)
     if "momentum_buffer" not in state:
         return param - move, state
