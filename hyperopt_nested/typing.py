@@ -4,8 +4,8 @@ from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinators import Anchor
 from hyperopt_nested.combinators.base import Combinator, Step
 from hyperopt_nested.domains import Hyper
-from hyperopt_nested.engine.horizon import Curvature
-from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.engine.binding import Memory
+from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.hypergradients.audit import Audit, Bias
 from hyperopt_nested.hypergradients.functional import Functional
 from hyperopt_nested.hypergradients.implicit import Solver

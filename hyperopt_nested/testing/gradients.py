@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import Hyper
-from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.engine.binding import Memory
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.ops import watch_kinks
 from hyperopt_nested.rule import Optimizer, Per
