@@ -325,8 +325,8 @@ def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any, beta: 
 
 
 MUTANTS: dict[hn.FunctionRule, tuple[str, bool]] = {
-    dropped_bias_correction: ("but the reference has", True),
-    off_by_one_step: ("but the reference has", True),
+    dropped_bias_correction: ("differs from the reference", True),
+    off_by_one_step: ("differs from the reference", True),
     old_step: ("is not finite", False),
     wrong_sign: ("goes up the gradient", False),
     wrong_sign_of_a_derivative: ("the hypergradient of lr is", False),
