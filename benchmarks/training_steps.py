@@ -7,6 +7,7 @@ float64 and on a small perceptron, trajectories of parameters and learned values
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -48,19 +49,45 @@ Rates = tuple[float, float]  # of the learner, and of the learner's learner
 RATES: Rates = (1e-7, 1e-13)  # small, so that all train alike
 SMALL_RATES: Rates = (1e-5, 1e-9)  # large, so that a difference would show
 
+TANH = hn.Bijection(
+    "tanh",
+    lambda x: (torch.tanh(x) + 1) / 2,
+    lambda value: torch.atanh(2 * value - 1),
+    lambda info: (math.log(info.eps) / 2, -math.log(info.eps) / 2),
+    interval=True,
+)
 Step = Callable[[], Any]
 Loss = Callable[[Callable[[Tensor], Tensor]], Tensor]
 
 
+def second_moment_at_eps(param: Tensor) -> hn.typing.State:
+    state = hn.rules.counted("exp_avg", "exp_avg_sq")(param)
+    return {**state, "exp_avg_sq": state["exp_avg_sq"] + 1e-8}
+
+
+@hn.rule(second_moment_at_eps, separable="element")
+def adam_from_eps(
+    param: Tensor,
+    grad: Tensor,
+    state: hn.typing.State,
+    *,
+    lr: Tensor = hn.NonNegative(1e-3),
+    beta1: Tensor = hn.UnitInterval(0.9, via=TANH),
+    beta2: Tensor = hn.UnitInterval(0.999, via=TANH),
+    eps: Tensor = hn.Positive(1e-8),
+) -> tuple[Tensor, hn.typing.State]:
+    """Adam as the published program has it: the second moment starts at eps, betas are learned through tanh."""
+    new = hn.rules.moments(grad, state, beta1, beta2)
+    return param - lr * hn.rules.direction(new["step"], new["exp_avg"], new["exp_avg_sq"], beta1, beta2, eps), new
+
+
 def ours(variant: str, rates: Rates = RATES) -> hn.Optimizer:
-    """As the published program computes: the second moment starts at eps, betas are learned through tanh."""
-    eps, (lr, lr_of_lr) = 1e-8, rates
+    lr, lr_of_lr = rates
     if variant == B:
-        by = hn.adam(lr=lr, initial_second_moment=eps)
-        betas = {"beta1": hn.learn(0.9, by=by, via="tanh"), "beta2": hn.learn(0.999, by=by, via="tanh")}
-        return hn.adam(lr=hn.learn(1e-3, by=by), **betas, initial_second_moment=eps)
-    by = hn.sgd(lr=hn.learn(lr, by=hn.sgd(lr=lr_of_lr)) if variant == C else lr)
-    return hn.adam(lr=hn.learn(1e-3, by=by), initial_second_moment=eps)
+        by = adam_from_eps(lr)
+        return adam_from_eps(hn.learn(1e-3, by), beta1=hn.learn(0.9, by), beta2=hn.learn(0.999, by))
+    by = hn.sgd(hn.learn(lr, hn.sgd(lr_of_lr)) if variant == C else lr)
+    return adam_from_eps(hn.learn(1e-3, by))
 
 
 def published(variant: str, rates: Rates = RATES) -> Any:

@@ -1,5 +1,6 @@
 """What mkdocstrings can not see by reading the source: how what `@hn.rule` and `@hn.combinator` make is called."""
 
+import inspect
 from typing import Any
 
 import griffe
@@ -16,22 +17,19 @@ class Rules(griffe.Extension):
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        """Replace the update's signature by that of what the decorator makes of it."""
+        """Replace the signature and the docstring of the update by those of what the decorator makes of it."""
         made = getattr(hn, func.name, None)
-        if not isinstance(made, (hn.FunctionRule, hn.Combinator)) or not func.decorators:
+        signature = getattr(made, "__signature__", None)
+        if signature is None or not func.decorators:
             return
-        initial = func.module.members.get(getattr(made.initial, "__name__", ""))
-        written = {each.name: each for each in (*(initial.parameters if isinstance(initial, griffe.Function) else ()), *func.parameters)}
-        keywords = [_keyword(name, "float | Learn", repr(hyper.default)) for name, hyper in made.hypers.items()]
-        keywords += [_keyword(name, written[name].annotation, written[name].default) for name in made.options]
-        if isinstance(made, hn.Combinator):
-            optimizer = griffe.Parameter("optimizer", kind=griffe.ParameterKind.positional_only, annotation="Optimizer")
-            func.parameters = griffe.Parameters(optimizer, *keywords)
-        else:
-            func.parameters = griffe.Parameters(*keywords, _keyword("maximize", "bool", "False"))
-        func.returns = "Optimizer"
-        func.decorators = []
+        func.parameters = griffe.Parameters(*map(_shown, signature.parameters.values()))
+        func.returns, func.decorators = "Optimizer", []
+        if func.docstring is not None:
+            func.docstring.value = (inspect.getdoc(made) or "").replace("\nExample:\n", "\nExamples:\n")
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> griffe.Parameter:
-    return griffe.Parameter(name, kind=griffe.ParameterKind.keyword_only, annotation=annotation, default=default)
+def _shown(parameter: inspect.Parameter) -> griffe.Parameter:
+    kind = griffe.ParameterKind(parameter.kind.description)
+    annotation = inspect.formatannotation(parameter.annotation).replace("hyperopt_nested.rule.", "")
+    default = None if parameter.default is parameter.empty else getattr(parameter.default, "name", repr(parameter.default))
+    return griffe.Parameter(parameter.name, kind=kind, annotation=annotation, default=default)

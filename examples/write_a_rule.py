@@ -10,10 +10,16 @@ from torch import Tensor
 import hyperopt_nested as hn
 
 
-@hn.rule(
-    hn.zeros("average"), coupling="element", lr=hn.Positive(1e-2, via="log"), beta=hn.UnitInterval(0.9, via="logit"), delta=hn.Positive(0.1)
-)
-def soft_sign(param: Tensor, grad: Tensor, state: hn.State, *, lr: Tensor, beta: Tensor, delta: Tensor) -> tuple[Tensor, hn.State]:
+@hn.rule(hn.rules.zeros("average"), separable="element")
+def soft_sign(
+    param: Tensor,
+    grad: Tensor,
+    state: hn.typing.State,
+    *,
+    lr: Tensor = hn.Positive(1e-2, via="log"),
+    beta: Tensor = hn.UnitInterval(0.9, via="logit"),
+    delta: Tensor = hn.Positive(0.1),
+) -> tuple[Tensor, hn.typing.State]:
     average = beta * state["average"] + (1 - beta) * grad
     return param - lr * average / (average.square() + delta.square()).sqrt(), {"average": average}
 

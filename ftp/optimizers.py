@@ -75,8 +75,8 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         onto: hn.Ball,
         exclude: Exclude,
         anchor: Anchors,
-        saturation: hn.Saturation,
-        backend: hn.Backend,
+        saturation: hn.typing.Saturation,
+        backend: hn.typing.Backend,
         learn_from: Literal["training", "validation"] = "training",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
@@ -91,7 +91,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
             if not (dtype is None or isinstance(dtype, torch.dtype)):
                 raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
-        centre: hn.Anchor = "zero" if isinstance(anchor, str) else "start"
+        centre: hn.typing.Anchor = "zero" if isinstance(anchor, str) else "start"
         how: dict[str, Any] = {"onto": onto, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         projected = hn.project(base, radius=radius, anchor=centre, **how)
         groups = _groups(params)
@@ -136,8 +136,8 @@ class FTPOptimizer(ProjectedOptimizer):
         k: float = 1.0,
         exclude: Exclude = (),
         anchor: Anchors = None,
-        saturation: hn.Saturation = "straight-through",
-        backend: hn.Backend = "auto",
+        saturation: hn.typing.Saturation = "straight-through",
+        backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
@@ -195,8 +195,8 @@ class AdamP(FTPOptimizer):
         k: float = 1.0,
         exclude: Exclude = (),
         anchor: Anchors = None,
-        saturation: hn.Saturation = "straight-through",
-        backend: hn.Backend = "auto",
+        saturation: hn.typing.Saturation = "straight-through",
+        backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
@@ -252,8 +252,8 @@ class SGDP(FTPOptimizer):
         k: float = 1.0,
         exclude: Exclude = (),
         anchor: Anchors = None,
-        saturation: hn.Saturation = "straight-through",
-        backend: hn.Backend = "auto",
+        saturation: hn.typing.Saturation = "straight-through",
+        backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,

@@ -51,8 +51,8 @@ def ftp_rule(
     base: hn.Optimizer,
     k: float = 1.0,
     *,
-    anchor: hn.Anchor = "start",
-    saturation: hn.Saturation = "straight-through",
+    anchor: hn.typing.Anchor = "start",
+    saturation: hn.typing.Saturation = "straight-through",
     lr: float = 1e-2,
 ) -> hn.Optimizer:
     """FTP around any optimizer of the engine (arXiv 2310.19182, algorithm 1): registered as "ftp".

@@ -143,7 +143,7 @@ class TPGM(ProjectedOptimizer):
         """Set the radii of tensors that were never projected."""
         for p, value in tuned.items():
             state = self.state[p]
-            moved = value.to(hn.state_dtype(p)) - state.get("rule.anchor", 0)
+            moved = value.to(hn.rules.state_dtype(p)) - state.get("rule.anchor", 0)
             radius = state["hypers.radius"]
             start = (_BALLS[self._norm].norms(moved).amin().to(radius) / 2).clamp(min=_SMALLEST)
             state["hypers.radius"] = torch.where(state["rule.largest_norm"] == 0, start, radius)

@@ -15,6 +15,9 @@ import torch
 Kinds = Mapping[str, type | None]
 """By option: the type that its values have (bool, int, float or tuple); None of an option that takes others."""
 
+PAIRS = {"etas": ["etaminus", "etaplus"], "step_sizes": ["step_size_min", "step_size_max"], "eps": ["eps1", "eps2"]}
+"""Pairs of hypers that torch.optim has as one argument."""
+
 _NAMED = {"bool": bool, "int": int, "float": float}
 _INSIDE = tuple(str(Path(file).parent) + os.sep for file in (__file__, str(torch.__file__)))
 
@@ -107,24 +110,33 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be True or False")
 
 
+def packs(hypers: Iterable[str]) -> dict[str, list[str]]:
+    """Hypers that torch.optim has as one argument, a tuple, by its name: `betas` of beta1, beta2 and so on; `etas`; `step_sizes`; `eps`."""
+    own = list(hypers)
+    betas = sorted(name for name in own if name.startswith("beta") and name[4:].isdigit())
+    found = {"betas": betas} if betas else {}
+    return found | {name: parts for name, parts in PAIRS.items() if {*parts} <= {*own} and name not in own}
+
+
 def with_betas(name: str, hypers: Iterable[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with `betas=(...)`, as torch.optim has it, as beta1, beta2 and so on.
+    """Settings with `betas=(...)`, and the like, as torch.optim has them, as beta1, beta2 and so on.
 
     Raises:
         TypeError: it is no sequence, or is given besides one of these.
         ValueError: it has another length.
     """
-    own = sorted(each for each in hypers if each.startswith("beta") and each[4:].isdigit())
-    if "betas" not in settings or len(own) < 2:
-        return settings
-    betas = settings["betas"]
-    if not isinstance(betas, Sequence) or isinstance(betas, str):
-        raise TypeError(f"{name}: betas={betas!r} ({type(betas).__name__}) must be {len(own)} numbers, one each for {', '.join(own)}")
-    if len(betas) != len(own):
-        raise ValueError(f"{name}: betas={betas!r} must be {len(own)} numbers, one each for {', '.join(own)}")
-    if given := [each for each in own if each in settings]:
-        raise TypeError(f"{name}: betas={betas!r} and {given[0]}={settings[given[0]]!r} are given: leave one of them out")
-    return {**{key: value for key, value in settings.items() if key != "betas"}, **dict(zip(own, betas, strict=True))}
+    for key, own in packs(hypers).items():
+        if key not in settings or len(own) < 2:
+            continue
+        given = settings[key]
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"{name}: {key}={given!r} ({type(given).__name__}) must be {len(own)} numbers, one each for {', '.join(own)}")
+        if len(given) != len(own):
+            raise ValueError(f"{name}: {key}={given!r} must be {len(own)} numbers, one each for {', '.join(own)}")
+        if twice := [each for each in own if each in settings]:
+            raise TypeError(f"{name}: {key}={given!r} and {twice[0]}={settings[twice[0]]!r} are given: leave one of them out")
+        settings = {**{other: value for other, value in settings.items() if other != key}, **dict(zip(own, given, strict=True))}
+    return settings
 
 
 def kinds_of(options: Mapping[str, Any], *functions: Callable[..., Any] | None) -> dict[str, type | None]:

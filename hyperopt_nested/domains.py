@@ -1,55 +1,107 @@
 """Domains of hyper-parameters, and the two ways to keep a learned value inside one.
 
-A `Hyper` declares the default and the domain of one hyper-parameter. A value that is learned stays in the domain either by
-projection (it is clamped after the learner's step) or by a bijection `via`, in which case learning happens in the bijection's
-unconstrained coordinates ("raw" coordinates below; without a bijection raw coordinates are the value itself).
+A `Hyper` declares the default and the domain of one hyper-parameter. A learned value stays in the domain either by projection (it is
+clamped after the learner's step) or by a bijection `via`: it is then learned in the bijection's unconstrained coordinates. Without a
+bijection the unconstrained coordinates are the value itself.
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_number, is_number
 
-Bijection = Literal["log", "softplus", "square", "logit", "tanh"]
-"""Name of a smooth map from the real line onto a domain: `log`, `softplus` and `square` reach a domain that is bounded below
-only, `logit` and `tanh` an interval. `square` is two-to-one and reaches zero itself."""
-
 
 @dataclass(frozen=True)
-class _Map:
-    """A map from raw coordinates onto (0, inf) or (0, 1), its inverse, and the raw coordinates that a dtype can hold."""
+class Bijection:
+    """A smooth map from the real line onto (0, inf), or onto (0, 1); a domain is a shifted or scaled copy of one of them.
 
+    `"log"`, `"softplus"` (half-lines) and `"logit"` (intervals) name the ones that come with the library.
+
+    Args:
+        name: its name, for messages and checkpoints.
+        forward: from unconstrained coordinates to values, tensor to tensor, elementwise.
+        inverse: from values to unconstrained coordinates.
+        limits: the smallest and the largest unconstrained coordinate that a dtype can hold.
+        interval: whether it maps onto (0, 1), and not onto (0, inf).
+        even: whether it is two-to-one, `forward(-x) == forward(x)`, and reaches the lower end, at 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> square = hn.Bijection("square", torch.square, torch.sqrt, lambda info: (-(info.max**0.5), info.max**0.5), even=True)
+        >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3), via=square)).via("lr")
+        square
+    """
+
+    name: str
     forward: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
-    reach: Callable[[torch.finfo], tuple[float, float]]
+    limits: Callable[[torch.finfo], tuple[float, float]]
     interval: bool = False
+    even: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def number(self) -> int:
+        """A number for its name, by which checkpoints tell bijections apart; none is 0."""
+        return zlib.crc32(self.name.encode()) or 1
 
 
-def _logit_reach(info: torch.finfo) -> tuple[float, float]:
+def _log_limits(info: torch.finfo) -> tuple[float, float]:
+    return math.log(info.tiny), 0.99 * math.log(info.max)
+
+
+def _softplus(unconstrained: Tensor) -> Tensor:
+    return torch.logaddexp(unconstrained, torch.zeros_like(unconstrained))
+
+
+def _softplus_inverse(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
+
+
+def _softplus_limits(info: torch.finfo) -> tuple[float, float]:
+    return math.log(info.tiny), info.max
+
+
+def _logit_limits(info: torch.finfo) -> tuple[float, float]:
     return math.log(info.eps), -math.log(info.eps)
 
 
-_MAPS = {
-    "log": _Map(torch.exp, torch.log, lambda info: (math.log(info.tiny), 0.99 * math.log(info.max))),
-    "softplus": _Map(
-        lambda raw: torch.logaddexp(raw, torch.zeros_like(raw)),
-        lambda value: value + torch.log(-torch.expm1(-value)),
-        lambda info: (math.log(info.tiny), info.max),
-    ),
-    "square": _Map(torch.square, torch.sqrt, lambda info: (-math.sqrt(info.max) / 2, math.sqrt(info.max) / 2)),
-    "logit": _Map(torch.sigmoid, torch.logit, _logit_reach, interval=True),
-    "tanh": _Map(
-        lambda raw: (torch.tanh(raw) + 1) / 2,
-        lambda value: torch.atanh(2 * value - 1),
-        lambda info: (_logit_reach(info)[0] / 2, _logit_reach(info)[1] / 2),
-        interval=True,
-    ),
+BIJECTIONS = {
+    each.name: each
+    for each in (
+        Bijection("log", torch.exp, torch.log, _log_limits),
+        Bijection("softplus", _softplus, _softplus_inverse, _softplus_limits),
+        Bijection("logit", torch.sigmoid, torch.logit, _logit_limits, interval=True),
+    )
 }
+"""The bijections that have names."""
+
+
+def bijection(name: str, via: str | Bijection | None) -> Bijection | None:
+    """The bijection that is meant by its name or by itself.
+
+    Args:
+        name: how messages call what it is given to.
+        via: the bijection, its name, or None.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if via is None or isinstance(via, Bijection):
+        return via
+    if not isinstance(via, str) or via not in BIJECTIONS:
+        raise ValueError(
+            f"{name}: via={via!r} is no known bijection; choose one of {', '.join(BIJECTIONS)}, a hn.Bijection, or None to project"
+        )
+    return BIJECTIONS[via]
 
 
 @dataclass(frozen=True)
@@ -82,6 +134,7 @@ class Hyper:
     via: Bijection | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "via", bijection("default", self.via))
         self.check("default", self.default, self.via)
 
     def __str__(self) -> str:
@@ -109,15 +162,13 @@ class Hyper:
             raise ValueError(f"{name}={value!r} is outside its domain {self}: choose a finite value inside it")
         if via is None:
             return
-        check_bijection(name, via)
-        bounded = math.isfinite(self.lower), math.isfinite(self.upper)
-        if bounded != (True, _MAPS[via].interval):
+        if (math.isfinite(self.lower), math.isfinite(self.upper)) != (True, via.interval):
             raise ValueError(
-                f"{name}: via={via!r} does not map onto {self}; log, softplus and square fit a domain that is bounded below "
-                "only, logit and tanh an interval; via=None (projection) fits any"
+                f"{name}: via={via.name!r} does not map onto {self}; log and softplus fit a domain that is bounded below only, logit an "
+                "interval; via=None (projection) fits any"
             )
-        if value == self.upper or (value == self.lower and via != "square"):
-            raise ValueError(f"{name}={value!r} is an end of {self}, which via={via!r} never reaches: start inside, or use via=None")
+        if value == self.upper or (value == self.lower and not via.even):
+            raise ValueError(f"{name}={value!r} is an end of {self}, which via={via.name!r} never reaches: start inside, or use via=None")
 
     def check_scheduled(self, name: str, value: object) -> None:
         """Refuse a number that a schedule has made of a value: outside the domain; but an open lower end it may reach, as of 0.
@@ -149,74 +200,86 @@ class Hyper:
         high = self.upper - max(info.tiny, abs(self.upper) * info.eps) if self.open_upper else min(self.upper, info.max)
         return low, high
 
-    def to_raw(self, value: Tensor, via: Bijection | None) -> Tensor:
-        """Raw coordinates of a value."""
-        return value if via is None else _MAPS[via].inverse((value - self.lower) / self._scale)
+    def to_unconstrained(self, value: Tensor, via: Bijection | None) -> Tensor:
+        """Unconstrained coordinates of a value."""
+        return value if via is None else via.inverse((value - self.lower) / self._scale)
 
-    def to_value(self, raw: Tensor, via: Bijection | None) -> Tensor:
-        """Value at raw coordinates."""
+    def to_value(self, unconstrained: Tensor, via: Bijection | None) -> Tensor:
+        """Value at unconstrained coordinates."""
         if via is None:
-            return raw
-        return torch.clamp(self.lower + self._scale * _MAPS[via].forward(raw), *self.bounds(raw.dtype))
+            return unconstrained
+        return torch.clamp(self.lower + self._scale * via.forward(unconstrained), *self.bounds(unconstrained.dtype))
 
-    def confine(self, raw: Tensor, via: Bijection | None) -> Tensor:
-        """Nearest raw coordinates whose value the dtype can tell from the domain's ends: the projection after a learner's step."""
+    def confine(self, unconstrained: Tensor, via: Bijection | None) -> Tensor:
+        """Nearest coordinates whose value the dtype can tell from the domain's ends: the projection after a learner's step."""
         if via is None:
-            return raw.clamp(*self.bounds(raw.dtype))
-        return raw.clamp(*_MAPS[via].reach(torch.finfo(raw.dtype)))
+            return unconstrained.clamp(*self.bounds(unconstrained.dtype))
+        return unconstrained.clamp(*via.limits(torch.finfo(unconstrained.dtype)))
 
-    def within(self, raw: Tensor, via: Bijection | None, low: Tensor | float | None, high: Tensor | float | None) -> Tensor:
-        """Raw coordinates after clamping the value to `[low, high]` (None: no bound); where it is inside, they stay bit for bit."""
+    def within(self, unconstrained: Tensor, via: Bijection | None, low: Tensor | float | None, high: Tensor | float | None) -> Tensor:
+        """Coordinates after clamping the value to `[low, high]` (None: no bound); where it is inside, they stay bit for bit."""
         if low is None and high is None:
-            return raw
-        value = self.to_value(raw, via)
-        clamped = torch.clamp(value, low, high).clamp(*self.bounds(raw.dtype))  # type: ignore[arg-type]
-        return torch.where(clamped == value, raw, self.confine(self.to_raw(clamped, via), via))
+            return unconstrained
+        value = self.to_value(unconstrained, via)
+        clamped = torch.clamp(value, low, high).clamp(*self.bounds(unconstrained.dtype))  # type: ignore[arg-type]
+        return torch.where(clamped == value, unconstrained, self.confine(self.to_unconstrained(clamped, via), via))
 
     @property
     def _scale(self) -> float:
         return self.upper - self.lower if math.isfinite(self.upper) else 1.0
 
 
-def check_bijection(name: str, via: object) -> None:
-    """Refuse what is no known bijection.
+def Real(default: float) -> Any:
+    """Declare a hyper-parameter that may be any real number.
 
-    Raises:
-        ValueError: it is none.
+    Like the other domains it returns a `Hyper`; its type is Any, since it stands as the default of a parameter that is a tensor.
     """
-    if not isinstance(via, str) or via not in _MAPS:
-        raise ValueError(f"{name}: via={via!r} is no known bijection; choose one of {', '.join(_MAPS)}, or None to project")
-
-
-def Real(default: float) -> Hyper:
-    """A hyper-parameter that may be any real number."""
     return Hyper(default)
 
 
-def Positive(default: float, *, via: Bijection | None = None) -> Hyper:
-    """A hyper-parameter in (0, inf)."""
-    return Hyper(default, "Positive", lower=0.0, open_lower=True, via=via)
+def Positive(default: float, *, via: str | Bijection | None = None) -> Any:
+    """Declare a hyper-parameter in (0, inf)."""
+    return Interval(default, 0.0, math.inf, open_lower=True, via=via, domain="Positive")
 
 
-def NonNegative(default: float, *, via: Bijection | None = None) -> Hyper:
-    """A hyper-parameter in [0, inf)."""
-    return Hyper(default, "NonNegative", lower=0.0, via=via)
+def NonNegative(default: float, *, via: str | Bijection | None = None) -> Any:
+    """Declare a hyper-parameter in [0, inf)."""
+    return Interval(default, 0.0, math.inf, via=via, domain="NonNegative")
 
 
-def UnitInterval(default: float, *, via: Bijection | None = None) -> Hyper:
-    """A hyper-parameter in [0, 1), as the decay rate of a moving average."""
-    return Hyper(default, "UnitInterval", lower=0.0, upper=1.0, open_upper=True, via=via)
+def UnitInterval(default: float, *, via: str | Bijection | None = None) -> Any:
+    """Declare a hyper-parameter in [0, 1), as the decay rate of a moving average."""
+    return Interval(default, 0.0, 1.0, open_upper=True, via=via, domain="UnitInterval")
 
 
-def Interval(default: float, lower: float, upper: float, *, via: Bijection | None = None) -> Hyper:
-    """A hyper-parameter in [lower, upper].
+def Interval(
+    default: float,
+    lower: float,
+    upper: float,
+    *,
+    open_lower: bool = False,
+    open_upper: bool = False,
+    via: str | Bijection | None = None,
+    domain: str = "Interval",
+) -> Any:
+    """Declare a hyper-parameter between two ends.
+
+    Args:
+        default: the value when the user gives none.
+        lower: the lower end; may be -inf.
+        upper: the upper end; may be inf.
+        open_lower: the lower end is not in the domain.
+        open_upper: the upper end is not in the domain.
+        via: the bijection in whose coordinates it is learned by default; None keeps it in the domain by projection.
+        domain: the domain's name, for messages and tables.
 
     Raises:
         TypeError: an end is no number.
-        ValueError: the ends are not finite, or not in order.
+        ValueError: the ends are not in order.
     """
-    check_number("lower", lower)
-    check_number("upper", upper)
+    for name, end in (("lower", lower), ("upper", upper)):
+        if not is_number(end):
+            check_number(name, end)
     if not lower < upper:
-        raise ValueError(f"lower={lower!r}, upper={upper!r}: the ends of an interval must be finite and in order")
-    return Hyper(default, "Interval", lower=lower, upper=upper, via=via)
+        raise ValueError(f"lower={lower!r}, upper={upper!r}: the ends of an interval must be in order")
+    return Hyper(default, domain, lower, upper, open_lower, open_upper, bijection("default", via))

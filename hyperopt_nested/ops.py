@@ -37,7 +37,7 @@ def zeros(*names: str) -> Callable[[Tensor], State]:
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> hn.zeros("momentum")(torch.ones(2))
+        >>> hn.rules.zeros("momentum")(torch.ones(2))
         {'momentum': tensor([0., 0.])}
     """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.ops import kink, safe_sqrt
-from hyperopt_nested.rule import Coupling
+from hyperopt_nested.signatures import Separable
 
 EPS = 1e-8
 """Added to a norm before dividing by it, as the published FTP and TPGM do."""
@@ -61,12 +61,12 @@ class Ball:
         name: its name.
         norms: norm of each block of a displacement, kept broadcastable against it; differentiable, with derivative zero
             where a block is zero.
-        coupling: the block.
+        separable: the block.
     """
 
     name: str
     norms: Callable[[Tensor], Tensor]
-    coupling: Coupling
+    separable: Separable
 
     def norm(self, displacement: Tensor) -> Tensor:
         """Norm of a displacement: the largest of its blocks', a tensor of shape (); 0 for an empty one."""
@@ -85,9 +85,9 @@ class Ball:
             A tensor of the point's shape. Blocks inside the ball are returned as they are, bit for bit.
         """
         displacement = point if center is None else point - center
-        return self.pull(point, displacement, self.norms(displacement), radius, center=center, saturation=saturation)
+        return self.shrink(point, displacement, self.norms(displacement), radius, center=center, saturation=saturation)
 
-    def pull(
+    def shrink(
         self,
         point: Tensor,
         displacement: Tensor,

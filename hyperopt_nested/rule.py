@@ -6,32 +6,20 @@ values; `Nested` runs it.
 """
 
 import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
 from hyperopt_nested import registry
-from hyperopt_nested.checks import (
-    check_flag,
-    check_number,
-    check_options,
-    checked_bounds,
-    is_number,
-    kinds_of,
-    not_an_optimizer,
-    with_betas,
-)
-from hyperopt_nested.domains import Bijection, Hyper, check_bijection
-from hyperopt_nested.ops import number_dtype, zeros_like
-from hyperopt_nested.signatures import assigned, check_definition, checked_pair, chosen, declared_options, keywords_of
+from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
+from hyperopt_nested.domains import Bijection, Hyper, bijection
+from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
 from hyperopt_nested.trees import State
-
-Coupling = Literal["element", "row", "tensor"]
-"""The finest part of a tensor that an update treats on its own: each element, each row (index of dim 0), or the whole tensor."""
 
 Per = Literal["model", "tensor", "row", "element"]
 """How many values a learned hyper has: one for all tensors, one a tensor, one a row (a tensor with fewer than two dimensions is
@@ -47,18 +35,21 @@ class Rule(ABC):
     Attributes:
         name: the rule's name.
         hypers: its hyper-parameters, by name.
-        coupling: the finest part of a tensor that the update treats on its own.
-        flat: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
-        measures: name of the total over all tensors of what `measure` returns for each, if `update` needs one.
-        late: hypers that act in `finish` alone; none where there is no such split.
+        separable: the finest part of a tensor that the update treats on its own.
+        nondifferentiable: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
+        reduction: name of the sum over all tensors of what `global_reduce` returns for each, if `update` needs one.
     """
 
     name: str
     hypers: Mapping[str, Hyper]
-    coupling: Coupling
-    flat: frozenset[str] = frozenset()
-    measures: str = ""
-    late: frozenset[str] = frozenset()
+    separable: Separable
+    nondifferentiable: frozenset[str] = frozenset()
+    reduction: str = ""
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Hypers that act in `finish` alone; none where there is no such split."""
+        return frozenset()
 
     @property
     def signature(self) -> Hashable:
@@ -69,9 +60,9 @@ class Rule(ABC):
     def init(self, param: Tensor, settings: "Mapping[str, float | Learn]") -> State:
         """State before the first update of `param`; `settings` are the declared values of the hypers."""
 
-    def measure(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        """What this tensor adds to the total that `update` needs, shape (): only where `measures` names it. Arguments as of `update`."""
-        raise NotImplementedError(f"{self.name} measures nothing")
+    def global_reduce(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        """What this tensor adds to the sum that `update` needs, shape (): only where `reduction` names it. Arguments as of `update`."""
+        raise NotImplementedError(f"{self.name} reduces nothing")
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
         """New parameter, of the old one and the *new* state: only where `late` names hypers. Arguments as of `update`."""
@@ -79,7 +70,7 @@ class Rule(ABC):
 
     @abstractmethod
     def update(
-        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], total: Tensor | None = None
+        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """New parameter and state. Pure: inputs stay untouched, and the state keeps its structure.
 
@@ -88,7 +79,8 @@ class Rule(ABC):
             grad: as `param`.
             state: as `init` or the last update made it.
             hypers: the value of each hyper, a tensor that broadcasts against `param`.
-            total: the sum of `measure` over all tensors that are stepped together and whose rules have the same `measures`, shape ().
+            reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`,
+                shape ().
         """
 
 
@@ -165,9 +157,7 @@ class Optimizer:
         """The bijection in whose coordinates the hyper `name` is learned; None if it is kept in its domain by projection."""
         setting = self.settings[name]
         via = setting.via if isinstance(setting, Learn) and setting.via is not None else self.rule.hypers[name].via
-        if not isinstance(setting, Learn) or via == "projection":
-            return None
-        return via
+        return via if isinstance(setting, Learn) and isinstance(via, Bijection) else None
 
     def replace(self, **settings: "float | Learn") -> "Optimizer":
         """The same optimizer with other settings."""
@@ -176,12 +166,12 @@ class Optimizer:
 
 def learn(
     value: float,
-    *,
     by: Optimizer,
+    *,
     per: Per = "model",
     grad: Callable[[Tensor], Tensor] | None = None,
     bounds: tuple[Bound | None, Bound | None] = (None, None),
-    via: Bijection | Literal["projection"] | None = None,
+    via: str | Bijection | None = None,
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
@@ -195,7 +185,8 @@ def learn(
         grad: a transform of the hypergradient before the learner sees it, tensor to tensor of the same shape.
         bounds: further bounds of the value, `(low, high)`; None is no bound. Numbers apply whenever it was learned; a function from the
             rule's new state to a bound applies after every update, where it is finite.
-        via: the bijection in whose coordinates it is learned, "projection" for none; by default what the rule declares.
+        via: the bijection in whose coordinates it is learned: "log", "softplus", "logit" or a `Bijection`; "projection" for none; by
+            default what the rule declares.
 
     Raises:
         TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
@@ -213,32 +204,30 @@ def learn(
         raise ValueError(f"per={per!r} must be 'model', 'tensor', 'row' or 'element'")
     if grad is not None and not callable(grad):
         raise TypeError(f"grad={grad!r} ({type(grad).__name__}) must be a function from a hypergradient to one of the same shape, or None")
-    if via is not None and via != "projection":
-        check_bijection("learn", via)
-    return Learn(value, by, per, grad, checked_bounds(value, bounds), via)
+    coordinates: Any = via if via == "projection" else bijection("learn", via)
+    return Learn(value, by, per, grad, checked_bounds(value, bounds), coordinates)
 
 
-@dataclass(eq=False, repr=False)
-class FunctionRule(Rule):
+class FunctionRule(Definition, Rule):
     """A rule made from a function by `rule`. Call it with hypers and options to get an `Optimizer`."""
 
-    name: str
-    function: Callable[..., tuple[Tensor, State]]
-    initial: Callable[..., State] | None
-    hypers: Mapping[str, Hyper]
-    coupling: Coupling
-    options: Mapping[str, Any] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
-    finishing: Callable[..., Tensor] | None = None
-    late: frozenset[str] = frozenset()
+    after = (inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),)
+    types = float | Learn, Optimizer
 
-    def __post_init__(self) -> None:
-        self._update_options = chosen(self.options, self.function)
-        self._finish_takes = frozenset(keywords_of(self.finishing))
-        self._kinds = kinds_of(self.options, self.function, self.initial)
+    def __init__(self, function: Function, initial: Init | None, separable: Separable, nondifferentiable: tuple[str, ...] = ()) -> None:
+        super().__init__(function, initial)
+        if self.free:
+            raise TypeError(
+                f"{self.name}: parameter {self.free[0]!r} has no default: declare its domain, such as {self.free[0]}=hn.Positive(1e-3), or "
+                "give an option its value"
+            )
+        if odd := [name for name in nondifferentiable if name not in self.hypers]:
+            raise TypeError(f"nondifferentiable names {odd[0]!r}, which is no hyper; hypers are: {', '.join(self.hypers) or 'none'}")
+        self.separable, self.nondifferentiable = separable, frozenset(nondifferentiable)
+        self._late: frozenset[str] = frozenset()
 
     def init(self, param: Tensor, settings: Mapping[str, float | Learn]) -> State:
-        return self.initial(param, **chosen({**settings, **self.options}, self.initial)) if self.initial else {}
+        return self.start(param, {**settings, **self.options})
 
     def update(
         self,
@@ -246,36 +235,34 @@ class FunctionRule(Rule):
         grad: Tensor,
         state: State,
         hypers: Mapping[str, Tensor],
-        total: Tensor | None = None,  # noqa: ARG002
+        reduced: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, State]:
-        return checked_pair(self.name, self.function(param, grad, state, **hypers, **self._update_options))
+        return self.call(param, grad, state, options=self.options, **hypers)
+
+    def finishes(self, finish: Callable[..., Tensor], late: tuple[str, ...]) -> None:
+        """Declare the last part of the update, and the hypers that act in it alone. Internal."""
+        self._finish, self._late = finish, frozenset(late)
+
+    @property
+    def late(self) -> frozenset[str]:
+        return self._late
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        if self.finishing is None:
-            return super().finish(param, state, hypers)
-        return self.finishing(param, state, **{name: value for name, value in hypers.items() if name in self._finish_takes})
+        return self._finish(param, state, **hypers)
 
     @property
     def signature(self) -> Hashable:
-        return self.function, *self._update_options.items()
+        return self.function, *self.taken(self.options).items()
 
-    def __call__(self, *given: Any, maximize: bool = False, **settings: Any) -> Optimizer:
-        """An optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
+    def __call__(self, *args: Any, maximize: bool = False, **settings: Any) -> Optimizer:
+        """Make an optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
 
-        Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
+        The first hyper may be given by position. Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
         """
-        if given:
-            first = next(iter([*self.hypers, *self.options]), "")
-            by_name = (
-                f"{self.name}({first}={given[0]!r})" if is_number(given[0]) or isinstance(given[0], Learn) else f"{self.name}({first}=...)"
-            )
-            raise TypeError(
-                f"{self.name} takes its arguments by name, such as {by_name}; parameters go to HyperOptimizer(params, {self.name}(...))"
-            )
-        settings = with_betas(self.name, self.hypers, settings)
-        values, options = assigned(self.name, self.hypers, self.options, settings, also=("maximize",))
-        check_options(self.name, self._kinds, self.options, settings)
-        return Optimizer(replace(self, options=options), values, maximize)
+        values, options = self.assigned(args, settings)
+        rule = object.__new__(type(self))  # a copy would be made by the registry
+        vars(rule).update({**vars(self), "options": options})
+        return Optimizer(rule, values, maximize)
 
     def __repr__(self) -> str:
         return f"<rule {self.name}>"
@@ -288,84 +275,50 @@ def _restore(name: str, options: dict[str, Any]) -> Rule:
     return cast(FunctionRule, registry.get(name))(**options).rule
 
 
+@overload
+def rule(update: Function, /) -> FunctionRule: ...
+
+
+@overload
 def rule(
-    init: Callable[..., State] | None = None,
-    /,
-    *,
-    coupling: Coupling = "tensor",
-    flat: tuple[str, ...] = (),
-    finish: Callable[..., Tensor] | None = None,
-    late: tuple[str, ...] = (),
-    **hypers: Hyper,
-) -> Callable[[Callable[..., tuple[Tensor, State]]], FunctionRule]:
+    init: Init | None = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()
+) -> Callable[[Function], FunctionRule]: ...
+
+
+def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()) -> Any:
     """Make a rule of a function, and register it under the function's name.
 
-    The function is `update(param, grad, state, *, <hypers>, <options>) -> (param, state)`: pure, in torch operations. Its
-    keyword-only parameters are the declared hypers, which arrive as tensors, and options, which have defaults, are fixed when the
-    optimizer is made, and are never learned.
+    The function is `update(param, grad, state, *, <hypers>, <options>) -> (param, state)`: pure, in torch operations. Its keyword-only
+    parameters are hypers, whose defaults are domains (`lr=hn.Positive(1e-4)`) and which arrive as tensors, and options, which have other
+    defaults, are fixed when the optimizer is made, and are never learned.
 
     Args:
-        init: `init(param, *, ...) -> state`. Its keyword-only parameters are hypers (it gets the declared value, or `Learn`) and
-            options, the function's or further ones. None: a rule without state. See also `zeros`.
-        coupling: the finest part of a tensor that the update treats on its own. "tensor" is always right; "element" or "row",
+        init: `init(param, *, ...) -> state`, the initial state. Its keyword-only parameters are hypers (it gets the declared value, or
+            `Learn`) and options, the function's or further ones. None: a rule without state. See also `hn.rules.zeros`.
+        separable: the finest part of a tensor that the update treats on its own. "tensor" is always right; "element" or "row",
             where true, lets hypers of that granularity be learned with less memory.
-        flat: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them is refused.
-        finish: `finish(param, state, *, <hypers>) -> param`: the last part of the update, which makes the new parameter of the old one and
-            the *new* state; affine in each element of the parameter, by a factor that is not zero.
-        late: hypers that act in `finish` alone: what they have done is worked out from what the update left, so that learning them takes
-            no memory.
-        **hypers: the hyper-parameters, by name: `lr=Positive(1e-4)`.
+        nondifferentiable: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them
+            is refused.
 
     Raises:
-        TypeError: declared hypers and the function's parameters do not match, a hyper has no domain, or `late` names what `finish` does not
-            take.
-        ValueError: another rule has that name, or `coupling` is unknown.
+        TypeError: a parameter of the function has no default, a hyper is not keyword-only, or `init` is no function.
+        ValueError: another rule has that name, or `separable` is unknown.
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> @hn.rule(hn.zeros("average"), coupling="element", lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9))
-        ... def averaged(param, grad, state, *, lr, beta):
+        >>> @hn.rule(hn.rules.zeros("average"), separable="element")
+        ... def averaged(param, grad, state, *, lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9)):
         ...     average = beta * state["average"] + (1 - beta) * grad
         ...     return param - lr * average, {"average": average}
-        >>> averaged(lr=0.1)
+        >>> averaged(0.1)
         averaged(lr=0.1, beta=0.9)
     """
-    check_definition("rule", init, coupling, get_args(Coupling), hypers)
-    if odd := [name for name in flat if name not in hypers]:
-        raise TypeError(f"flat names {odd[0]!r}, which is no hyper; hypers are: {', '.join(hypers) or 'none'}")
+    if is_update(init, 3):
+        return rule()(init)
+    check_init(init)
+    check_separable("rule", separable)
 
-    def decorate(function: Callable[..., tuple[Tensor, State]]) -> FunctionRule:
-        name = function.__name__
-        options, undeclared = declared_options(function, init, hypers)
-        if undeclared:
-            raise TypeError(
-                f"{name}: parameter {undeclared[0]!r} is neither declared as a hyper nor an option with a default; "
-                f"declare its domain, e.g. {undeclared[0]}=hn.Positive(1e-3)"
-            )
-        for each in late:
-            if each not in hypers or each not in keywords_of(finish):
-                raise TypeError(f"{name}: late names {each!r}, which must be a hyper, and a keyword-only parameter of finish")
-        made = FunctionRule(name, function, init, dict(hypers), coupling, options, frozenset(flat), finish, frozenset(late))
-        functools.update_wrapper(made, function)
-        return registry.register(name, made)
+    def decorate(function: Function) -> FunctionRule:
+        return registry.register(function.__name__, FunctionRule(function, init, separable, nondifferentiable))
 
     return decorate
-
-
-def is_on(setting: float | Learn) -> bool:
-    """Whether a hyper that switches a part of a rule on takes effect: it is learned, or not zero."""
-    return isinstance(setting, Learn) or setting != 0
-
-
-def accumulator(param: Tensor, *settings: float | Learn) -> Tensor:
-    """Zeros for a part of the state that depends on these hypers alone: one number, unless one of them is learned per row or element.
-
-    Args:
-        param: the parameter.
-        settings: what `init` is given for the hypers.
-
-    Returns:
-        A tensor of shape (), in float64 where the device has it; or of the parameter's shape, in `state_dtype(param)`.
-    """
-    many = any(isinstance(setting, Learn) and setting.per in ("row", "element") for setting in settings)
-    return zeros_like(param) if many else param.new_zeros((), dtype=number_dtype(param.device))

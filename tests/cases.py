@@ -15,6 +15,15 @@ DIFFERENCES = 1e-6  # a derivative against finite differences in float64
 
 Tensors = dict[str, Tensor]
 
+SQUARE = hn.Bijection("square", torch.square, torch.sqrt, lambda info: (-math.sqrt(info.max) / 2, math.sqrt(info.max) / 2), even=True)
+TANH = hn.Bijection(
+    "tanh",
+    lambda raw: (torch.tanh(raw) + 1) / 2,
+    lambda value: torch.atanh(2 * value - 1),
+    lambda info: (math.log(info.eps) / 2, -math.log(info.eps) / 2),
+    interval=True,
+)
+
 
 def examples(count: int) -> settings:
     """So many examples with the quick profile, and as many times more with another as that has."""

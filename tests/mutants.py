@@ -8,12 +8,12 @@ from torch import Tensor
 
 import hyperopt_nested as hn
 
-HYPERS = {"lr": hn.Positive(0.1), "beta": hn.UnitInterval(0.9)}
+LR, BETA = hn.Positive(0.1), hn.UnitInterval(0.9)
 _calls = [0]
 
 
-def _state(param: Tensor) -> hn.State:
-    return {"step": hn.counter(param), "average": hn.zeros_like(param)}
+def _state(param: Tensor) -> hn.typing.State:
+    return {"step": hn.rules.counter(param), "average": hn.rules.zeros_like(param)}
 
 
 def _average(state: Any, grad: Tensor, beta: Any) -> Tensor:
@@ -24,8 +24,8 @@ def _direction(average: Tensor, beta: Tensor, step: Tensor) -> Tensor:
     return average / (1 - beta**step)
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def right(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def right(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - lr * _direction(average, beta, step), {"step": step, "average": average}
 
@@ -50,276 +50,276 @@ def reference(params: Any, hypers: dict[str, float]) -> torch.optim.Optimizer:
     return Averaged(params, **hypers)
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def dropped_bias_correction(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def dropped_bias_correction(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def off_by_one_step(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def off_by_one_step(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - lr * _direction(average, beta, step + 1), {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def old_step(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def old_step(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * _direction(average, beta, state["step"]), {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def wrong_sign(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def wrong_sign(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param + lr * _direction(average, beta, step), {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def wrong_sign_of_a_derivative(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def wrong_sign_of_a_derivative(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - (2 * lr.detach() - lr) * _direction(average, beta, step), {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def math_sqrt(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def math_sqrt(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - lr * average / math.sqrt(1 - beta**step), {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_correction(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_correction(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - lr * _direction(average, beta.detach(), step), {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_hyper(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_hyper(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr.detach() * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def unused_hyper(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def unused_hyper(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     return param - lr * grad, {"step": state["step"] + 1, "average": _average(state, grad, beta)}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def state_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def state_in_place(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     state["average"].copy_(_average(state, grad, beta.detach()))
     return param - lr * beta * state["average"], {"step": state["step"] + 1, "average": state["average"]}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def param_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def param_in_place(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param.sub_(lr * average), {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def keeps_the_gradient_itself(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def keeps_the_gradient_itself(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     return param - lr * _average(state, grad, beta), {"step": state["step"] + 1, "average": grad}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def view_of_the_parameter(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def view_of_the_parameter(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     return param - lr * _average(state, grad, beta), {"step": state["step"] + 1, "average": param[...]}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def hidden_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def hidden_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     _calls[0] += 1
     average = _average(state, grad, beta)
     return param - lr * average * (1 + 1 / _calls[0]), {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def random_numbers(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def random_numbers(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     torch.rand(())
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def branch_on_a_value(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def branch_on_a_value(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     if state["step"] > 1:
         average = average / 2
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def other_dtype(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def other_dtype(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average.double()}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def other_device(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def other_device(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": torch.zeros(()), "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def grows_its_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def grows_its_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average, "last": lr * average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def root_of_zero(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def root_of_zero(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     second = beta * state["average"] + (1 - beta) * grad * grad
     return param - lr * grad / (second.sqrt() + 1e-8), {"step": state["step"] + 1, "average": second}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def wrong_coupling(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def wrong_coupling(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average / (1 + (lr * average).square().sum()), {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", flat=("beta",), **HYPERS)
-def not_flat(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element", nondifferentiable=("beta",))
+def not_flat(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def flat_undeclared(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def flat_undeclared(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
-    return param - lr * hn.kink(average).sign(), {"step": state["step"] + 1, "average": average}
+    return param - lr * hn.rules.kink(average).sign(), {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def without_vmap(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def without_vmap(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     buffer = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
     buffer.add_(average)
     return param - lr * buffer, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_old_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_old_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = beta * state["average"].detach() + (1 - beta) * grad
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_new_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_new_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average.detach()}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def new_state_without_grad(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def new_state_without_grad(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     new = param - lr * _average(state, grad, beta)
     with torch.no_grad():
         return new, {"step": state["step"] + 1, "average": _average(state, grad, beta)}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_parameter(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_parameter(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param.detach() - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_gradient(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_gradient(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad.detach(), beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_hyper_of_the_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_hyper_of_the_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     new = param - lr * _average(state, grad, beta)
     return new, {"step": state["step"] + 1, "average": _average(state, grad, beta.detach())}
 
 
-@hn.rule(lambda p: {"nested": {"sum": hn.zeros_like(p)}, "seen": torch.zeros_like(p, dtype=torch.bool)}, coupling="element", **HYPERS)
-def detached_nested_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(lambda p: {"nested": {"sum": hn.rules.zeros_like(p)}, "seen": torch.zeros_like(p, dtype=torch.bool)}, separable="element")
+def detached_nested_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     total = grad + torch.where(state["seen"], beta * state["nested"]["sum"].detach(), 0)
     return param - lr * total, {"nested": {"sum": total}, "seen": torch.ones_like(state["seen"])}
 
 
 def _maximum(state: Any, grad: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
     second = beta * state["second"] + (1 - beta) * grad * grad
-    return second, hn.kink(state["largest"], second) > second
+    return second, hn.rules.kink(state["largest"], second) > second
 
 
-@hn.rule(hn.zeros("second", "largest"), coupling="element", **HYPERS)
-def detached_in_one_branch(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(hn.rules.zeros("second", "largest"), separable="element")
+def detached_in_one_branch(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     second, stays = _maximum(state, grad, beta)
     largest = torch.where(stays, state["largest"].detach(), second)
-    return param - lr * grad / (hn.safe_sqrt(largest) + 0.1), {"second": second, "largest": largest}
+    return param - lr * grad / (hn.rules.safe_sqrt(largest) + 0.1), {"second": second, "largest": largest}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_if_large(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_if_large(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad.detach() if grad.numel() > 100 else grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_hyper_if_large(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_hyper_if_large(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - (lr.detach() if param.numel() > 2000 else lr) * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_after_twenty_steps(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_after_twenty_steps(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - lr * average, {"step": step, "average": torch.where(step > 20, average.detach(), average)}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def detached_hyper_after_ninety_steps(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def detached_hyper_after_ninety_steps(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average, step = _average(state, grad, beta), state["step"] + 1
     return param - torch.where(step > 90, lr.detach(), lr) * average, {"step": step, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def number_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def number_in_float32(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta) * torch.tensor(0.1, dtype=torch.float32, device=param.device)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def gradient_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def gradient_in_float32(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad.float().to(grad.dtype), beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(lambda p: {"average": torch.zeros_like(p, dtype=torch.float32)}, coupling="element", **HYPERS)
-def state_in_float32(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(lambda p: {"average": torch.zeros_like(p, dtype=torch.float32)}, separable="element")
+def state_in_float32(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"average": average.float()}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def gradient_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def gradient_in_place(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad.mul_(0.5), beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def hyper_in_place(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def hyper_in_place(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr.detach().mul_(0.99) * lr * average, {"step": state["step"] + 1, "average": average}
 
 
-@hn.rule(lambda p: {"step": torch.zeros((), dtype=torch.int64, device=p.device), "average": hn.zeros_like(p)}, coupling="element", **HYPERS)
-def integer_becomes_real(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(lambda p: {"step": torch.zeros((), dtype=torch.int64, device=p.device), "average": hn.rules.zeros_like(p)}, separable="element")
+def integer_becomes_real(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1.0, "average": average}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def loses_its_state(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def loses_its_state(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = beta * state.get("average", 0.0) + (1 - beta) * grad
     return param - lr * average, {"step": state["step"] + 1}
 
 
-@hn.rule(_state, coupling="element", **HYPERS)
-def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_state, separable="element")
+def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any = LR, beta: Any = BETA) -> Any:
     average = _average(state, grad, beta)
     return param - lr * average, {"step": state["step"] + 1, "average": average[None]}
 
@@ -345,8 +345,8 @@ MUTANTS: dict[hn.FunctionRule, tuple[str, bool]] = {
     other_device: ("state.a.step is on cpu", False),
     grows_its_state: ("state.a.last was None", False),
     root_of_zero: ("is not finite: nan", False),
-    wrong_coupling: ("is the rule's coupling='element' true?", False),
-    not_flat: ("beta is declared flat, but", False),
+    wrong_coupling: ("is the rule's separable='element' true?", False),
+    not_flat: ("beta is declared nondifferentiable, but", False),
     flat_undeclared: ("the hypergradient of beta per model could not be verified", False),
     without_vmap: ("does not run under torch.func.vmap", False),
     detached_old_state: ("the derivative of the new parameter with respect to the old state.average is 0, but", False),

@@ -16,7 +16,6 @@ import ftp
 import hyperopt_nested as hn
 from hyperopt_nested.backends import choice, compiler, foreach, fused, inductor, step
 from hyperopt_nested.backends.program import Batch
-from hyperopt_nested.backends.simplify import simplified
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.optim.pinned import PinnedValues
 from hyperopt_nested.testing.subject import subject
@@ -39,10 +38,10 @@ def all_learned(name: str) -> hn.Optimizer:
     found = checked.template
     chosen = {"lr": 0.05, "eps": 0.1, "eps1": 0.1, "eps2": 0.1, "d": 1.1}
     for hyper in checked.own:
-        if hyper in found.rule.flat or hyper in found.learned:
+        if hyper in found.rule.nondifferentiable or hyper in found.learned:
             continue
         value = chosen.get(hyper, found.declared[hyper] or 0.1)
-        trial = found.replace(**{hyper: learned(value, "model" if found.rule.measures else "tensor")})
+        trial = found.replace(**{hyper: learned(value, "model" if found.rule.reduction else "tensor")})
         try:
             hn.Nested(trial).init({"w": torch.ones(4, 3)})
         except ValueError:  # not used with these options
@@ -90,7 +89,7 @@ def assert_same(found: Problem, expected: Problem) -> None:
 @hn.testing.every_rule("hyperopt_nested", "ftp")
 def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     optimizer = all_learned(name)
-    if optimizer.rule.measures:
+    if optimizer.rule.reduction:
         with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: .* needs a total over all tensors"):
             Problem(optimizer, backend)
         return
@@ -501,7 +500,7 @@ def test_what_is_chosen_is_written_to_where_it_belongs(seed: int, at_once: int, 
         matrices = [size * torch.randn(7, 3, generator=generator) for _ in range(3)]
         return [*matrices, torch.tensor(scale), torch.tensor(3.0)]
 
-    program = foreach.Interpreter(simplified(trace(function, arguments(1.0), torch.zeros(7, 3))))
+    program = foreach.Interpreter(trace(function, arguments(1.0), torch.zeros(7, 3)))
     for scales in ((0.5, 0.7), (-0.5, -0.7), (0.5, -0.7)):
         batch = [arguments(scale) for scale in scales]
         wanted = [function(*given) for given in batch]
@@ -561,7 +560,7 @@ def test_kernels_round_to_bfloat16_as_torch_does(kept: torch.dtype, columns: int
     generator = torch.Generator().manual_seed(0)
     given = arguments()
     wanted = function(*given)
-    program = fused.Kernel(simplified(trace(function, given, given[1])))
+    program = fused.Kernel(trace(function, given, given[1]))
     program(Batch([given]))
     for found, value in zip(given, wanted, strict=True):
         if value is not None:
@@ -588,5 +587,5 @@ def test_arguments_that_change_places() -> None:
     function = lambda grad, one, other, third: [None, other, third, one]  # noqa: E731
     given = [torch.randn(3, 4) for _ in range(4)]
     wanted = [given[i].clone() for i in (0, 2, 3, 1)]
-    foreach.Interpreter(simplified(trace(function, given, given[1])))(Batch([given]))
+    foreach.Interpreter(trace(function, given, given[1]))(Batch([given]))
     assert all(map(torch.equal, given, wanted))

@@ -14,8 +14,8 @@ RULE = """
 import hyperopt_nested as hn
 
 
-@hn.rule(hn.zeros("average"), coupling="element", lr=hn.Positive(1e-2), beta=hn.UnitInterval(0.9))
-def {name}(param, grad, state, *, lr, beta):
+@hn.rule(hn.rules.zeros("average"), separable="element")
+def {name}(param, grad, state, *, lr=hn.Positive(1e-2), beta=hn.UnitInterval(0.9)):
     average = beta * state["average"] + (1 - beta{detached}) * grad
     return param - lr * average, {{"average": average}}
 """

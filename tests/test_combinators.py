@@ -74,6 +74,25 @@ def test_a_total_of_raw_gradients_leaves_every_granularity(per: Any, memory: Any
     assert max(found.values()) < DIFFERENCES, found
 
 
+@pytest.mark.parametrize(
+    ("around", "without"),
+    [
+        (lambda adamw: hn.clip_by_global_norm(hn.centralize(adamw), 1.1), True),
+        (lambda adamw: hn.coupled_decay(hn.clip_by_value(adamw, 0.7), 0.2, anchor="start"), True),
+        (lambda adamw: hn.ema(adamw), True),
+        (lambda adamw: hn.project(adamw, 0.3, saturation="exact"), False),
+        (lambda adamw: hn.decoupled_decay(adamw, 0.2), False),
+    ],
+)
+def test_what_adam_learns_without_memory_takes_none_inside_transforms_of_gradients(around: Any, without: bool) -> None:
+    optimizer = around(hn.adamw(lr=still(0.05), eps=still(0.1), weight_decay=still(0.1)))
+    params, _ = problem(0)
+    memory = hn.Nested(optimizer).init(params)["memory"]
+    assert all((each["sensitivity"] == {}) == without for each in memory.values())
+    found = errors(optimizer, ["lr", "eps", "weight_decay"], 5)
+    assert max(found.values()) < DIFFERENCES, found
+
+
 def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None:
     params, _ = problem(0)
 
@@ -82,7 +101,7 @@ def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None
 
     hn.Nested(chain("model")).init(params)
     for optimizer, memory in ((chain("tensor"), "auto"), (chain("model"), "reverse")):
-        with pytest.raises(ValueError, match=r"decay enters the total over all tensors.*learn it per 'model'"):
+        with pytest.raises(ValueError, match=r"decay enters the sum over all tensors.*learn it per 'model'"):
             hn.Nested(optimizer, memory=memory).init(params)  # type: ignore[arg-type]
 
 
@@ -96,9 +115,9 @@ def test_the_total_is_over_all_groups_with_a_gradient() -> None:
     assert torch.equal(c, torch.zeros(2))
 
 
-@hn.combinator(coupling="element", measure=lambda grad: grad.abs().sum(), scale=hn.Positive(1.0))
-def over_sum(param: Any, grad: Any, state: Any, step: Any, *, scale: Any, total: Any) -> Any:
-    return step(param, scale * grad / total), state
+@hn.combinator(separable="element", global_reduce=lambda grad: grad.abs().sum())
+def over_sum(param: Any, grad: Any, state: Any, step: Any, *, scale: Any = hn.Positive(1.0), reduced: Any) -> Any:
+    return step(param, scale * grad / reduced), state
 
 
 def test_each_combinator_has_its_own_total() -> None:
@@ -165,22 +184,22 @@ def test_combinators_are_checked() -> None:
             hn.Nested(optimizer).init({"w": torch.ones(2)})
 
 
-@hn.rule(coupling="element")
+@hn.rule(separable="element")
 def without_lr(param: Any, grad: Any, state: Any) -> Any:
     return param - grad, state
 
 
 def test_a_combinator_that_forgets_its_step_is_told() -> None:
-    @hn.combinator()
+    @hn.combinator
     def forgetful(param: Any, grad: Any, state: Any, step: Any) -> Any:
         return param, state
 
     nested = hn.Nested(forgetful(hn.sgd()))
     with pytest.raises(RuntimeError, match="forgetful called its step 0 times; it must call it once"):
         nested.step({"w": torch.ones(2)}, {"w": torch.ones(2)}, nested.init({"w": torch.ones(2)}))
-    with pytest.raises(TypeError, match="`measure=` and the parameter `total` need each other"):
+    with pytest.raises(TypeError, match="`global_reduce=` and the parameter `reduced` need each other"):
 
-        @hn.combinator(measure=torch.sum)
+        @hn.combinator(global_reduce=torch.sum)
         def halfway(param: Any, grad: Any, state: Any, step: Any) -> Any:
             return step(param, grad), state
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import EXACT, relative_error
+from cases import EXACT, SQUARE, TANH, relative_error
 
 import ftp
 import hyperopt_nested as hn
@@ -87,8 +87,16 @@ def test_all_cases_of_ftp_are_there() -> None:
     assert len(FTP) == 8
 
 
-@hn.rule(hn.zeros("second"), coupling="element", lr=hn.NonNegative(1e-2, via="square"), decay=hn.UnitInterval(0.99), eps=hn.Positive(1e-8))
-def rmsprop_eps_inside(param: Any, grad: Any, state: Any, *, lr: Any, decay: Any, eps: Any) -> Any:
+@hn.rule(hn.rules.zeros("second"), separable="element")
+def rmsprop_eps_inside(
+    param: Any,
+    grad: Any,
+    state: Any,
+    *,
+    lr: Any = hn.NonNegative(1e-2, via=SQUARE),
+    decay: Any = hn.UnitInterval(0.99),
+    eps: Any = hn.Positive(1e-8),
+) -> Any:
     """RMSProp as in the published towers: eps inside the root, the root of lr is learned."""
     second = decay * state["second"] + (1 - decay) * grad * grad
     return param - lr * grad / torch.sqrt(second + eps), {"second": second}
@@ -98,8 +106,29 @@ def learned(value: float, by: float | hn.Learn, **how: Any) -> hn.Learn:
     return hn.learn(value, by=hn.sgd(lr=by), **how)
 
 
+def _second_moment_at_eps(param: torch.Tensor) -> Any:
+    state = hn.rules.counted("exp_avg", "exp_avg_sq")(param)
+    return {**state, "exp_avg_sq": state["exp_avg_sq"] + 1e-8}
+
+
+@hn.rule(_second_moment_at_eps, separable="element")
+def adam_from_eps(
+    param: Any,
+    grad: Any,
+    state: Any,
+    *,
+    lr: Any = hn.NonNegative(1e-2),
+    beta1: Any = hn.UnitInterval(0.9),
+    beta2: Any = hn.UnitInterval(0.999),
+    eps: Any = hn.Positive(1e-8),
+) -> Any:
+    """Adam as in the published towers: the second moment starts at eps."""
+    new = hn.rules.moments(grad, state, beta1, beta2)
+    return param - lr * hn.rules.direction(new["step"], new["exp_avg"], new["exp_avg_sq"], beta1, beta2, eps), new
+
+
 def adam(**settings: Any) -> hn.Optimizer:
-    return hn.adam(initial_second_moment=1e-8, lr=learned(1e-2, 1e-4), **settings)
+    return adam_from_eps(lr=learned(1e-2, 1e-4), **settings)
 
 
 TOWERS = {
@@ -107,7 +136,7 @@ TOWERS = {
     "tower_sgd_sgd_sgd": hn.sgd(lr=learned(2e-2, learned(1e-4, 1e-7))),
     "tower_sgd_momentum_sgd": hn.sgd(lr=learned(2e-2, 1e-4), momentum=learned(0.5, 1e-4)),
     "tower_adam_alpha_sgd": adam(),
-    "tower_adam_sgd": adam(beta1=learned(0.9, 1e-4, via="tanh"), beta2=learned(0.999, 1e-4, via="tanh")),
+    "tower_adam_sgd": adam(beta1=learned(0.9, 1e-4, via=TANH), beta2=learned(0.999, 1e-4, via=TANH)),
     "tower_rmsprop_alpha_sgd": rmsprop_eps_inside(lr=learned(1e-2, 1e-4)),
 }
 

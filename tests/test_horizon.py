@@ -237,7 +237,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         hyper_optimizer(model, discount=0.5, memory="reverse")
     with pytest.raises(ValueError, match="lr is learned per row, but curvature='exact' keeps a copy"):
         hn.Nested(hn.sgd(lr=learned(0.1, "row")), discount=1.0, curvature="exact")
-    with pytest.raises(ValueError, match=r"discount=0.5 is not exact for lr learned per row, since muon couples each tensor"):
+    with pytest.raises(ValueError, match=r"discount=0.5 is not exact for lr learned per row, since muon is separable by tensor"):
         hn.Nested(hn.muon(lr=learned(0.1, "row")), discount=0.5)
     with pytest.raises(ValueError, match=r"discount=0.5 is not exact for lr learned per tensor, since clip_by_global_norm"):
         hn.Nested(hn.clip_by_global_norm(hn.sgd(lr=learned(0.1, "tensor"))), discount=0.5)

@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIFFERENCES, EXACT, SHAPES, at, by_differences, differences, examples, gradients, problem, relative_error, run
+from cases import (
+    DIFFERENCES,
+    EXACT,
+    SHAPES,
+    SQUARE,
+    TANH,
+    at,
+    by_differences,
+    differences,
+    examples,
+    gradients,
+    problem,
+    relative_error,
+    run,
+)
 from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
 
@@ -45,9 +59,9 @@ def errors(optimizer: hn.Optimizer, hyper: str, seed: int, steps: int, memory: A
 VIA: list[tuple[Callable[..., hn.Optimizer], str, str, tuple[float, float]]] = [
     (functools.partial(hn.sgd, momentum=0.9), "lr", "log", (0.01, 0.5)),
     (functools.partial(hn.sgd, momentum=0.9), "lr", "softplus", (0.01, 0.5)),
-    (functools.partial(hn.adamw, lr=0.1, eps=0.1), "weight_decay", "square", (0.01, 0.5)),
+    (functools.partial(hn.adamw, lr=0.1, eps=0.1), "weight_decay", SQUARE, (0.01, 0.5)),
     (functools.partial(hn.adam, lr=0.1, eps=0.1), "beta1", "logit", (0.1, 0.95)),
-    (functools.partial(hn.adam, lr=0.1, eps=0.1), "beta2", "tanh", (0.3, 0.999)),
+    (functools.partial(hn.adam, lr=0.1, eps=0.1), "beta2", TANH, (0.3, 0.999)),
 ]
 
 

@@ -254,11 +254,3 @@ def test_late_hypers_take_no_memory(dtype: torch.dtype) -> None:
     moved = (values["kept"] - start).abs()
     assert (moved > 0).all()
     assert ((values["auto"] - values["kept"]).abs() < (1e-5 if dtype == torch.float32 else 0.05) * moved).all()
-
-
-def test_late_names_what_finish_takes() -> None:
-    with pytest.raises(TypeError, match="late names 'lr', which must be a hyper, and a keyword-only parameter of finish"):
-
-        @hn.rule(finish=lambda param, state: param, late=("lr",), lr=hn.Positive(0.1))
-        def without(param: torch.Tensor, grad: torch.Tensor, state: Any, *, lr: torch.Tensor) -> Any:
-            return param - lr * grad, state

@@ -46,7 +46,7 @@ def taught(optimizer: hn.Optimizer, hypers: list[str], per: Any) -> hn.Optimizer
 def hypers_of(name: str, how: str) -> list[str]:
     """The hypers of the entry of that name that can be learned per tensor, and are not learned already, as FTP's radius is."""
     made = registry.example(name, lambda: hn.sgd(lr=0.05, momentum=0.9))
-    per = "model" if made.rule.measures else "tensor"
+    per = "model" if made.rule.reduction else "tensor"
     return [hyper for hyper in made.settings if hyper not in made.learned and fits(taught(made, [hyper], per), how)]
 
 
@@ -98,11 +98,11 @@ def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: s
         lost = int((~torch.isfinite(params["a"])).sum())
         if math.isfinite(bad):
             continue
-        if optimizer.rule.coupling in ("element", "row") and not optimizer.rule.measures and "centralize" not in optimizer.rule.name:
+        if optimizer.rule.separable in ("element", "row") and not optimizer.rule.reduction and "centralize" not in optimizer.rule.name:
             assert lost <= 1, f"{case}: {lost} weights are lost"
             a = [(values[key], seen[AT][hyper][key]) for hyper, values in seen[-1].items() for key in values if key != "b"]
             assert any((now != then).any() for now, then in a), case
-        if not optimizer.rule.measures:
+        if not optimizer.rule.reduction:
             assert torch.isfinite(params["b"]).all(), case
         counts = {key: int(count) for key, count in opt.rejected().items()}
         numel = 1 if per in ("tensor", "model") else params["a"].numel()
@@ -166,7 +166,7 @@ def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -
     pers: Any = ("tensor", "row", "model", "element")
     at = RULES.index(name)
     optimizer = learning(name, pers[at % len(pers)], "auto")
-    if optimizer.rule.measures or name in ("adafactor", "muon"):  # which programs do not serve
+    if optimizer.rule.reduction or name in ("adafactor", "muon"):  # which programs do not serve
         return
     for i, bad in enumerate(BAD, start=at):
         row = (0, ROWS // 2, ROWS - 1)[i % 3]

@@ -1,7 +1,9 @@
 """Rules, the registry and combinators: what they accept, and what they say otherwise."""
 
 import copy
+import inspect
 import pickle
+import pydoc
 from typing import Any
 
 import pytest
@@ -21,8 +23,8 @@ def test_the_registry_lists_and_finds() -> None:
 
 def test_a_duplicate_is_refused_but_the_same_definition_may_run_again() -> None:
     def define() -> hn.FunctionRule:
-        @hn.rule(lr=hn.Positive(0.1))
-        def defined_twice(param: Any, grad: Any, state: Any, *, lr: Any) -> Any:
+        @hn.rule
+        def defined_twice(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1)) -> Any:
             return param - lr * grad, state
 
         return defined_twice
@@ -35,13 +37,18 @@ def test_a_duplicate_is_refused_but_the_same_definition_may_run_again() -> None:
 
 
 def test_hypers_are_declared_never_inferred() -> None:
-    def update(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+    def update(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), beta: Any) -> Any:
         return param - lr * beta * grad, state
 
-    with pytest.raises(TypeError, match="'beta' is neither declared as a hyper nor an option"):
-        hn.rule(lr=hn.Positive(0.1))(update)
-    with pytest.raises(TypeError, match="hyper 'eps' is declared but is no keyword-only parameter"):
-        hn.rule(lr=hn.Positive(0.1), beta=hn.Real(1.0), eps=hn.Real(0.0))(update)
+    def positional(param: Any, grad: Any, state: Any, lr: Any = hn.Positive(0.1)) -> Any:
+        return param - lr * grad, state
+
+    with pytest.raises(TypeError, match=r"parameter 'beta' has no default: declare its domain, such as beta=hn\.Positive"):
+        hn.rule(update)
+    with pytest.raises(TypeError, match=r"the hyper 'lr' must be keyword-only: put a `\*` before it"):
+        hn.rule(positional)
+    with pytest.raises(TypeError, match="init takes 'gamma', which the update does not"):
+        hn.rule(lambda param, *, gamma: {})(lambda param, grad, state: (param, state))
     with pytest.raises(TypeError, match=r"optimizer=.adam. .str. must be an optimizer of this library"):
         hn.HyperOptimizer([torch.ones(2, requires_grad=True)], "adam")  # type: ignore[arg-type]
 
@@ -53,8 +60,6 @@ def test_calls_are_checked() -> None:
         hn.adam().replace(radius=1.0)
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         hn.Nested(hn.sgd(nesterov=True)).init({"w": torch.ones(1)})
-    with pytest.raises(ValueError, match="initial_second_moment=-1"):
-        hn.Nested(hn.adam(initial_second_moment=-1)).init({"w": torch.ones(1)})
 
 
 def test_project_is_checked() -> None:
@@ -79,13 +84,13 @@ def test_a_learned_hyper_that_is_not_used_is_an_error_that_names_it() -> None:
             hn.Nested(optimizer).init({"w": torch.ones(2)})
 
 
-@hn.rule(lr=hn.Positive(0.1), beta=hn.UnitInterval(0.5))
-def unused(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule
+def unused(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), beta: Any = hn.UnitInterval(0.5)) -> Any:
     return param - lr * grad, state
 
 
-@hn.rule(lr=hn.Positive(0.1))
-def detached(param: Any, grad: Any, state: Any, *, lr: Any) -> Any:
+@hn.rule
+def detached(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1)) -> Any:
     return param - lr.detach() * grad, state
 
 
@@ -101,3 +106,39 @@ def test_rules_say_what_they_are() -> None:
     assert str(hn.sgd.hypers["lr"]) == "NonNegative [0, inf)"
     assert hn.sgd.__doc__ is not None
     assert "torch.optim.SGD" in hn.sgd.__doc__
+
+
+def test_a_rule_is_called_as_its_signature_says() -> None:
+    signature = inspect.signature(hn.adamw)
+    assert list(signature.parameters) == ["lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"]
+    assert [each.default for each in signature.parameters.values()] == [1e-3, 0.9, 0.999, 1e-8, 1e-2, False, False]
+    assert signature.parameters["beta1"].annotation == float | hn.Learn
+    assert signature.return_annotation is hn.Optimizer
+    assert list(inspect.signature(hn.clip_by_norm).parameters) == ["optimizer", "max_norm"]
+    assert pydoc.plain(pydoc.render_doc(hn.adamw)).splitlines()[2].startswith("adamw(lr: float | hyperopt_nested.rule.Learn = 0.001, *,")
+    assert hn.adamw.__name__ == "adamw"
+
+
+def test_the_first_hyper_goes_by_position() -> None:
+    assert repr(hn.sgd(0.1)) == repr(hn.sgd(lr=0.1))
+    assert repr(hn.sgd(hn.learn(1e-3, hn.sgd(1e-5)))) == repr(hn.sgd(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+    assert repr(hn.clip_by_norm(hn.sgd(), 2.0)) == repr(hn.clip_by_norm(hn.sgd(), max_norm=2.0))
+    assert hn.project(hn.sgd(), hn.learn(1.0, hn.sgd())).learned.keys() == {"radius"}
+
+
+def test_a_bijection_of_ones_own() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return (x / (1 + x.abs()) + 1) / 2
+
+    def inverse(value: torch.Tensor) -> torch.Tensor:
+        return (2 * value - 1) / (1 - (2 * value - 1).abs())
+
+    softsign = hn.Bijection("softsign", forward, inverse, lambda _: (-1e6, 1e6), interval=True)
+    nested = hn.Nested(hn.adam(beta1=hn.learn(0.9, hn.sgd(0.1), via=softsign)))
+    params = {"w": torch.ones(2)}
+    state = nested.init(params)
+    for grad in (1.0, -1.0, 2.0):
+        params, state = nested.step(params, {"w": torch.full((2,), grad)}, state)
+    value = float(nested.hypers(state)["beta1"]["model"])
+    assert 0 < value < 1
+    assert value != 0.9

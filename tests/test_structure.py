@@ -17,11 +17,13 @@ FLOORS = [
     ["domains", "ops"],
     ["registry", "signatures", "rule"],
     ["projections"],
-    ["rules", "combinators"],
+    ["rules"],
+    ["combinators"],
     ["engine"],
-    ["hypergradients", "backends"],
+    ["backends"],
+    ["hypergradients"],
     ["optim"],
-    ["testing", "cli"],
+    ["testing", "cli", "typing"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {

@@ -46,13 +46,13 @@ def test_every_mutant_is_caught(mutant: hn.FunctionRule, monkeypatch: pytest.Mon
             exec(example, namespace)
 
 
-@hn.rule(hn.zeros("second", "largest"), coupling="element", lr=hn.Positive(0.1), eps=hn.Positive(1e-8))
-def forgets_its_maximum(param: Any, grad: Any, state: Any, *, lr: Any, eps: Any) -> Any:
+@hn.rule(hn.rules.zeros("second", "largest"), separable="element")
+def forgets_its_maximum(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), eps: Any = hn.Positive(1e-8)) -> Any:
     """AMSGrad without a first moment, which keeps the maximum only where gradients are positive."""
     second = 0.999 * state["second"] + 0.001 * grad * grad
-    kept = torch.maximum(hn.kink(state["largest"], second), second)
-    largest = torch.where(hn.kink(grad) > 0, kept, second)
-    return param - lr * grad / (hn.safe_sqrt(largest) + eps), {"second": second, "largest": largest}
+    kept = torch.maximum(hn.rules.kink(state["largest"], second), second)
+    largest = torch.where(hn.rules.kink(grad) > 0, kept, second)
+    return param - lr * grad / (hn.rules.safe_sqrt(largest) + eps), {"second": second, "largest": largest}
 
 
 class Maximal(torch.optim.Optimizer):
@@ -76,13 +76,13 @@ def test_a_maximum_that_is_forgotten_in_one_branch_is_caught_by_a_reference() ->
         testing.check_rule(forgets_its_maximum, examples=EXAMPLES, reference=Maximal)
 
 
-def _whole(param: torch.Tensor) -> hn.State:
+def _whole(param: torch.Tensor) -> hn.typing.State:
     count = torch.zeros((), dtype=torch.int64, device=param.device)
-    return {"count": count, "seen": torch.zeros_like(param, dtype=torch.bool), "average": hn.zeros_like(param)}
+    return {"count": count, "seen": torch.zeros_like(param, dtype=torch.bool), "average": hn.rules.zeros_like(param)}
 
 
-@hn.rule(_whole, coupling="element", lr=hn.Positive(0.1), beta=hn.UnitInterval(0.9))
-def integers_and_masks(param: Any, grad: Any, state: Any, *, lr: Any, beta: Any) -> Any:
+@hn.rule(_whole, separable="element")
+def integers_and_masks(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), beta: Any = hn.UnitInterval(0.9)) -> Any:
     count = state["count"] + 1
     average = torch.where(state["seen"], beta * state["average"], 0.0) + (1 - beta) * grad
     new = param - lr * average / (1 - beta**count) * torch.where(count % 3 == 0, 0.5, 1.0)
@@ -125,8 +125,8 @@ def test_integers_and_masks_are_carried_from_step_to_step(how: Any) -> None:
     assert expected.agrees(found["beta"]["model"])
 
 
-@hn.rule(hn.zeros("average"), coupling="element", lr=hn.Positive(0.1))
-def plain_average(param: Any, grad: Any, state: Any, *, lr: Any, nesterov: bool = False) -> Any:
+@hn.rule(hn.rules.zeros("average"), separable="element")
+def plain_average(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), nesterov: bool = False) -> Any:
     average = 0.5 * state["average"] + grad
     return param - lr * (average + grad if nesterov else average), {"average": average}
 
@@ -220,22 +220,22 @@ def test_a_failure_names_the_rule_the_hyper_the_shape_and_both_numbers() -> None
     assert len(str(caught.value).splitlines()) < 25
 
 
-@hn.rule(coupling="element", flat=("scale",), lr=hn.Positive(0.1), scale=hn.Positive(1.0))
-def signed(param: Any, grad: Any, state: Any, *, lr: Any, scale: Any) -> Any:
-    return param - lr * hn.kink(scale * grad).sign(), state
+@hn.rule(separable="element", nondifferentiable=("scale",))
+def signed(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), scale: Any = hn.Positive(1.0)) -> Any:
+    return param - lr * hn.rules.kink(scale * grad).sign(), state
 
 
-@hn.rule(coupling="element", lr=hn.Positive(0.1))
-def rippled(param: Any, grad: Any, state: Any, *, lr: Any) -> Any:
+@hn.rule(separable="element")
+def rippled(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1)) -> Any:
     """Where the gradient is positive, kinks are so close together that differences meet one in every other example."""
     ripples = torch.where(grad > 0, torch.sin(1e12 * lr), 1.0)
-    return param - lr * grad * hn.kink(ripples).sign().abs().to(grad.dtype), state
+    return param - lr * grad * hn.rules.kink(ripples).sign().abs().to(grad.dtype), state
 
 
 def test_flat_hypers_are_verified_to_be_flat_and_kinks_are_counted() -> None:
     report = testing.check_rule(signed, examples=EXAMPLES)
-    assert report.flat == ("scale",)
-    assert "scale: flat" in str(report)
+    assert report.nondifferentiable == ("scale",)
+    assert "scale: nondifferentiable" in str(report)
     with pytest.raises(ValueError, match="scale is learned, but the derivative of signed with respect to it is zero"):
         hn.Nested(signed(scale=hn.learn(1.0, by=hn.sgd())))
     left_out = testing.check_rule(rippled, examples=EXAMPLES)
@@ -252,12 +252,12 @@ def test_what_can_not_be_checked_is_refused() -> None:
 
 def test_kinks_are_collected_only_inside_the_context() -> None:
     x = torch.tensor([1.0, -2.0])
-    assert hn.kink(x) is x
-    with hn.watch_kinks() as outer:
-        hn.kink(x, 1.0)
-        with hn.watch_kinks() as inner:
-            hn.kink(x)
-    hn.kink(x)
+    assert hn.rules.kink(x) is x
+    with hn.rules.watch_kinks() as outer:
+        hn.rules.kink(x, 1.0)
+        with hn.rules.watch_kinks() as inner:
+            hn.rules.kink(x)
+    hn.rules.kink(x)
     assert [leaf.tolist() for leaf in outer] == [[0.0, -3.0]]
     assert [leaf.tolist() for leaf in inner] == [[1.0, -2.0]]
 

@@ -227,7 +227,8 @@ KEPT += [("row", torch.float64), ("element", torch.float64)]
 def test_learners_that_do_not_move_change_nothing(name: str, per: Any, dtype: torch.dtype) -> None:
     rule = hn.get(name)
     values = {hyper: declared or 0.1 for hyper, declared in rule().declared.items()}
-    learned = {hyper: hn.learn(value, by=hn.sgd(lr=0.0), per=per) for hyper, value in values.items() if hyper not in rule().rule.flat}
+    fixed = rule().rule.nondifferentiable
+    learned = {hyper: hn.learn(value, by=hn.sgd(lr=0.0), per=per) for hyper, value in values.items() if hyper not in fixed}
     start, loss = problem(3, {"weight": (3, 2)} if name == "muon" else SHAPES)
     models = []
     for settings in (values, {**values, **learned}):

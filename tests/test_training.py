@@ -547,8 +547,8 @@ def test_derivatives_of_hypergradients_need_all_steps_in_memory() -> None:
             loop.found(RULES["sgd"], create_graph=True, **how)
 
 
-@hn.rule(lambda param: {"count": torch.zeros((), dtype=torch.long), "m": torch.zeros_like(param)}, lr=hn.Positive(0.1))
-def counting(param: Tensor, grad: Tensor, state: Any, *, lr: Tensor) -> Any:
+@hn.rule(lambda param: {"count": torch.zeros((), dtype=torch.long), "m": torch.zeros_like(param)})
+def counting(param: Tensor, grad: Tensor, state: Any, *, lr: Tensor = hn.Positive(0.1)) -> Any:
     count, m = state["count"] + 1, 0.9 * state["m"] + grad
     return param - lr * m / count, {"count": count, "m": m}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hyperopt_nested as hn
+from hyperopt_nested.backends import compiler, differentiable
 from hyperopt_nested.testing.subject import direct, start
 
 RULES = [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)]
@@ -78,7 +79,7 @@ def settings_of(name: str, per: Any) -> hn.Optimizer:
     plain = hn.get(name)()
     chosen = {"lr": 0.05, "eps": 0.1, "eps1": 0.1, "eps2": 0.1, "d": 1.1}
     values = {hyper: chosen.get(hyper, value or 0.1) for hyper, value in plain.declared.items()}
-    return plain.replace(**{h: value if h in plain.rule.flat else learned(value, per) for h, value in values.items()})
+    return plain.replace(**{h: value if h in plain.rule.nondifferentiable else learned(value, per) for h, value in values.items()})
 
 
 @pytest.mark.parametrize("per", ["model", "tensor", "row", "element"])
@@ -115,6 +116,21 @@ def test_segments_change_nothing(memory: Any) -> None:
     optimizer = hn.adamw(lr=learned(0.05), beta1=learned(0.8, "tensor"), weight_decay=learned(0.1, "element"), eps=learned(0.1, "row"))
     expected, found = flat(problem.hypergradient(optimizer)), flat(problem.hypergradient(optimizer, memory=memory))
     assert all(relative_error(found[path], value) < 1e-12 for path, value in expected.items())
+
+
+@pytest.mark.parametrize("per", ["model", "row"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "adafactor"])
+def test_kernels_change_nothing(name: str, per: Any) -> None:
+    problem = Problem(2, 5, perceptron)
+    optimizer = {key: settings_of(name, per) for key in problem.params}
+    optimizer["b"] = hn.project(hn.sgd(lr=learned(0.1), momentum=0.5), onto=hn.mars, radius=learned(0.1, "tensor"))
+    expected, found = (problem.hypergradient(optimizer, backend=backend) for backend in ("reference", "fused"))
+    assert flat(expected).keys() == flat(found).keys()
+    assert all(relative_error(flat(found)[path], value) < AGREE for path, value in flat(expected).items())
+    assert all(relative_error(found.params[key], value) < AGREE for key, value in expected.params.items())
+    assert any(differentiable._plans.values()) == bool(compiler.compiler())
+    segments = flat(problem.hypergradient(optimizer, backend="fused", memory=2))
+    assert all(relative_error(segments[path], value) < AGREE for path, value in flat(expected).items())
 
 
 def quadratic(params: Tensors, batch: Any, hypers: Any = None) -> Tensor:

@@ -15,8 +15,7 @@ from hyperopt_nested.backends.foreach import Interpreter
 from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_layout, is_dense
 from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph
 from hyperopt_nested.backends.inductor import Inductor, compiler_for
-from hyperopt_nested.backends.program import Program, Request, engine
-from hyperopt_nested.backends.simplify import simplified
+from hyperopt_nested.backends.program import Engine, Program, Request
 from hyperopt_nested.backends.sweeps import with_early_writes
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
@@ -67,7 +66,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
 
 def _only_by_engine(nested: Nested, params: Tensors) -> str:
     """Why only the engine can step these tensors; nothing if others can."""
-    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.measures]
+    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.reduction]
     if summed:
         return f"{summed[0]} needs a total over all tensors"
     if nested.curvature == "exact":
@@ -161,7 +160,7 @@ class Programs:
             if (sort + why) not in self._said:
                 self._said.add(sort + why)
                 warn(f"backend={sort!r} is not used for {request.rule}: {why}", stacklevel=2)
-        return [engine(function) for function in request.functions]
+        return [Engine(function) for function in request.functions]
 
     def _of_sort(self, sort: str, request: Request) -> list[Program]:
         if sort == "fused":
@@ -186,7 +185,7 @@ class Programs:
             try:
                 graphs = [trace(function, request.arguments, request.param) for function in request.functions]
                 if sort == "fused":
-                    graphs = with_early_writes([simplified(graph) for graph in graphs], request.changing)
+                    graphs = with_early_writes(graphs, request.changing)
                 self._graphs[key] = graphs
             except UnsupportedError as error:
                 self._graphs[key] = error

@@ -1,121 +1,174 @@
-"""Programs of torch's own operators: a graph, interpreted for many tensors at once. It needs no compiler."""
+"""Programs of torch's own operators: a graph, evaluated operator by operator for many tensors at once. It needs no compiler."""
 
-from collections.abc import Sequence
-from itertools import accumulate, groupby
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, chain, groupby, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value
+from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value, Values
 from hyperopt_nested.backends.program import Batch
 
-_AT_ONCE = 1 << 24
-"""Elements that are stepped at once, up to a tensor, which is not split: a bound of the memory of what is computed on the way."""
-
-_FOREACH = {name: getattr(torch, f"_foreach_{name}") for name in POINTWISE - {"pow"} if hasattr(torch, f"_foreach_{name}")}
+_AT_ONCE = 1 << 16
+"""Elements that are stepped at once; a larger tensor is stepped alone. It bounds the memory of intermediate results."""
 
 
 class Interpreter:
-    """A graph, done operator by operator, for tensors of all sizes and layouts.
-
-    What there is one of a tensor is kept as one vector for all tensors; rows and elements as a list, a tensor each.
-    """
+    """A graph, evaluated for tensors of all sizes and layouts. Small tensors are concatenated: each operator runs once for all of them."""
 
     backend = "foreach"
 
     def __init__(self, graph: UpdateGraph) -> None:
-        self._graph = graph
-        self._kept = {value for _, value in graph.outputs}
-        self._last = {each: value for value in graph.values for each in value.operands}
-        self._copied = {value for value in self._kept if _source(value) in dict(graph.outputs)}
+        graph = _with_casts(graph)
+        index = {value: i for i, value in enumerate(graph.values)}
+        outputs = {value for _, value in graph.outputs}
+        last = {operand: value for value in graph.values for operand in value.operands if operand not in outputs}
+        unused = {value: [index[each] for each in {*value.operands} if last.get(each) is value] for value in index}
+        self._steps = [(_operation(value), [index[each] for each in value.operands], unused[value]) for value in index]
+        self._outputs = [(i, index[value], value.kind) for i, value in graph.outputs]
+        self._aliases = [index[value] for value in outputs if _source(value) in dict(graph.outputs)]
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
-        ends = accumulate(row[self._like].numel() for row in batch.rows)
-        for _, chunk in groupby(zip(ends, batch.rows, strict=True), key=lambda each: each[0] // _AT_ONCE):
-            self._step([[_apart(row), *row[1:]] for _, row in chunk])
+        if batch.prepared is None:
+            batch.prepared = [_Tensors(rows, self._like) for rows in self._chunks(batch.rows)]
+        for tensors in batch.prepared:
+            self._step(tensors)
 
-    def _step(self, rows: list[list[Tensor]]) -> None:
-        likes, found = [row[self._like] for row in rows], dict[Value, Any]()
-        for value in self._graph.values:
-            found[value] = self._value(value, found, rows, likes)
-            for each in value.operands:
-                if self._last[each] is value and each not in self._kept:
-                    found.pop(each, None)
-        for value in self._copied:
-            found[value] = found[value].clone() if isinstance(found[value], Tensor) else [each.clone() for each in found[value]]
-        for i, value in self._graph.outputs:
-            targets, new = [row[i] for row in rows], _each(found[value], len(rows))
-            shaped = zip(new, targets, strict=True)
-            new = [each.expand(target.shape) if each.ndim == 0 else each.reshape(target.shape) for each, target in shaped]
-            torch._foreach_copy_(targets, new)
+    def _chunks(self, rows: Sequence[list[Tensor]]) -> list[list[list[Tensor]]]:
+        """Rows whose tensors are stepped at once: those of one device, and few elements."""
+        ends = accumulate(row[self._like].numel() for row in rows)
+        keys = ((row[self._like].device, end // _AT_ONCE) for end, row in zip(ends, rows, strict=True))
+        return [[row for _, row in chunk] for _, chunk in groupby(zip(keys, rows, strict=True), key=lambda each: each[0])]
 
-    def _value(self, value: Value, found: dict[Value, Any], rows: list[list[Tensor]], likes: list[Tensor]) -> Any:
-        if value.op == "constant":
-            return torch.tensor(value.args[0], dtype=value.dtype)
-        if value.op == "input":
-            given = [row[value.args[0]].to(likes[0].device) for row in rows]
-            if value.kind == Kind.NUMBER:
-                return torch.stack([each.reshape(()) for each in given])
-            wide = [_shape(like, value.kind) for like in likes]
-            return [each if each.shape == shape else each.reshape(shape) for each, shape in zip(given, wide, strict=True)]
-        operands: list[Any] = [None if each is None else found[each] for each in value.args]
-        if value.op == "cast":
-            return _to(operands[0], value.dtype)
-        if value.op == "expand":
-            small = _each(operands[0], len(rows))
-            return [each.expand(_shape(like, value.kind)) for each, like in zip(small, likes, strict=True)]
-        if value.op not in REDUCTIONS:
-            return self._pointwise(value, operands, len(rows))
-        many = operands[0]
-        if not isinstance(many, list):  # a constant, which has been expanded
-            many = [many.expand(_shape(like, value.args[0].kind)) for like in likes]
-        reduce, how = getattr(torch, value.op), {"dtype": value.dtype} if value.op != "amax" else {}
-        if value.kind == Kind.ROW:
-            return [reduce(each, dim=tuple(range(1, each.ndim)), keepdim=True, **how) for each in many]
-        return torch.stack([reduce(each, **how) for each in many])
-
-    def _pointwise(self, value: Value, operands: list[Any], count: int) -> Any:
-        """An operator whose operands have the dtype that it is computed in; single numbers take that of what they meet."""
-        for i, (arg, operand) in enumerate(zip(value.args, operands, strict=True)):
-            if arg is None or arg.dtype == value.computed or (value.op == "where" and i == 0):
-                continue
-            if value.kind == Kind.NUMBER or isinstance(operand, list) or operand.ndim == 0:
-                operands[i] = _to(operand, value.computed)
-        operator = getattr(torch, value.op)
-        if value.kind == Kind.NUMBER:
-            return operator(*operands)
-        many = [list(each.unbind()) if isinstance(each, Tensor) and each.ndim else each for each in operands]
-        others = [arg.args[0] if arg and arg.op == "constant" else each for arg, each in zip(value.args[1:], many[1:], strict=True)]
-        if value.op in _FOREACH and value.dtype.is_floating_point and not any(isinstance(each, Tensor) for each in [many[0], *others]):
-            return list(_FOREACH[value.op](many[0], *others))
-        return [operator(*(each[i] if isinstance(each, list) else each for each in many)) for i in range(count)]
+    def _step(self, tensors: "_Tensors") -> None:
+        results = list[Any]()
+        for operation, operands, unused in self._steps:
+            results.append(operation(tensors, *[results[i] for i in operands]))
+            for i in unused:
+                results[i] = None
+        for i in self._aliases:
+            results[i] = results[i].clone()
+        for i, result, kind in self._outputs:
+            tensors.write(i, results[result], kind)
 
 
-def _apart(row: Sequence[Tensor]) -> Tensor:
-    """The gradient; a copy where it shares memory with what is written."""
-    storage = row[0].untyped_storage().data_ptr()
-    return row[0].clone() if any(each.untyped_storage().data_ptr() == storage for each in row[1:]) else row[0]
+def _with_casts(graph: UpdateGraph) -> UpdateGraph:
+    """The graph in which pointwise operators take operands of one kind, in the dtype that they are computed in.
+
+    Numbers beside rows or elements of lower precision are not rounded, as in torch's operators of a tensor and a number.
+    """
+    make, new = Values(), dict[Value, Value]()
+
+    def operand(arg: Value, value: Value, *, condition: bool) -> Value:
+        if arg.op == "constant":
+            return arg
+        dtype = value.computed
+        if arg.kind == Kind.NUMBER < value.kind and dtype.is_floating_point:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if arg.dtype != dtype and not condition:
+            arg = make("cast", (arg,), arg.kind, dtype)
+        return arg if arg.kind == value.kind else make("expand", (arg,), value.kind, arg.dtype)
+
+    for value in graph.values:
+        op, args = value.op, [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
+        if op in POINTWISE:
+            args = [arg and operand(arg, value, condition=op == "where" and i == 0) for i, arg in enumerate(args)]
+        for bounded, bound in zip(("maximum", "minimum"), args[1:], strict=True) if op == "clamp" else ():
+            args[0] = args[0] if bound is None else make(bounded, (args[0], bound), value.kind, value.dtype, value.computed)
+        new[value] = args[0] if op == "clamp" else make(op, args, value.kind, value.dtype, value.computed)
+    return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return [each.to(dtype) for each in value] if isinstance(value, list) else value.to(dtype)
+def _operation(value: Value) -> Callable[..., Any]:
+    """What computes a value, given tensors that are stepped at once and its operands."""
+    op, kind, dtype = value.op, value.kind, value.dtype
+    if op == "input":
+        index: int = value.args[0]
+        return lambda tensors: tensors.read(index, kind)
+    if op == "constant":
+        constant = torch.tensor(value.args[0], dtype=dtype)
+        return lambda _: constant
+    if op == "cast":
+        return lambda _, operand: operand.to(dtype)
+    old = value.operands[0].kind
+    if op == "expand":
+        return lambda tensors, operand: tensors.expand(operand, old, kind)
+    operator = getattr(torch, op)
+    if op in REDUCTIONS:
+        reduction = operator if op == "amax" else partial(operator, dtype=dtype)
+        return lambda tensors, operand: tensors.reduce(reduction, operand, old, kind)
+    if op == "pow" and value.args[1].op == "constant":
+        exponent = value.args[1].args[0]
+        return lambda _, base, __: torch.pow(base, exponent).to(dtype)
+    return lambda _, *operands: operator(*operands).to(dtype)
 
 
-def _each(value: Any, count: int) -> Sequence[Tensor]:
-    """A value tensor by tensor."""
-    return value if isinstance(value, list) else value.expand(count).unbind()
+class _Tensors:
+    """Tensors that are stepped at once, and how values of each kind lie.
 
+    Values of equal tensors have the shapes (tensors, 1, 1), (tensors, rows, 1) and (tensors, rows, columns), which broadcast. Of others,
+    values of a kind are one vector. A value that is the same everywhere has the shape ().
+    """
 
-def _shape(like: Tensor, kind: Kind) -> torch.Size:
-    """The shape in which rows or elements of a tensor meet."""
-    return like.shape if kind == Kind.ELEMENT else torch.Size([*like.shape[:1], *(1 for _ in like.shape[1:])])
+    def __init__(self, rows: Sequence[list[Tensor]], like: int) -> None:
+        self._rows, likes = rows, [row[like] for row in rows]
+        self._device = likes[0].device
+        columns = [[*one] for one in zip(*rows, strict=True)]
+        columns[0] = []  # gradients are others in each step
+        self._inputs = [[each.view(-1) if each.is_contiguous() else each for each in one] for one in columns]
+        self._same = [len(rows) == 1 or (bool(one) and all(each is one[0] for each in one)) for one in columns]
+        self._written = [{each.untyped_storage().data_ptr() for each in row[1:]} for row in rows]
+        sizes, counts = [like.numel() for like in likes], [like.shape[0] if like.ndim else 1 for like in likes]
+        self._columns = [size // count for size, count in zip(sizes, counts, strict=True)]
+        self._lengths = {Kind.NUMBER: [1 for _ in likes], Kind.ROW: counts, Kind.ELEMENT: sizes}
+        self._equal = len({*zip(counts, sizes, strict=True)}) == 1
+        widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
+        repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): sizes, (Kind.ROW, Kind.ELEMENT): widths}
+        self._repeats = {} if self._equal else {kinds: torch.tensor(each, device=self._device) for kinds, each in repeats.items()}
+        whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
+        self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in whole.items()}
+
+    def read(self, index: int, kind: Kind) -> Tensor:
+        """An argument of all tensors."""
+        parts = self._inputs[index] if index else [self._gradient(*each) for each in zip(self._rows, self._written, strict=True)]
+        if kind == Kind.NUMBER and self._same[index]:
+            return parts[0].to(self._device).reshape(())
+        if len(parts) == 1:
+            return parts[0].to(self._device).reshape(self._shapes[kind])
+        return torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self._device).view(self._shapes[kind])
+
+    def _gradient(self, row: list[Tensor], written: set[int]) -> Tensor:
+        """The gradient; a copy where it shares memory with what is written."""
+        return row[0].clone() if row[0].untyped_storage().data_ptr() in written else row[0]
+
+    def write(self, index: int, value: Tensor, kind: Kind) -> None:
+        """Write a value to an argument of all tensors."""
+        targets, lengths = self._inputs[index], self._lengths[kind]
+        full = value.expand(self._shapes[kind] if self._equal else sum(lengths))
+        parts = zip(full.unbind() if self._equal else torch.split_with_sizes(full, lengths), targets, strict=True)
+        new = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in parts]
+        torch._foreach_copy_(targets, new)
+
+    def expand(self, value: Tensor, old: Kind, new: Kind) -> Tensor:
+        """Repeat each number or row for what belongs to it, where broadcasting does not."""
+        if old == new or value.ndim == 0 or self._equal:
+            return value
+        return value.repeat_interleave(self._repeats[old, new], output_size=sum(self._lengths[new]))
+
+    def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind) -> Tensor:
+        """Reduce each row, or each tensor, to one value."""
+        if self._equal:
+            return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True)
+        lengths, widths = self._lengths[old], self._columns if new == Kind.ROW else self._lengths[old]
+        parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
+        return torch.cat([reduction(part.reshape(-1, width), dim=1) for part, width in parts])
 
 
 def _source(value: Value) -> int | None:
     """Index of the argument whose memory a value may share, if there is one."""
     while value.op in ("cast", "expand"):
         value = value.args[0]
-    index: int | None = value.args[0] if value.op == "input" else None
-    return index
+    return int(value.args[0]) if value.op == "input" else None

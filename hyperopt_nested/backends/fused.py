@@ -45,8 +45,13 @@ class Kernel:
         tables, pointers, storages = batch.prepared
         grads = [self._readable(row[0], row[self._like], storages) for row in batch.rows]
         tables[0][:: len(self._dtypes)] = array("q", map(Tensor.data_ptr, grads))
-        threads = torch.get_num_threads() if os.getpid() == _started else 1  # a forked child has no threads but its own
-        self._run(ctypes.c_int64(len(grads)), *pointers, threads)
+        self._run(ctypes.c_int64(len(grads)), *pointers, _threads())
+
+    def run(self, shapes: Sequence[tuple[int, int]], rows: Sequence[Sequence[Tensor | None]]) -> None:
+        """What a call does, to arguments that lie as they have to, given rows and columns; None for arguments that are not touched."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for row in rows for tensor in row]
+        tables = [array("q", table) for table in (addresses, *zip(*shapes, strict=True))]
+        self._run(ctypes.c_int64(len(rows)), *(ctypes.c_void_p(table.buffer_info()[0]) for table in tables), _threads())
 
     def _prepared(self, rows: Sequence[Sequence[Tensor]]) -> tuple[list[array[int]], list[ctypes.c_void_p], set[int]]:
         """Addresses of all arguments, rows and columns of each tensor, where these tables are, and the storages that are written to."""
@@ -67,6 +72,10 @@ class Kernel:
         if storage.data_ptr() in storages or grad.is_neg() or not is_stored(grad):
             return grad.clone(memory_format=torch.preserve_format).resolve_neg()
         return grad
+
+
+def _threads() -> int:
+    return torch.get_num_threads() if os.getpid() == _started else 1  # a forked child has no threads but its own
 
 
 def sizes(param: Tensor) -> tuple[int, int]:

@@ -52,21 +52,17 @@ class Request:
         return tuple(size == 1 for size in self.param.shape)
 
 
-@dataclass(eq=False)
-class PerRow:
-    """A program that does each row on its own, by a function that works in place."""
+class Engine:
+    """A function itself as a program: what every other program has to reproduce."""
 
-    function: Callable[..., Any]
-    backend: str
+    backend = "reference"
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
 
     def __call__(self, batch: Batch) -> None:
         for row in batch.rows:
-            self.function(*row)
-
-
-def engine(function: Function) -> PerRow:
-    """The function itself as a program: what every other program has to reproduce."""
-    return PerRow(lambda *arguments: write_over(arguments, function(*arguments)), "reference")
+            write_over(row, self._function(*row))
 
 
 def write_over(arguments: Sequence[Tensor], new: Sequence[Tensor | None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
-from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
+from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
 from hyperopt_nested.backends.verify import examples
 from hyperopt_nested.engine.joint_update import Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
@@ -76,9 +76,15 @@ class ProgramStep:
         """Whether the engine does this step, the one after `taken`, while kernels of a small model are compiled in the background."""
         waits = taken < WARM_UP and not self._programs.strict and self._programs.backend == "fused"
         waits = waits and sum(param.numel() for param in params.values()) < MANY
-        if waits:
-            self._programs.begin(lambda: list(self._arranged([], params, grads, st, numbers, learn).requests.values()))
+        if waits and taken:  # the first step, in which much is done for the first time, has the processor for itself
+            self._programs.begin(lambda: self._requests(params, grads, st, numbers, learn))
         return waits
+
+    def _requests(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> list[Request]:
+        """What programs are needed for: of tensors that are alike, the first asks."""
+        forms = {name: (self._nested.optimizer_of(name).signature, *_each((params[name], grad), *_FORM)) for name, grad in grads.items()}
+        first = {form: name for name, form in reversed(forms.items())}
+        return list(self._arranged([], params, {name: grads[name] for name in first.values()}, st, numbers, learn).requests.values())
 
     def prepare(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> PreparedStep:
         """What to do for the tensors that have gradients; makes the programs that it is done with, if need be, and changes nothing."""
@@ -159,7 +165,7 @@ class ProgramStep:
             held, step = self._learner(key, list(by_value), st)
             row = [*(torch.empty_like(raws[value]) for value in by_value), *held]
             made.tensors += held
-            made.learns[key] = engine(step), Batch([row])
+            made.learns[key] = Engine(step), Batch([row])
             if len(raws) == 1:
                 trials = functools.partial(examples, row, row[0], {}, None, step)
                 made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)

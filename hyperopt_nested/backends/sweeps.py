@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, reachable
-from hyperopt_nested.backends.simplify import simplified
+from hyperopt_nested.backends.graph import REDUCTIONS, Kind, UpdateGraph, Value, Values, reachable
 
 
 @dataclass
@@ -95,8 +94,19 @@ def with_early_writes(graphs: Sequence[UpdateGraph], changing: Collection[int]) 
         return [first, last]
     moved = replace(first, outputs=(*first.outputs, *early.items()))
     rest = replace(last, outputs=tuple((i, value) for i, value in last.outputs if i not in early))
-    found = [simplified(moved), simplified(rest, early)]
+    found = [moved, _reading(rest, early)]
     return min([first, last], found, key=lambda pair: sum(_bytes_touched(graph, Sweeps(graph).sweeps) for graph in pair))
+
+
+def _reading(graph: UpdateGraph, written: Mapping[int, Value]) -> UpdateGraph:
+    """A graph that reads values from the arguments of these indices, where they have been written."""
+    index, make = {value: i for i, value in written.items()}, Values()
+    new: dict[Value, Value] = {}
+    for value in graph.values:
+        args = [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
+        read = value in index
+        new[value] = make("input" if read else value.op, (index[value],) if read else args, value.kind, value.dtype, value.computed)
+    return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
 def _read_back(outputs: Mapping[int, Value], movable: Iterable[int], roots: Iterable[Value]) -> dict[int, Value]:

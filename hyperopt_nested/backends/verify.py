@@ -1,16 +1,19 @@
 """Whether programs do what the engine does, tried on small examples before they are used."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.program import Batch, Function, Program, Request, engine, write_over
+from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
 from hyperopt_nested.engine.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _NOISE = 100.0
 """A difference is rounding if it is at most so many times what changes of the arguments by rounding make of the engine's result."""
+
+Row = Sequence[Tensor]
 
 _SIZES = {0: (), 1: (37,), 2: (5, 19), 3: (4, 3, 7), 4: (3, 4, 3, 2)}
 _SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0
@@ -22,10 +25,12 @@ def deviation(programs: Sequence[Program], request: Request, *, whole: bool = Fa
     if request.param.is_meta:  # nothing is computed there
         return ""
     tolerance = max(_TOLERANCE.get(argument.dtype, 0.0) for argument in request.arguments)
-    by_engine = [engine(function) for function in request.functions]
+    by_engine = [Engine(function) for function in request.functions]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        others = iter(request.examples(whole=False, less=1))  # which are stepped in the same batch, and have other sizes
         for example in request.examples(whole=whole):
-            found, wanted = _run(programs, example, request), _run(by_engine, example, request)
+            beside = [next(others)] if programs[0].backend == "foreach" else []
+            found, wanted = _run(programs, example, request, beside), _run(by_engine, example, request)
             wrong = [i for i in range(1, len(wanted)) if _differs(found[i], wanted[i], tolerance)]
             if wrong:
                 moved = [_run(by_engine, _moved(example, seed), request) for seed in range(8)]
@@ -37,17 +42,17 @@ def deviation(programs: Sequence[Program], request: Request, *, whole: bool = Fa
     return ""
 
 
-def _run(programs: Sequence[Program], arguments: Sequence[Tensor], request: Request) -> list[Tensor]:
-    """What arguments are after programs, between which shared values change."""
-    now = [argument.clone() for argument in arguments]
+def _run(programs: Sequence[Program], arguments: Row, request: Request, beside: Sequence[Row] = ()) -> list[Tensor]:
+    """What arguments are after programs, between which shared values change; others are `beside` them in the batch."""
+    rows = [[argument.clone() for argument in row] for row in (*beside, arguments)]
     for program in programs:
-        program(Batch([now]))
-        for i in request.changing:
-            now[i].mul_(1.01)
-    return now
+        program(Batch(rows))
+        for row, i in itertools.product(rows, request.changing):
+            row[i].mul_(1.01)
+    return rows[-1]
 
 
-def _moved(arguments: Sequence[Tensor], seed: int) -> list[Tensor]:
+def _moved(arguments: Row, seed: int) -> list[Tensor]:
     """Arguments that are changed by as little as rounding does."""
     generator = torch.Generator().manual_seed(seed)
     moved = []
@@ -59,16 +64,17 @@ def _moved(arguments: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def examples(
-    arguments: Sequence[Tensor], param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, update: Function, *, whole: bool
+    arguments: Row, param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, update: Function, *, whole: bool, less: int = 0
 ) -> Iterator[list[Tensor]]:
     """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
     The argument at `point` is the tensor, and those at the indices of `hypers` are raw values. If `whole`, examples have the sizes and
-    strides of the arguments; else they are small.
+    strides of the arguments; else they are small, and smaller by `less`.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = tuple(1 if size == 1 else small for size, small in zip(param.shape, _SIZES.get(param.ndim, (2,) * param.ndim), strict=True))
+    sizes = zip(param.shape, _SIZES.get(param.ndim, (3,) * param.ndim), strict=True)
+    shape = tuple(1 if size == 1 else small - less for size, small in sizes)
 
     def drawn(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device, tensor.dtype)

@@ -5,18 +5,21 @@ from torch import Tensor
 
 from hyperopt_nested.combinators.base import Step, combinator
 from hyperopt_nested.domains import Interval
-from hyperopt_nested.ops import counter, state_dtype
+from hyperopt_nested.ops import counter
+from hyperopt_nested.rules import copy_of
 from hyperopt_nested.trees import State
 
 
 def _init_lookahead(param: Tensor, *, k: int) -> State:
     if not k >= 1:
         raise ValueError(f"k={k!r} must be an integer >= 1")
-    return {"step": counter(param), "evaluated": param.detach().to(state_dtype(param), copy=True)}
+    return {"step": counter(param), "evaluated": copy_of(param)}
 
 
-@combinator(_init_lookahead, coupling="element", check_with={"k": 2}, alpha=Interval(0.5, 0.0, 1.0))
-def lookahead(param: Tensor, grad: Tensor, state: State, step: Step, *, alpha: Tensor, k: int = 5) -> tuple[Tensor, State]:
+@combinator(_init_lookahead, separable="element", check_with={"k": 2})
+def lookahead(
+    param: Tensor, grad: Tensor, state: State, step: Step, *, alpha: Tensor = Interval(0.5, 0.0, 1.0), k: int = 5
+) -> tuple[Tensor, State]:
     r"""Lookahead (Zhang et al. 2019, arXiv 1907.08610, algorithm 1): every `k` steps the slow weights go a part of the way to the fast.
 
     The parameters are the fast weights; the slow ones are what `evaluated` returns.
@@ -34,10 +37,10 @@ def lookahead(param: Tensor, grad: Tensor, state: State, step: Step, *, alpha: T
 def _init_ema(param: Tensor, *, decay: float) -> State:
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r} must be in [0, 1]")
-    return {"evaluated": param.detach().to(state_dtype(param), copy=True)}
+    return {"evaluated": copy_of(param)}
 
 
-@combinator(_init_ema, coupling="element")
+@combinator(_init_ema, separable="element")
 def ema(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: float = 0.999) -> tuple[Tensor, State]:
     """The optimizer, with an exponential moving average of its weights, which is what `evaluated` returns.
 

@@ -19,8 +19,8 @@ def _to_start(param: Tensor, *, anchor: Anchor = "start") -> State:
     return keep_anchor(param, anchor)
 
 
-@combinator(_to_zero, coupling="element", decay=NonNegative(1e-2))
-def coupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+@combinator(_to_zero, separable="element")
+def coupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor = NonNegative(1e-2)) -> tuple[Tensor, State]:
     r"""The optimizer, on \(g + \lambda(\theta - \theta_0)\): weight decay as a term of the loss.
 
     Args:
@@ -30,8 +30,8 @@ def coupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, deca
     return step(param, grad + decay * displacement(param, state)), state
 
 
-@combinator(_to_start, coupling="element", decay=NonNegative(1e-2))
-def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+@combinator(_to_start, separable="element")
+def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor = NonNegative(1e-2)) -> tuple[Tensor, State]:
     r"""L2-SP: coupled decay towards the pre-trained weights (Li et al. 2018, arXiv 1802.01483).
 
     Args:
@@ -41,8 +41,10 @@ def l2_sp(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tenso
     return step(param, grad + decay * displacement(param, state)), state
 
 
-@combinator(_to_zero, coupling="element", decay=NonNegative(1e-2))
-def decoupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor, lr: Tensor) -> tuple[Tensor, State]:
+@combinator(_to_zero, separable="element")
+def decoupled_decay(
+    param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor = NonNegative(1e-2), lr: Tensor
+) -> tuple[Tensor, State]:
     r"""The optimizer, and apart from it \(-\eta\lambda(\theta - \theta_0)\) (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     The optimizer inside must have a hyper `lr`, which is \(\eta\): around `adam` this is `adamw`.
@@ -54,8 +56,8 @@ def decoupled_decay(param: Tensor, grad: Tensor, state: State, step: Step, *, de
     return step(param, grad) - lr * decay * displacement(param, state), state
 
 
-@combinator(_to_start, decay=NonNegative(1.0))
-def spd(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor) -> tuple[Tensor, State]:
+@combinator(_to_start)
+def spd(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: Tensor = NonNegative(1.0)) -> tuple[Tensor, State]:
     r"""Selective projection decay (Tian et al., NeurIPS 2024, arXiv 2411.01713); around `adam` it is AdamSPD.
 
     Where the gradient and the tensor's displacement from its anchor have a positive inner product (the descent direction agrees with

@@ -16,8 +16,8 @@ def _scaled_to(grad: Tensor, norm: Tensor, max_norm: Tensor) -> Tensor:
     return grad * torch.where(kink(scale, 1) < 1, scale, 1)
 
 
-@combinator(coupling="element", max_value=Positive(1.0))
-def clip_by_value(param: Tensor, grad: Tensor, state: State, step: Step, *, max_value: Tensor) -> tuple[Tensor, State]:
+@combinator(separable="element")
+def clip_by_value(param: Tensor, grad: Tensor, state: State, step: Step, *, max_value: Tensor = Positive(1.0)) -> tuple[Tensor, State]:
     """The optimizer, on gradients clipped entry by entry, as `torch.nn.utils.clip_grad_value_`.
 
     Args:
@@ -27,8 +27,8 @@ def clip_by_value(param: Tensor, grad: Tensor, state: State, step: Step, *, max_
     return step(param, clipped), state
 
 
-@combinator(max_norm=Positive(1.0))
-def clip_by_norm(param: Tensor, grad: Tensor, state: State, step: Step, *, max_norm: Tensor) -> tuple[Tensor, State]:
+@combinator
+def clip_by_norm(param: Tensor, grad: Tensor, state: State, step: Step, *, max_norm: Tensor = Positive(1.0)) -> tuple[Tensor, State]:
     """The optimizer, on gradients that are scaled down, each tensor on its own, to a Euclidean norm of at most `max_norm`.
 
     As `torch.nn.utils.clip_grad_norm_` on one tensor, 1e-6 is added to the norm.
@@ -39,8 +39,10 @@ def clip_by_norm(param: Tensor, grad: Tensor, state: State, step: Step, *, max_n
     return step(param, _scaled_to(grad, safe_sqrt(grad.square().sum()), max_norm)), state
 
 
-@combinator(coupling="element", measure=lambda grad: grad.square().sum(), max_norm=Positive(1.0))
-def clip_by_global_norm(param: Tensor, grad: Tensor, state: State, step: Step, *, max_norm: Tensor, total: Tensor) -> tuple[Tensor, State]:
+@combinator(separable="element", global_reduce=lambda grad: grad.square().sum())
+def clip_by_global_norm(
+    param: Tensor, grad: Tensor, state: State, step: Step, *, max_norm: Tensor = Positive(1.0), reduced: Tensor
+) -> tuple[Tensor, State]:
     """The optimizer, on gradients scaled down together to a Euclidean norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
     The norm is that of the gradients of all tensors that one `Nested` or `HyperOptimizer` steps with a clipping rule. Put it outermost
@@ -49,10 +51,10 @@ def clip_by_global_norm(param: Tensor, grad: Tensor, state: State, step: Step, *
     Args:
         max_norm: largest Euclidean norm of all gradients together, > 0. Where nothing is clipped, its hypergradient is zero.
     """
-    return step(param, _scaled_to(grad, safe_sqrt(total), max_norm)), state
+    return step(param, _scaled_to(grad, safe_sqrt(reduced), max_norm)), state
 
 
-@combinator(coupling="row")
+@combinator(separable="row")
 def centralize(param: Tensor, grad: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
     """The optimizer, on gradients without their mean over each row (Yong et al. 2020, arXiv 2004.01461, equation 1).
 

@@ -1,6 +1,7 @@
 """Projection of every tensor into a ball around its anchor."""
 
-from typing import get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from hyperopt_nested.combinators.base import Step, combinator
 from hyperopt_nested.domains import NonNegative
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation, largest, mars
-from hyperopt_nested.rule import Coupling
+from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import State
 
 _BALLS = "mars", "frobenius", "row_l2", "linf"
@@ -30,21 +31,22 @@ def _init(
     return {"largest_norm": param.new_zeros((), dtype=state_dtype(param)), **kept}
 
 
-def _coupling(*, onto: Ball) -> Coupling:
+def _separable(options: Mapping[str, Any]) -> Separable:
+    onto = options["onto"]
     if not isinstance(onto, Ball):
         by_name = f": hn.{onto}" if isinstance(onto, str) and onto in _BALLS else f", such as {', '.join(f'hn.{ball}' for ball in _BALLS)}"
         raise TypeError(f"onto={onto!r} ({type(onto).__name__}) must be a ball{by_name}")
-    return onto.coupling
+    return onto.separable
 
 
-@combinator(_init, coupling=_coupling, check_with={"saturation": "exact"}, radius=NonNegative(1.0))
+@combinator(_init, separable=_separable, check_with={"saturation": "exact"})
 def project(
     param: Tensor,
     grad: Tensor,
     state: State,
     step: Step,
     *,
-    radius: Tensor,
+    radius: Tensor = NonNegative(1.0),
     onto: Ball = mars,
     saturation: Saturation = "straight-through",
 ) -> tuple[Tensor, State]:
@@ -69,7 +71,7 @@ def project(
     new = step(param, grad)
     moved = displacement(new, state)
     norms = onto.norms(finite(moved))  # an element that is not finite spoils no other
-    pulled = onto.pull(new, moved, norms, radius, center=anchor_of(new, state), saturation=saturation)
+    projected = onto.shrink(new, moved, norms, radius, center=anchor_of(new, state), saturation=saturation)
     top = largest(torch.where(torch.isfinite(norms), norms, -1))
     known = (top > 0) | ((top == 0) & torch.isfinite(moved.sum()))  # else nothing is finite: the last one stays
-    return pulled, {**state, "largest_norm": torch.where(known, top + EPS, state["largest_norm"])}
+    return projected, {**state, "largest_norm": torch.where(known, top + EPS, state["largest_norm"])}

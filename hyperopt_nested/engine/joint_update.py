@@ -89,13 +89,13 @@ class JointUpdate:
     def __call__(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Raws], values: Values
     ) -> tuple[Raws, tuple[dict[str, State], Raws]]:
-        """New tensors; and new states of their rules, and the totals of what is measured. Arguments as of `Nested.step`."""
+        """New tensors; and new states of their rules, and the sums over all tensors. Arguments as of `Nested.step`."""
         updates = self.of(params, grads, rule, values, grads)
         used = {name: self.raws_of(name, raws) for name in grads}
         totals: Raws = {}
         for name, each in updates.items():
-            if each.measures:
-                measured, before = each.measure(used[name]), totals.get(each.measures)
-                totals[each.measures] = measured if before is None else before + measured.to(before.device)
-        updated = {name: each(used[name], totals.get(each.measures)) for name, each in updates.items()}
+            if each.reduction:
+                measured, before = each.global_reduce(used[name]), totals.get(each.reduction)
+                totals[each.reduction] = measured if before is None else before + measured.to(before.device)
+        updated = {name: each(used[name], totals.get(each.reduction)) for name, each in updates.items()}
         return {name: pair[0] for name, pair in updated.items()}, ({name: pair[1] for name, pair in updated.items()}, totals)

@@ -41,7 +41,7 @@ class LastUpdate:
         found = {}
         for name, param in params.items():
             none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._kept(name, "forward")}
-            totals = {self._update.optimizer_of(name).rule.measures: torch.zeros((), dtype=state_dtype(param), device=param.device)}
+            totals = {self._update.optimizer_of(name).rule.reduction: torch.zeros((), dtype=state_dtype(param), device=param.device)}
             raws = self._update.raws_of(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
         return found
@@ -162,8 +162,8 @@ class LastUpdate:
             found["numbers"] = map_tree(torch.clone, numbers)
         if reverse:
             inputs = {"param": param, "grad": grad, "state": state, **numbers}
-            if optimizer.rule.measures:
-                inputs["total"] = totals[optimizer.rule.measures].to(param.device, state_dtype(param))
+            if optimizer.rule.reduction:
+                inputs["total"] = totals[optimizer.rule.reduction].to(param.device, state_dtype(param))
             found["inputs"] = map_tree(torch.clone, inputs)
         return {**found, "taken": torch.full((), taken, dtype=torch.float32, device=param.device)}
 

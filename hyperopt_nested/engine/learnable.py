@@ -15,15 +15,17 @@ from hyperopt_nested.engine.joint_update import Tensors, Values
 from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.sensitivity import unused
 from hyperopt_nested.engine.tensor_update import TensorUpdate
-from hyperopt_nested.rule import Coupling, Learn, Optimizer
+from hyperopt_nested.rule import Learn, Optimizer
+from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import State
 
 Memory = Literal["auto", "kept", "forward", "reverse", "none"]
 """How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
 hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
-back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers that a rule
-declares as `late`, as Adam's learning rate and decoupled weight decay: of these the effect is worked out from the tensor and the state
-that the update left, and takes no memory; tensors have to be left alone between steps. "none" remembers nothing, and so learns nothing."""
+back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers whose effect
+can be worked out from the tensor and the state that the update left, as Adam's learning rate and decoupled weight decay, also where
+combinators change the gradient: these take no memory; tensors have to be left alone between steps. "none" remembers nothing, and
+learns nothing."""
 
 Kind = Literal["late", "forward", "reverse"]
 """How the last update's dependence on one hyper is remembered."""
@@ -72,7 +74,7 @@ def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory
         ValueError: the message names the hyper and the remedy.
     """
     rule = optimizer.rule
-    if name in rule.flat and memory != "none" and not discount:
+    if name in rule.nondifferentiable and memory != "none" and not discount:
         raise ValueError(
             f"{name} is learned, but the derivative of {rule.name} with respect to it is zero wherever it exists, "
             f"so it would never move: give {name} a plain value"
@@ -85,12 +87,12 @@ def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory
     if (memory == "forward" or (discount and curvature == "none")) and not _forward_is_exact(optimizer, learn):
         argument = f"discount={discount:g}" if discount else "memory='forward'"
         raise ValueError(
-            f"{argument} is not exact for {name} learned per {learn.per}, since {rule.name} couples each {rule.coupling}: "
+            f"{argument} is not exact for {name} learned per {learn.per}, since {rule.name} is separable by {rule.separable}: "
             + ("learn it per 'tensor' or 'model', or use discount=0" if discount else "use memory='auto' or 'reverse'")
         )
-    if discount and curvature == "none" and rule.measures and learn.per != "model":
+    if discount and curvature == "none" and rule.reduction and learn.per != "model":
         raise ValueError(
-            f"discount={discount:g} is not exact for {name} learned per {learn.per}, since {rule.name} needs a total over all "
+            f"discount={discount:g} is not exact for {name} learned per {learn.per}, since {rule.name} needs a sum over all "
             "tensors: learn it per 'model', or use discount=0"
         )
 
@@ -105,16 +107,16 @@ def check_used(
     """
     if not learned:
         return
-    device = "cpu" if param.numel() < 4096 else "meta"  # meta tensors cost no memory, but operations on them are slow
+    device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
     numbers = TensorUpdate.fixed(optimizer, learned, {}, probe.device)
     update = TensorUpdate(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {}, numbers)
-    total = torch.zeros((), dtype=torch.float32, device=device) if update.measures else None
+    total = torch.zeros((), dtype=torch.float32, device=device) if update.reduction else None
     told = {each.key: hyper for hyper, each in learned.items()}
-    measured = set(raws) - set(unused(update.measure, raws)) if update.measures else set()
-    for key in unused(functools.partial(update.param, total=total), raws):
-        if key not in measured and told[key] not in optimizer.rule.flat:
+    measured = set(raws) - set(unused(update.global_reduce, raws)) if update.reduction else set()
+    for key in unused(functools.partial(update.param, reduced=total), raws):
+        if key not in measured and told[key] not in optimizer.rule.nondifferentiable:
             raise ValueError(
                 f"{told[key]} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} (settings: "
                 f"{optimizer!r}), so its hypergradient would always be zero: give {told[key]} a plain value, or switch on what uses it"
@@ -124,16 +126,16 @@ def check_used(
         kind = kind_of_memory(optimizer, told[each.key], each.learn, memory)
         if one_step and each.key in measured and (each.learn.per != "model" or kind != "forward"):
             raise ValueError(
-                f"{told[each.key]} enters the total over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
-                "'auto' or 'forward', or put what needs the total outermost, where it sees the raw gradients"
+                f"{told[each.key]} enters the sum over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
+                "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"
             )
 
 
 def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:
     if learn.per in ("model", "tensor"):
         return True
-    order = get_args(Coupling)
-    return order.index(optimizer.rule.coupling) <= order.index(learn.per)
+    order = get_args(Separable)
+    return order.index(optimizer.rule.separable) <= order.index(learn.per)
 
 
 def optimizers_of(given: Any) -> list[Optimizer]:

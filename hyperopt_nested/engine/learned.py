@@ -85,7 +85,7 @@ class LearnedHyper:
             shape = () if single else tuple(param.shape)
         dtype = number_dtype(param.device) if single else state_dtype(param)
         full = torch.as_tensor(value, dtype=dtype, device=param.device).expand(shape).clone()
-        return self.hyper.to_raw(full, self.via)
+        return self.hyper.to_unconstrained(full, self.via)
 
     def value(self, raw: Tensor, scheduled: float | Tensor | None = None) -> Tensor:
         """Effective value: the learned value times what a schedule has made of the declared one, over the declared one."""
@@ -154,13 +154,13 @@ class LearnedHyper:
         """Which entries were stopped at a fixed end that they do not start at."""
         if self._below and self._above:
             return kept != wanted
-        if self.via == "square":  # which falls below zero
+        if self.via is not None and self.via.even:
             wanted, kept = wanted.abs(), kept.abs()
         return kept > wanted if self._below else kept < wanted
 
     def ends(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The fixed ends of the value, of the shape of `raw`: of the domain, of what the dtype holds, and bounds that are numbers."""
-        least = torch.zeros_like(raw) if self.via == "square" else torch.full_like(raw, -math.inf)
+        least = torch.zeros_like(raw) if self.via is not None and self.via.even else torch.full_like(raw, -math.inf)
         low, high = (self.bounded(self.hyper.confine(end, self.via)) for end in (least, torch.full_like(raw, math.inf)))
         return self.hyper.to_value(low, self.via), self.hyper.to_value(high, self.via)
 

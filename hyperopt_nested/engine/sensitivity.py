@@ -46,12 +46,12 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
 
 def _nothing_looks_on() -> bool:
     """Whether this runs eagerly, without derivatives that are taken from outside, transforms, tracing or fake tensors."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not is_in_torch_dispatch_mode()
-    )
+    return not torch.is_grad_enabled() and nothing_transforms()
+
+
+def nothing_transforms() -> bool:
+    """Whether this runs eagerly, without transforms, tracing or fake tensors."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and not is_in_torch_dispatch_mode()
 
 
 def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:

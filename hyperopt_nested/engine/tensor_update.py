@@ -17,7 +17,7 @@ from hyperopt_nested.trees import State, leaves, map_tree
 
 
 class TensorUpdate:
-    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one.
+    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the sum over all tensors, if any.
 
     Args:
         optimizer: what steps the tensor.
@@ -44,7 +44,7 @@ class TensorUpdate:
         self._learned, self._values, self._numbers = learned, values, numbers
         self._device = param.device
         self._param, self._grad, self._state = self._widened(param), self._widened(grad), map_tree(self._widened, state)
-        self.measures = optimizer.rule.measures
+        self.reduction = optimizer.rule.reduction
 
     @staticmethod
     def fixed(
@@ -65,16 +65,16 @@ class TensorUpdate:
         learned = self._learned[name]
         return learned.value(raws[learned.key].to(self._device), self._values.get(name))
 
-    def measure(self, raws: Raws) -> Tensor:
-        return self._rule.measure(self._param, self._grad, self._state, self._hypers(raws))
+    def global_reduce(self, raws: Raws) -> Tensor:
+        return self._rule.global_reduce(self._param, self._grad, self._state, self._hypers(raws))
 
-    def __call__(self, raws: Raws, total: Tensor | None = None) -> tuple[Tensor, State]:
-        total = None if total is None else total.to(self._device)
-        new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), total)
+    def __call__(self, raws: Raws, reduced: Tensor | None = None) -> tuple[Tensor, State]:
+        reduced = None if reduced is None else reduced.to(self._device)
+        new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), reduced)
         return new.to(self._dtype), state
 
-    def param(self, raws: Raws, total: Tensor | None) -> Tensor:
-        return self(raws, total)[0]
+    def param(self, raws: Raws, reduced: Tensor | None) -> Tensor:
+        return self(raws, reduced)[0]
 
     def finish(self, param: Tensor, raws: Raws) -> Tensor:
         """The last part of the update, `Rule.finish`, given the new state."""

@@ -45,14 +45,15 @@ def named(needed: str, remedy: str) -> Iterator[None]:
         raise _refusal(found["operation"], needed, remedy) from error
 
 
-def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], order: int = 2) -> None:
-    """Try to differentiate gradients in reverse.
+def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], order: int = 2, *, trial: bool = True) -> None:
+    """Look whether gradients can be differentiated in reverse.
 
     Args:
         loss: of shape ().
         grads: its gradients, made with their graph, by name.
         params: the tensors, by name.
         order: how many derivatives of the loss will be taken.
+        trial: whether to try it too, which finds what the graphs do not show.
 
     Raises:
         NotImplementedError: an operation has no double backward, or a wrong one; the message names it.
@@ -61,7 +62,7 @@ def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, 
     curved = [grad for grad in grads.values() if grad.requires_grad]
     with twice():
         refuse_once_differentiable(loss, curved)
-        if curved:
+        if curved and trial:
             torch.autograd.grad([grad.sum() for grad in curved], list(params.values()), retain_graph=True, allow_unused=True)
 
 

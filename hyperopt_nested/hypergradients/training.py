@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from hyperopt_nested.backends.differentiable import DifferentiableUpdate
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.carried import Carried
 from hyperopt_nested.hypergradients.double_backward import check_twice, named, twice
@@ -31,6 +32,9 @@ from hyperopt_nested.hypergradients.losses import (
 from hyperopt_nested.trees import State, map_tree
 
 Values = dict[str, Tensors]
+
+_FEW = 32
+"""Steps from which on it is tried in the first whether gradients can be differentiated; before, all steps are soon differentiated."""
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Training:
         reverse: whether gradients are differentiated in reverse: what has no such derivative is refused in the first step.
         has_aux: whether the losses may return pairs of a loss and anything else.
         order: how many derivatives of the training loss are taken.
+        by_kernels: whether native kernels do and differentiate updates, where there are some, in reverse.
 
     Attributes:
         trace: what the losses returned.
@@ -85,10 +90,12 @@ class Training:
         reverse: bool,
         has_aux: bool,
         order: int = 2,
+        by_kernels: bool = False,
     ) -> None:
         self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
-        self._has_aux, self._order = has_aux, order
+        self._has_aux, self._order, self._tries = has_aux, order, True
+        self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
 
     def reverse(
@@ -96,6 +103,7 @@ class Training:
     ) -> tuple[Values, Tensors]:
         """By autograd, one segment of steps at a time, the last one first; from step number `first`."""
         self._check_schedules(values, first + len(batches))
+        self._tries = len(batches) >= _FEW
         starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
         devices = devices_of(carry["params"].values())
         draws: list[Draws] = []
@@ -105,7 +113,8 @@ class Training:
         total = map_tree(torch.zeros_like, values)
         cotangents: list[Tensor | None] | None = None
         for begin in reversed(starts):
-            start, hypers = tree_map(_leaf, kept.pop()), map_tree(_differentiable if create_graph else _leaf, values)
+            start, hypers = kept.pop(), map_tree(_differentiable if create_graph else _leaf, values)
+            start = {part: tree_map(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
             part, at = batches[begin : begin + segment], first + begin
             with torch.enable_grad(), twice():
                 if cotangents is None:
@@ -116,7 +125,7 @@ class Training:
                     with drawn_again(draws.pop()):
                         outputs = tree_leaves(self._run_again(start, hypers, part, at))
                 pairs = [(each, weight) for each, weight in zip(outputs, cotangents or [None], strict=True) if each.requires_grad]
-                inputs, rebuilt = parted((start, hypers), is_real)
+                inputs, rebuilt = parted((start, hypers), _is_followed)
                 found = torch.autograd.grad(
                     [each for each, _ in pairs],
                     inputs,
@@ -164,10 +173,10 @@ class Training:
             loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
             grads = gradients(loss, params, graph=graph or first)
             if first:
-                check_twice(loss, grads, params, order=self._order)
+                check_twice(loss, grads, params, order=self._order, trial=self._tries)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
-            return self._update(carry, grads, buffers, values, step), loss, aux
+            return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
 
     def forward(self, carry: State, values: Values, batches: Iterable[Any], first: int) -> Values:
         """By jvp, with one tangent for each entry of the hypers, all at once under vmap; from step number `first`."""
@@ -288,14 +297,15 @@ class Training:
             raise refuse_constant("outer_loss", "params or hypers")
         return loss, aux
 
-    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int) -> State:
+    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, differentiable: bool = False) -> State:
         """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone."""
         now: dict[str, Tensors] = {key: {} for key in values}
         for key, name, value, scheduled in self._each(values):
             if scheduled and step >= len(value):
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are more batches")
             now[key][name] = value[step] if scheduled else value
-        params, rule = self._nested.update(carry["params"], grads, carry["rule"], now)
+        update = self._differentiable if differentiable else self._nested.update
+        params, rule = update(carry["params"], grads, carry["rule"], now)
         return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
     def _each(self, values: Hypers) -> Iterator[tuple[str, str, Tensor, bool]]:
@@ -342,6 +352,10 @@ def other_again(step: int, what: str, before: Tensor) -> RuntimeError:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _is_followed(leaf: Any) -> bool:
+    return is_tensor(leaf) and leaf.requires_grad
 
 
 def _differentiable(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperopt_nested.domains import Hyper
 from hyperopt_nested.engine.learnable import optimizers_of
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.sensitivity import nothing_transforms
 from hyperopt_nested.hypergradients.implicit import Solver
 from hyperopt_nested.hypergradients.losses import Hypers, OuterLoss, Tensors, TrainLoss
 from hyperopt_nested.hypergradients.training import Trace, Training
@@ -18,6 +19,19 @@ from hyperopt_nested.rule import Learn, Optimizer
 
 Method = Literal["reverse", "forward", "implicit"]
 """How a hypergradient is taken through the steps of training: see `hypergradient`."""
+
+Backend = Literal["auto", "reference", "fused"]
+"""What does updates, and pulls back through them, in reverse:
+
+* "reference": the engine and autograd.
+* "fused": native kernels, for which autograd keeps the arguments of updates alone: for tensors on the CPU, and rules that go row by row or
+  element by element, where there is a C++ compiler; else the engine. They are compiled when a rule is first used, and used after they have
+  reproduced the engine's results on examples of finite numbers.
+* "auto": "fused" where steps times numbers are many; else the engine.
+"""
+
+_MANY = 1 << 19
+"""Numbers that are updated, in all steps together, from which on kernels are compiled for them."""
 
 
 def hypergradient(
@@ -36,6 +50,7 @@ def hypergradient(
     create_graph: bool = False,
     solver: Solver = "cg",
     iterations: int = 100,
+    backend: Backend = "auto",
 ) -> "Hypergradients":
     """Gradient of a loss after training with respect to every learned hyper: through all steps, and through the model's curvature.
 
@@ -63,6 +78,7 @@ def hypergradient(
         solver: of "implicit"; see `Solver`.
         iterations: of "implicit": how many the solver makes.
         create_graph: of "reverse" with `memory="full"`: whether the result can be differentiated by autograd.
+        backend: of "reverse": what does the updates; see `Backend`.
 
     Returns:
         By hyper and by key, the derivative with respect to its value (not to its coordinates in a bijection), of the value's shape.
@@ -86,6 +102,8 @@ def hypergradient(
         raise ValueError(f"method={method!r} must be one of {', '.join(map(repr, get_args(Method)))}")
     if create_graph and (method != "reverse" or memory != "full"):
         raise ValueError(f"create_graph=True needs method='reverse' and memory='full', not {method!r} and {memory!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
     nested = Nested(in_values(optimizer), memory="none")
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
@@ -94,10 +112,13 @@ def hypergradient(
     carry = {"params": {name: p.detach().clone() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
     reverse = method != "forward"
     losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
-    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux, order=3 if create_graph else 2)
-    if method == "forward" and horizon is None:
-        return Hypergradients(training.forward(carry, values, batches, 0), trace=training.trace)
-    steps = list(batches)
+    steps = batches if method == "forward" and horizon is None else list(batches)
+    many = isinstance(steps, list) and len(steps) * sum(p.numel() for p in params.values()) >= _MANY
+    by_kernels = method == "reverse" and not create_graph and nothing_transforms() and (backend == "fused" or (backend == "auto" and many))
+    order = 3 if create_graph else 2
+    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux, order=order, by_kernels=by_kernels)
+    if not isinstance(steps, list):
+        return Hypergradients(training.forward(carry, values, steps, 0), trace=training.trace)
     if method == "implicit":
         if solver not in get_args(Solver):
             raise ValueError(f"solver={solver!r} must be one of {', '.join(map(repr, get_args(Solver)))}")

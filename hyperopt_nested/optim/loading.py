@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.domains import Bijection
+from hyperopt_nested.domains import BIJECTIONS
 from hyperopt_nested.optim.kept_state import pairs
 from hyperopt_nested.optim.param_state import COORDINATES, STEPS, ParamState, is_entry, is_said
 
@@ -130,14 +130,14 @@ def _is_shared(key: str, common: frozenset[str]) -> bool:
 
 def _check_coordinates(kept: ParamState, pool: Mapping[str, Any]) -> None:
     """Refuse learned values that are in other coordinates."""
-    names = {0: "'projection'", **{number: repr(name) for number, name in enumerate(get_args(Bijection), start=1)}}
+    names = {0: "'projection'", **{each.number: repr(each.name) for each in BIJECTIONS.values()}}
     if not any(map(is_said, pool)):
         return
     for key in {*kept.coordinates, *(key.removeprefix(COORDINATES) for key in pool if key.startswith(COORDINATES))}:
         here, there = (int(numbers.get(at, 0)) for numbers, at in ((kept.coordinates, key), (pool, COORDINATES + key)))
         if here != there:
             raise ValueError(
-                f"state_dict has {key!r} learned with via={names.get(there, there)}, and this optimizer with via={names[here]}: "
+                f"state_dict has {key!r} learned with via={names.get(there, there)}, and this optimizer with via={names.get(here, here)}: "
                 "their raw values mean other things; declare it as the run that was saved"
             )
 

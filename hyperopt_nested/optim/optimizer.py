@@ -18,6 +18,7 @@ from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.optim.loading import loaded, matched
+from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
 from hyperopt_nested.optim.param_groups import NO_CHOICES, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
 from hyperopt_nested.optim.param_state import ParamState, built, is_own, is_said
@@ -292,6 +293,70 @@ class HyperOptimizer(GroupedOptimizer):
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
                         found[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach().clone()
         return found
+
+    def learned(self) -> dict[str, float]:
+        """Effective value of every learned hyper, as a float: for logs and progress bars. Reading waits for the device.
+
+        Returns:
+            By name: `lr` is a value that the model shares, `lr/group 1` that of a parameter group where groups differ in it,
+            `weight_decay/0.weight` that of a tensor; where rows or elements have values of their own, their mean. `lr.lr` is a value of
+            what learns `lr`. `hypers` returns the same as tensors, with all rows and elements.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> decay = hn.learn(1e-2, by=hn.adam(lr=1e-3), per="tensor")
+            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)), weight_decay=decay)
+            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), optimizer)
+            >>> opt.learned()
+            {'lr': 0.001, 'weight_decay/weight': 0.01, 'weight_decay/bias': 0.01}
+        """
+        st = self._state()
+        return {name: value.read(st) for name, value in self._learned_values(st).items()}
+
+    def set_hyper(self, name: str, value: float) -> None:
+        """Set the value of a hyper, learned or not. A learned one goes on from there.
+
+        A learned value becomes the one whose effective value, after what schedules have made of it, is `value`; parameter groups that
+        share it keep their ratio. A hyper that is not learned is a number of parameter groups, which a scheduler may change again.
+
+        Args:
+            name: a hyper (`lr`) for all of its values, or one of them: a name that `learned` returns, or `lr/group 1`.
+            value: in the hyper's domain. Rows and elements all get it.
+
+        Raises:
+            TypeError: `value` is no number.
+            ValueError: there is no such hyper, or the value is outside its domain or bounds. Nothing has been changed then.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))))
+            >>> opt.set_hyper("lr", 0.05)
+            >>> opt.set_hyper("momentum", 0.9)
+            >>> opt.learned()["lr"], opt.param_groups[0]["momentum"]
+            (0.05, 0.9)
+        """
+        st = self._state()
+        declared = declared_hypers(self._optimizers, self._roster.group_of)
+        new, groups = with_value(name, value, st, self._learned_values(st), declared)
+        if new is not st:
+            cast(ParamState, self._kept).take(new, self.state)
+        for index, hyper in groups.items():
+            group = self.param_groups[index]
+            group.update(pack({key: value if key == hyper else number for key, number in unpack(group).items()}))
+
+    def _learned_values(self, st: State) -> dict[str, LearnedValue]:
+        return learned_values(self._nested, st, self._roster.group_of, [unpack(group) for group in self.param_groups])
+
+    def __repr__(self) -> str:
+        name, _, groups = super().__repr__().partition("(")
+        if self._kept is None:
+            return f"{name}({groups}"
+        try:
+            values = listed(f"{key}={value:.4g}" for key, value in self.learned().items()) or "nothing"
+        except ValueError as error:  # of a change that can not be followed
+            values = f"not known: {error}"
+        rules = listed(dict.fromkeys(optimizer.rule.name for optimizer in self._optimizers.values()))
+        return f"{name}(\nrule: {rules}\nbackend: {self.backend}\nlearned: {values}{groups}"
 
     def rejected(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from hyperopt_nested.checks import is_number, not_an_optimizer
+from hyperopt_nested.checks import PAIRS, is_number, not_an_optimizer, packs
 from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.nested import Nested
@@ -26,19 +26,26 @@ NO_CHOICES = type, torch.nn.Module, FunctionRule, Combinator
 
 
 def pack(hypers: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as a group holds them: beta1, beta2, ... become the tuple `betas`, which torch's schedulers know."""
-    betas = sorted(name for name in hypers if name.startswith("beta") and name[4:].isdigit())
-    group: dict[str, Any] = {name: value for name, value in hypers.items() if name not in betas}
-    return {**group, "betas": tuple(hypers[name] for name in betas)} if betas else group
+    """Numbers as a group holds them, under torch's names: beta1, beta2, ... become the tuple `betas`, which its schedulers know."""
+    found = packs(hypers)
+    parts = {part for each in found.values() for part in each}
+    group = {name: value for name, value in hypers.items() if name not in parts}
+    return {**group, **{name: tuple(hypers[part] for part in each) for name, each in found.items()}}
 
 
 def unpack(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group holds, by the names of hypers."""
-    given = group.get("betas", ())
-    if not isinstance(given, (tuple, list)):
-        raise TypeError(f"betas={given!r} ({type(given).__name__}) of a group must be a tuple of numbers")
-    betas = {f"beta{i}": value for i, value in enumerate(given, start=1)}
-    return {**{key: value for key, value in group.items() if key != "betas"}, **betas}
+    found: dict[str, Any] = {}
+    for key, value in group.items():
+        if key == "betas":
+            if not isinstance(value, (tuple, list)):
+                raise TypeError(f"betas={value!r} ({type(value).__name__}) of a group must be a tuple of numbers")
+            found |= {f"beta{i}": each for i, each in enumerate(value, start=1)}
+        elif key in PAIRS and isinstance(value, (tuple, list)) and len(value) == len(PAIRS[key]):
+            found |= dict(zip(PAIRS[key], value, strict=True))
+        else:
+            found[key] = value
+    return found
 
 
 def check_params(params: Any) -> None:
@@ -87,15 +94,15 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
 
 
 def check_betas(group: Mapping[str, Any], optimizers: Iterable[Optimizer]) -> None:
-    """Refuse `betas` of a group that are not as many as its tensors' optimizers have.
+    """Refuse `betas` of a group, and other tuples, that are not as many numbers as its tensors' optimizers have.
 
     Raises:
         ValueError: they are more or fewer.
     """
     for optimizer in optimizers:
-        own = [hyper for hyper in optimizer.settings if hyper.startswith("beta") and hyper[4:].isdigit()]
-        if own and "betas" in group and len(group["betas"]) != len(own):
-            raise ValueError(f"a group gives betas={group['betas']!r}, which must be {len(own)} numbers: {', '.join(own)}")
+        for key, own in packs(optimizer.settings).items():
+            if key in group and (not isinstance(group[key], (tuple, list)) or len(group[key]) != len(own)):
+                raise ValueError(f"a group gives {key}={group[key]!r}, which must be {len(own)} numbers: {', '.join(own)}")
 
 
 def check_numbers(index: int, group: Mapping[str, Any], optimizer: Optimizer) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Set
 from itertools import chain
 from operator import is_
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.domains import Bijection
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.kept_state import Ref, pairs, refs
@@ -330,7 +329,7 @@ def _coordinates(nested: Learner, prefix: str) -> dict[str, Tensor]:
     found = {}
     for key, learned in nested.learned.items():
         if learned.via is not None:
-            found[prefix + key] = torch.tensor(get_args(Bijection).index(learned.via) + 1, dtype=torch.float64)
+            found[prefix + key] = torch.tensor(learned.via.number, dtype=torch.float64)
         found |= _coordinates(learned.learner, f"{prefix}{key}.")
     return found
 

@@ -1,23 +1,28 @@
-"""The rules that come with the library, one family a module."""
+"""The rules that come with the library, one family a module; and what rules are made of, for authors of others."""
 
-from hyperopt_nested.rules.adabelief import adabelief
-from hyperopt_nested.rules.adadelta import adadelta
-from hyperopt_nested.rules.adafactor import adafactor
-from hyperopt_nested.rules.adagrad import adagrad
-from hyperopt_nested.rules.adam import adam, adamw
-from hyperopt_nested.rules.adam_variants import adamax, nadam, radam
-from hyperopt_nested.rules.adan import adan
-from hyperopt_nested.rules.asgd import asgd
-from hyperopt_nested.rules.hypergradient import adam_hd, sgd_hd
-from hyperopt_nested.rules.layerwise import lamb, lars
-from hyperopt_nested.rules.lion import lion
+from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
+from hyperopt_nested.rules._blocks import (
+    accumulator,
+    average,
+    copy_of,
+    counted,
+    decayed,
+    direction,
+    is_on,
+    larger,
+    moments,
+    smaller,
+    trust_ratio,
+)
+from hyperopt_nested.rules.adam import adabelief, adam, adam_hd, adamax, adamw, adan, lamb, nadam, radam
 from hyperopt_nested.rules.muon import muon
-from hyperopt_nested.rules.rmsprop import rmsprop
-from hyperopt_nested.rules.rprop import rprop
 from hyperopt_nested.rules.schedule_free import schedule_free_adamw, schedule_free_sgd
-from hyperopt_nested.rules.sgd import sgd
+from hyperopt_nested.rules.sgd import asgd, lars, sgd, sgd_hd
+from hyperopt_nested.rules.signs import lion, rprop
+from hyperopt_nested.rules.squares import adadelta, adafactor, adagrad, rmsprop
 
 __all__ = [
+    "accumulator",
     "adabelief",
     "adadelta",
     "adafactor",
@@ -28,16 +33,33 @@ __all__ = [
     "adamw",
     "adan",
     "asgd",
+    "average",
+    "copy_of",
+    "counted",
+    "counter",
+    "decayed",
+    "direction",
+    "is_on",
+    "kink",
     "lamb",
+    "larger",
     "lars",
     "lion",
+    "moments",
     "muon",
     "nadam",
     "radam",
     "rmsprop",
     "rprop",
+    "safe_sqrt",
     "schedule_free_adamw",
     "schedule_free_sgd",
     "sgd",
     "sgd_hd",
+    "smaller",
+    "state_dtype",
+    "trust_ratio",
+    "watch_kinks",
+    "zeros",
+    "zeros_like",
 ]

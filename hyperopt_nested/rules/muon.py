@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import kink, zeros_like
+from hyperopt_nested.ops import zeros_like
 from hyperopt_nested.rule import rule
+from hyperopt_nested.rules._blocks import larger
 from hyperopt_nested.trees import State
 
 _RATIOS = {
@@ -32,8 +33,7 @@ def _init(param: Tensor, *, adjust_lr_fn: str | None, ns_steps: int) -> State:
 def _orthogonalized(matrix: Tensor, eps: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """A matrix with the singular vectors of this one, and all singular values near one (by Newton-Schulz iteration)."""
     tall = matrix.shape[0] > matrix.shape[1]
-    norm, least = matrix.norm(), eps.to(matrix.dtype)
-    x = matrix / torch.maximum(kink(norm, least), least)
+    x = matrix / larger(matrix.norm(), eps.to(matrix.dtype))
     x = x.T if tall else x
     a, b, c = coefficients
     for _ in range(steps):
@@ -42,23 +42,16 @@ def _orthogonalized(matrix: Tensor, eps: Tensor, steps: int, coefficients: tuple
     return x.T if tall else x
 
 
-@rule(
-    _init,
-    coupling="tensor",
-    lr=NonNegative(1e-3),
-    weight_decay=NonNegative(0.1),
-    momentum=UnitInterval(0.95),
-    eps=Positive(1e-7),
-)
+@rule(_init, separable="tensor")
 def muon(
     param: Tensor,
     grad: Tensor,
     state: State,
     *,
-    lr: Tensor,
-    weight_decay: Tensor,
-    momentum: Tensor,
-    eps: Tensor,
+    lr: Tensor = NonNegative(1e-3),
+    weight_decay: Tensor = NonNegative(0.1),
+    momentum: Tensor = UnitInterval(0.95),
+    eps: Tensor = Positive(1e-7),
     nesterov: bool = True,
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, zeros_like
-from hyperopt_nested.rule import Learn, accumulator, rule
+from hyperopt_nested.ops import counter, kink, safe_sqrt, zeros_like
+from hyperopt_nested.rule import Learn, rule
+from hyperopt_nested.rules._blocks import accumulator, copy_of
 from hyperopt_nested.trees import State
 
 
@@ -13,8 +14,7 @@ def _init(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps!r} must be an integer >= 0")
     zero = accumulator(param, lr, r, weight_lr_power)
-    start = param.detach().to(state_dtype(param), copy=True)
-    return {"step": counter(param), "z": start, "evaluated": start.clone(), "lr_max": zero, "weight_sum": zero.clone()}
+    return {"step": counter(param), "z": copy_of(param), "evaluated": copy_of(param), "lr_max": zero, "weight_sum": zero.clone()}
 
 
 def _init_adamw(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn, warmup_steps: int) -> State:
@@ -41,25 +41,17 @@ def _step(
     return z + momentum * (x - z), {"step": step, "z": z, "evaluated": x, **sums}
 
 
-@rule(
-    _init,
-    coupling="element",
-    lr=NonNegative(1.0),
-    momentum=UnitInterval(0.9),
-    weight_decay=NonNegative(0.0),
-    r=NonNegative(0.0),
-    weight_lr_power=NonNegative(2.0),
-)
+@rule(_init, separable="element")
 def schedule_free_sgd(
     param: Tensor,
     grad: Tensor,
     state: State,
     *,
-    lr: Tensor,
-    momentum: Tensor,
-    weight_decay: Tensor,
-    r: Tensor,
-    weight_lr_power: Tensor,
+    lr: Tensor = NonNegative(1.0),
+    momentum: Tensor = UnitInterval(0.9),
+    weight_decay: Tensor = NonNegative(0.0),
+    r: Tensor = NonNegative(0.0),
+    weight_lr_power: Tensor = NonNegative(2.0),
     warmup_steps: int = 0,
 ) -> tuple[Tensor, State]:
     r"""Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682).
@@ -79,29 +71,19 @@ def schedule_free_sgd(
     return _step(param, grad + weight_decay * param, state, lr, momentum, r, weight_lr_power, warmup_steps)
 
 
-@rule(
-    _init_adamw,
-    coupling="element",
-    lr=NonNegative(2.5e-3),
-    beta1=UnitInterval(0.9),
-    beta2=UnitInterval(0.999),
-    eps=Positive(1e-8),
-    weight_decay=NonNegative(0.0),
-    r=NonNegative(0.0),
-    weight_lr_power=NonNegative(2.0),
-)
+@rule(_init_adamw, separable="element")
 def schedule_free_adamw(
     param: Tensor,
     grad: Tensor,
     state: State,
     *,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-    r: Tensor,
-    weight_lr_power: Tensor,
+    lr: Tensor = NonNegative(2.5e-3),
+    beta1: Tensor = UnitInterval(0.9),
+    beta2: Tensor = UnitInterval(0.999),
+    eps: Tensor = Positive(1e-8),
+    weight_decay: Tensor = NonNegative(0.0),
+    r: Tensor = NonNegative(0.0),
+    weight_lr_power: Tensor = NonNegative(2.0),
     warmup_steps: int = 0,
 ) -> tuple[Tensor, State]:
     r"""Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682, algorithm 1); see `schedule_free_sgd`.

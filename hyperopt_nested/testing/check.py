@@ -33,14 +33,14 @@ class Report:
     Attributes:
         name: of the rule.
         verified: largest relative error of a hypergradient against finite differences, by hyper and granularity.
-        flat: hypers whose derivative was verified to be zero, so that learning them is refused.
+        nondifferentiable: hypers whose derivative was verified to be zero, so that learning them is refused.
         kinks: how many derivatives were left out because the update has a kink beside the example.
         backends: of each backend that was compared with the reference, what it serves and how well.
     """
 
     name: str
     verified: Mapping[tuple[str, Per], float]
-    flat: tuple[str, ...] = ()
+    nondifferentiable: tuple[str, ...] = ()
     kinks: int = 0
     backends: Mapping[str, Comparison] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Report:
         for name in dict.fromkeys(name for name, _ in self.verified):
             errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS)
             lines.append(f"  {name}: hypergradient verified, largest relative error per {errors}")
-        lines += [f"  {name}: flat (derivative zero wherever it exists); learning it is refused" for name in self.flat]
+        lines += [f"  {name}: nondifferentiable (derivative zero); learning it is refused" for name in self.nondifferentiable]
         if self.kinks:
             lines.append(f"  {self.kinks} derivatives beside a kink were left out")
         lines += [f"  backend {name!r}: {found}" for name, found in self.backends.items()]
@@ -63,7 +63,7 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     granularities, and how many updates come before. Of each example:
 
     * forward memory, reverse memory and finite differences give the same hypergradient, of every hyper;
-    * every hyper has one, but those declared flat, whose derivative must be zero;
+    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero;
     * the derivatives of the new parameter and of the new state with respect to parameter, gradient, state and hypers, on which
       hypergradients through several steps rely, are those of finite differences, in late steps and for a large tensor too;
     * the update is pure, keeps structure, dtype and device, computes in float64 if it is given float64, and stays finite, at closed
@@ -114,7 +114,7 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
 def verify(checked: Subject, *, examples: int = 30) -> Report:
     """The law of hypergradients alone, as in `check_rule`."""
     rule = checked.template.rule
-    record = Record([(name, per) for name in checked.own if name not in rule.flat for per in PERS])
+    record = Record([(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS])
     law = functools.partial(check_granularities, record=record)
     rounds = max(_ROUNDS, _EXAMPLES // examples)
     for turn in range(rounds if checked.own else 0):
@@ -125,10 +125,10 @@ def verify(checked: Subject, *, examples: int = 30) -> Report:
         raise RuleError(
             f"{checked.name}: the hypergradient of {name} per {per} could not be verified: in none of {rounds * examples} examples was it "
             f"large enough for finite differences to resolve ({record.kinks} were left out at kinks). Is its derivative always zero? "
-            "Then declare it flat. Does it matter only with other options? Then check an optimizer that has them"
+            "Then declare it nondifferentiable. Does it matter only with other options? Then check an optimizer that has them"
         )
-    flat = tuple(name for name in checked.own if name in rule.flat)
-    return Report(checked.name, {pair: record.worst[pair] for pair in record.wanted}, flat, record.kinks)
+    zero = tuple(name for name in checked.own if name in rule.nondifferentiable)
+    return Report(checked.name, {pair: record.worst[pair] for pair in record.wanted}, zero, record.kinks)
 
 
 def check_case(rule: Checkable, case: Case) -> None:

@@ -63,7 +63,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     names = [name for name in subject.own if focus in (None, name)]
     params, states = history(optimizer, case)
     differences = _by_differences(optimizer, case, params, states, names)
-    learned = {name: case.per for name in names if name not in rule.flat}
+    learned = {name: case.per for name in names if name not in rule.nondifferentiable}
     memories: tuple[Memory, ...] = ("kept", "reverse", "auto") if rule.late else ("kept", "reverse")
     found = {memory: _by_engine(subject, case, params, states, learned, memory) for memory in memories} if learned else {}
     where = f"per {case.per}, {case.where}"
@@ -73,15 +73,15 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
         record.kinks += int((~ok).sum())
         smooth = Difference(expected.value[ok], expected.error[ok])
         by_differences = f"by finite differences {_shown(smooth.value)}"
-        if name in rule.flat:
+        if name in rule.nondifferentiable:
             if bool((smooth.value.abs() > 4 * smooth.error).any()):
-                raise RuleError(f"{name} is declared flat, but its hypergradient is {by_differences} ({where})")
+                raise RuleError(f"{name} is declared nondifferentiable, but its hypergradient is {by_differences} ({where})")
             continue
         largest = float(smooth.value.abs().amax()) if smooth.value.numel() else 0.0
         for memory, (values, _) in found.items():
             if not smooth.agrees(values[name][ok]):
                 only_forward = memory != "reverse" and smooth.agrees(found["reverse"][0][name][ok])
-                doubt = f"; in reverse it is right: is the rule's coupling={rule.coupling!r} true?" if only_forward else ""
+                doubt = f"; in reverse it is right: is the rule's separable={rule.separable!r} true?" if only_forward else ""
                 raise RuleError(
                     f"the hypergradient of {name} is {_shown(values[name][ok])} with memory={memory!r}, but {by_differences}, "
                     f"with an estimated error of {_shown(smooth.error)} ({where}){doubt}"

@@ -126,7 +126,7 @@ def check_ends(subject: Subject, case: Case) -> None:
             if is_open or math.isinf(end):
                 continue
             at_end = replace(case, hypers={**case.hypers, name: end})
-            learned: dict[str, Per] = {} if name in subject.template.rule.flat else {name: "tensor"}
+            learned: dict[str, Per] = {} if name in subject.template.rule.nondifferentiable else {name: "tensor"}
             nested = Nested(subject.learning(at_end, learned), memory="reverse")  # which hides nothing that is not finite
             try:
                 params, st = case.params, nested.init(case.params)

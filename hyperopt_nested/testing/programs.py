@@ -197,7 +197,7 @@ def _settings(subject: Subject, shapes: Shapes) -> Iterator[Setting]:
     flipped = [Setting("".join(f"{name}={value!r}" for name, value in flip.items()), subject.make(**flip), flip) for flip in subject.flips]
     inner = [] if template.learned else [Setting("values inside the domain", template.replace(**values))]
     yield from filter(runs, inner + flipped)
-    names = [name for name in subject.own if name not in template.rule.flat]
+    names = [name for name in subject.own if name not in template.rule.nondifferentiable]
     for per, tower in (*((per, False) for per in PERS), ("row", True)):
         singles = list(filter(runs, (learning([name], per, tower) for name in names)))
         together: list[str] = []

@@ -58,7 +58,7 @@ def rows(name: str, examples: int = 0) -> list[Row]:
             hyper,
             str(rule.hypers[hyper]),
             f"{defaults[hyper]:g}",
-            "derivative zero; learning is refused" if examples and hyper in rule.flat and not wrong else verified,
+            "derivative zero; learning is refused" if examples and hyper in rule.nondifferentiable and not wrong else verified,
             wrong,
         )
         for hyper in checked.own

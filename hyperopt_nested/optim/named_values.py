@@ -1,0 +1,183 @@
+"""Values of hypers by one name each, for logs and for users who set them: `lr`, `lr/group 1`, `weight_decay/0.weight`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
+from typing import Any, cast
+
+from torch import Tensor
+
+from hyperopt_nested.domains import Hyper
+from hyperopt_nested.engine.learned import MODEL, LearnedHyper, Learner
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.rule import Optimizer
+from hyperopt_nested.trees import State
+
+Path = tuple[str, ...]
+Numbers = Sequence[Mapping[str, Any]]
+"""What each parameter group holds for each hyper."""
+
+_SHOWN = 8
+"""Values that a list in text shows at most."""
+
+
+@dataclass(frozen=True)
+class LearnedValue:
+    """A learned value.
+
+    Attributes:
+        learned: what it is a value of.
+        path: where its coordinates are in the engine's state.
+        number: what its parameter group holds for the hyper; None for hypers of learners.
+    """
+
+    learned: LearnedHyper
+    path: Path
+    number: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """The effective value over the learned one."""
+        declared = self.learned.declared
+        return 1.0 if self.number is None or declared == 0 else self.number / declared
+
+    def read(self, st: State) -> float:
+        """The effective value; the mean of rows or elements."""
+        return float(self.learned.value(_leaf(st, self.path), self.number).mean())
+
+    def unscaled(self, name: str, value: float) -> float:
+        """The learned value whose effective value is this one.
+
+        Raises:
+            TypeError: `value` is no number.
+            ValueError: it is outside the domain or the bounds, or the parameter group scales all values to zero.
+        """
+        hyper, scale = self.learned.hyper, self.scale
+        hyper.check(name, value)
+        if scale == 0:
+            raise ValueError(
+                f"{name}={value!r}: its parameter group holds 0 for it, which scales every learned value to 0: change that first"
+            )
+        found = value if scale == 1 else value / scale
+        hyper.check(name, found, self.learned.via)
+        low, high = (none if callable(end) else end for end, none in zip(self.learned.learn.bounds, (-math.inf, math.inf), strict=True))
+        if not low <= found <= high:
+            raise ValueError(f"{name}={value!r} is outside bounds=({low:g}, {high:g}) of its learn(...): choose a value inside them")
+        return found
+
+
+def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbers: Numbers) -> dict[str, LearnedValue]:
+    """All learned values, by name.
+
+    Args:
+        nested: the engine.
+        st: its state.
+        group_of: the parameter group of each tensor.
+        numbers: what groups hold.
+    """
+    found: dict[str, LearnedValue] = {}
+    shared: dict[str, dict[tuple[str, int], LearnedValue]] = {}
+    for name in st["rule"]:
+        for hyper, learned in nested.learned_of(name).items():
+            group, key = group_of[name], learned.key_of(name)
+            value = LearnedValue(learned, ("hypers", learned.key, key), float(numbers[group][hyper]))
+            if key == MODEL:
+                shared.setdefault(hyper, {})[learned.key, group] = value
+            else:
+                found[f"{hyper}/{name}"] = value
+    for hyper, uses in shared.items():
+        one_a_group = len({group for _, group in uses}) == len(uses)
+        for (key, group), value in uses.items():
+            base = hyper if one_a_group else key
+            others = [other for (each, _), other in uses.items() if one_a_group or each == key]
+            found[base if all(other == value for other in others) else f"{base}/group {group}"] = value
+    order = [key.partition("#")[0] for key in nested.learned]
+    found = dict(sorted(found.items(), key=lambda item: order.index(item[1].learned.key.partition("#")[0])))
+    return {**found, **_of_learners(nested, st, "", ())}
+
+
+def _of_learners(learner: Learner, st: State, prefix: str, path: Path) -> dict[str, LearnedValue]:
+    found: dict[str, LearnedValue] = {}
+    for key, above in learner.learned.items():
+        inner, at, start = st["learners"][key], (*path, "learners", key), f"{prefix}{key}."
+        for hyper, learned in above.learner.learned.items():
+            for name in inner["hypers"][hyper]:
+                label = f"{start}{hyper}" if name == MODEL else f"{start}{hyper}/{name}"
+                found[label] = LearnedValue(learned, (*at, "hypers", hyper, name))
+        found |= _of_learners(above.learner, inner, start, at)
+    return found
+
+
+def declared_hypers(optimizers: Mapping[str, Optimizer], group_of: Mapping[str, int]) -> dict[str, tuple[int, str, list[Hyper]]]:
+    """Hypers that are numbers of parameter groups and are not learned there: group, hyper and domains, by names such as `lr/group 0`."""
+    found: dict[str, tuple[int, str, list[Hyper]]] = {}
+    learned = {(group, hyper) for name, group in group_of.items() for hyper in optimizers[name].learned}
+    for name, group in group_of.items():
+        for hyper, domain in optimizers[name].rule.hypers.items():
+            if (group, hyper) not in learned:
+                found.setdefault(f"{hyper}/group {group}", (group, hyper, []))[2].append(domain)
+    return found
+
+
+def with_value(
+    name: str, value: float, st: State, learned: Mapping[str, LearnedValue], declared: Mapping[str, tuple[int, str, list[Hyper]]]
+) -> tuple[State, dict[int, str]]:
+    """The engine's state with a value set, and the parameter groups whose number for a hyper must become the value.
+
+    Args:
+        name: a name of a value, or a hyper's for all of its values.
+        value: the value.
+        st: the engine's state.
+        learned: as of `learned_values`.
+        declared: as of `declared_hypers`.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: there is no such name, the value is outside its domain, or groups with different numbers share it.
+    """
+    values = {label: each for label, each in learned.items() if _is_meant(name, label)}
+    numbers = {label: each for label, each in declared.items() if _is_meant(name, label)}
+    if not values and not numbers:
+        known = [*learned, *dict.fromkeys(label.partition("/")[0] for label in declared)]
+        close = get_close_matches(str(name), [*known, *declared], n=3) or known
+        raise ValueError(f"there is no hyper {name!r} to set; did you mean {listed(close)}?")
+    for label, (_, _, domains) in numbers.items():
+        for domain in domains:
+            domain.check(label, value)
+    wanted: dict[Path, tuple[LearnedHyper, float]] = {}
+    for label, each in values.items():
+        unscaled = each.unscaled(label, value)
+        if wanted.setdefault(each.path, (each.learned, unscaled))[1] != unscaled:
+            raise ValueError(
+                f"{name}={value!r}: parameter groups with different numbers share this learned value: set one of {listed(values)}; the "
+                "others keep their ratio to it"
+            )
+    for path, (hyper, unscaled) in wanted.items():
+        st = _replaced(st, path, hyper.start(_leaf(st, path), unscaled))
+    return st, {group: hyper for group, hyper, _ in numbers.values()}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names, or texts, in one line: the first ones, and how many more there are."""
+    found = list(names)
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
+
+
+def _is_meant(name: object, label: str) -> bool:
+    return name == label or label.partition("/")[0] == name
+
+
+def _leaf(tree: State, path: Path) -> Tensor:
+    found: Any = reduce(getitem, path, tree)
+    return cast(Tensor, found)
+
+
+def _replaced(tree: State, path: Path, leaf: Tensor) -> State:
+    key, *rest = path
+    return {**tree, key: _replaced(tree[key], tuple(rest), leaf) if rest else leaf}

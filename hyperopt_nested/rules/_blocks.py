@@ -1,0 +1,93 @@
+"""What rules share: initial states, moments and their bias correction."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hyperopt_nested.ops import counter, kink, number_dtype, safe_sqrt, state_dtype, zeros_like
+from hyperopt_nested.rule import Learn
+from hyperopt_nested.trees import State
+
+
+def is_on(setting: float | Learn) -> bool:
+    """Whether a hyper that switches a part of a rule on takes effect: it is learned, or not zero."""
+    return isinstance(setting, Learn) or setting != 0
+
+
+def accumulator(param: Tensor, *settings: float | Learn) -> Tensor:
+    """Zeros for a part of the state that depends on these hypers alone: one number, unless one of them is learned per row or element.
+
+    Args:
+        param: the parameter.
+        settings: what `init` is given for the hypers.
+
+    Returns:
+        A tensor of shape (), in float64 where the device has it; or of the parameter's shape, in `state_dtype(param)`.
+    """
+    many = any(isinstance(setting, Learn) and setting.per in ("row", "element") for setting in settings)
+    return zeros_like(param) if many else param.new_zeros((), dtype=number_dtype(param.device))
+
+
+def counted(*names: str) -> Callable[[Tensor], State]:
+    """Make the initializer of a state with a step counter, `step`, and a zero tensor of the parameter's shape for each name.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.rules.counted("momentum")(torch.ones(2))
+        {'step': tensor(0., dtype=torch.float64), 'momentum': tensor([0., 0.])}
+    """
+
+    def init(param: Tensor) -> State:
+        return {"step": counter(param), **{name: zeros_like(param) for name in names}}
+
+    return init
+
+
+def copy_of(param: Tensor) -> Tensor:
+    """A copy of the parameter, in `state_dtype(param)`: where an average of the weights starts."""
+    return param.detach().to(state_dtype(param), copy=True)
+
+
+def average(old: Tensor, new: Tensor, beta: Tensor) -> Tensor:
+    """The exponential moving average after one more tensor, with decay rate `beta`."""
+    return beta * old + (1 - beta) * new
+
+
+def larger(x: Tensor, other: Tensor) -> Tensor:
+    """The larger of two tensors, entry by entry, with a kink where they are equal."""
+    return torch.maximum(kink(x, other), other)
+
+
+def smaller(x: Tensor, other: Tensor) -> Tensor:
+    """The smaller of two tensors, entry by entry, with a kink where they are equal."""
+    return torch.minimum(kink(x, other), other)
+
+
+def moments(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor) -> State:
+    """Adam's step counter, and both moments after one more gradient, not corrected for their bias.
+
+    Args:
+        grad: any shape.
+        state: with `step`, `exp_avg` and `exp_avg_sq`, as `counted("exp_avg", "exp_avg_sq")` starts it.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+    """
+    second = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    return {"step": state["step"] + 1, "exp_avg": average(state["exp_avg"], grad, beta1), "exp_avg_sq": second}
+
+
+def direction(step: Tensor, first: Tensor, second: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor) -> Tensor:
+    """Bias-corrected first moment over the root of the bias-corrected second plus `eps` (Kingma and Ba 2015, algorithm 1)."""
+    return first / (1 - beta1**step) / (safe_sqrt(second / (1 - beta2**step)) + eps)
+
+
+def decayed(param: Tensor, grad: Tensor, lr: Tensor, weight_decay: Tensor, decoupled: bool) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient after weight decay: of the parameter if it is decoupled, else added to the gradient."""
+    return (param - lr * weight_decay * param, grad) if decoupled else (param, grad + weight_decay * param)
+
+
+def trust_ratio(weight_norm: Tensor, update_norm: Tensor, coefficient: Tensor | float = 1.0, eps: Tensor | float = 0.0) -> Tensor:
+    """Coefficient times weight norm over update norm plus `eps`; 1 where either norm is zero (LARS, LAMB)."""
+    defined = (kink(weight_norm) > 0) & (kink(update_norm) > 0)
+    return torch.where(defined, coefficient * weight_norm / (torch.where(defined, update_norm, 1) + eps), 1)
