@@ -8,7 +8,7 @@ BENCH := .venv-bench
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules bench clean
+.PHONY: demo test test-thorough lint format docs rules stubs bench clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -35,6 +35,9 @@ rules: $(VENV)/.done
 	sed -i '/<!-- table -->/q' docs/reference/rules.md
 	echo >> docs/reference/rules.md
 	$(BIN)/hyperopt-nested rules --markdown >> docs/reference/rules.md
+
+stubs: $(VENV)/.done
+	$(BIN)/python tools/stubs.py
 
 bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \

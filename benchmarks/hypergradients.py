@@ -63,7 +63,7 @@ def draw(widths: Sequence[int]) -> Batch:
 
 def hypergradient(
     params: Tensors, batches: Iterable[Batch], held_out: Batch, optimizer: hn.Optimizer = OPTIMIZER, **how: Any
-) -> hn.Hypergradients:
+) -> hn.typing.Hypergradients:
     return hn.hypergradient(optimizer, params, batches, loss, loss, outer_batch=held_out, **how)
 
 

@@ -51,15 +51,15 @@ def outer_loss(params: Tensors, rows: torch.Tensor, hypers: object) -> torch.Ten
     return vmap(loss, (0, None))(params, rows).sum()
 
 
-def audit() -> hn.Audit:
+def audit() -> hn.typing.Audit:
     by = hn.sgd()
     optimizer = hn.sgd(lr=hn.learn(LR, by=by, per="tensor"), momentum=0.9, weight_decay=hn.learn(DECAY, by=by))
 
-    def found(curvature: Any, discounts: tuple[float, ...]) -> hn.Audit:
+    def found(curvature: Any, discounts: tuple[float, ...]) -> hn.typing.Audit:
         how = {"curvature": curvature, "discounts": discounts, "outer_batch": TRAIN, "steps": (1, 3, 10, 30, AUDITED)}
         return hn.audit(optimizer, START, BATCHES[:AUDITED], train_loss, outer_loss, **how)
 
-    return hn.Audit(found("none", DISCOUNTS).rows + found("exact", DISCOUNTS[1:]).rows)
+    return hn.typing.Audit(found("none", DISCOUNTS).rows + found("exact", DISCOUNTS[1:]).rows)
 
 
 def train(lr: Any, **horizon: Any) -> tuple[Tensors, torch.Tensor]:

@@ -17,7 +17,7 @@ import hyperopt_nested as hn
 RUNS, STEPS = 256, 150
 
 
-def train(learned: bool) -> hn.Sweep:
+def train(learned: bool) -> hn.typing.Sweep:
     """A small network on scikit-learn's digits."""
     torch.manual_seed(0)
     digits = load_digits()
@@ -33,7 +33,7 @@ def train(learned: bool) -> hn.Sweep:
     return hn.sweep(optimizer, model.params, batches, loss, starts={"lr": torch.logspace(-5, 1, RUNS)})
 
 
-def draw(path: str, learned: hn.Sweep, fixed: hn.Sweep) -> None:
+def draw(path: str, learned: hn.typing.Sweep, fixed: hn.typing.Sweep) -> None:
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.semilogy(learned.hypers["lr"]["model"], color="tab:blue", alpha=0.1)

@@ -72,7 +72,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         base: hn.Optimizer,
         radius: hn.Learn,
         *,
-        onto: hn.Ball,
+        onto: hn.typing.Ball,
         exclude: Exclude,
         anchor: Anchors,
         saturation: hn.typing.Saturation,

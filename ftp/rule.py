@@ -78,4 +78,4 @@ def ftp_rule(
     return hn.project(base, onto=hn.mars, radius=ftp_radius(k, lr), anchor=anchor, saturation=saturation)
 
 
-hn.register("ftp", ftp_rule, check_with={"saturation": "exact"})
+hn.rules.register("ftp", ftp_rule, check_with={"saturation": "exact"})

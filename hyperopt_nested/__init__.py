@@ -1,9 +1,9 @@
 """Learn any hyper-parameter of any optimizer while the model trains, by differentiating the optimizer itself."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from hyperopt_nested import optim as optim
-from hyperopt_nested import rules, typing
+from hyperopt_nested import optim, rules, typing
 from hyperopt_nested.combinators import (
     centralize,
     clip_by_global_norm,
@@ -17,17 +17,17 @@ from hyperopt_nested.combinators import (
     project,
     spd,
 )
-from hyperopt_nested.combinators.base import Combinator, combinator
-from hyperopt_nested.domains import Bijection, Hyper, Interval, NonNegative, Positive, Real, UnitInterval
+from hyperopt_nested.combinators.base import combinator
+from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.hypergradients.audit import Audit, Bias, audit
-from hyperopt_nested.hypergradients.functional import Functional, functional
-from hyperopt_nested.hypergradients.sweep import Sweep, sweep
-from hyperopt_nested.hypergradients.unrolled import Hypergradients, hypergradient
+from hyperopt_nested.hypergradients.audit import audit
+from hyperopt_nested.hypergradients.functional import functional
+from hyperopt_nested.hypergradients.sweep import sweep
+from hyperopt_nested.hypergradients.unrolled import hypergradient
 from hyperopt_nested.optim.optimizer import HyperOptimizer
-from hyperopt_nested.projections import Ball, frobenius, linf, mars, row_l2
-from hyperopt_nested.registry import get, names, register
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Rule, learn, rule
+from hyperopt_nested.projections import frobenius, linf, mars, row_l2
+from hyperopt_nested.registry import get, names
+from hyperopt_nested.rule import Learn, Optimizer, learn, rule
 from hyperopt_nested.rules import (
     adabelief,
     adadelta,
@@ -57,16 +57,8 @@ if TYPE_CHECKING:
     from hyperopt_nested import testing as testing
 
 __all__ = [
-    "Audit",
-    "Ball",
-    "Bias",
     "Bijection",
-    "Combinator",
-    "FunctionRule",
-    "Functional",
-    "Hyper",
     "HyperOptimizer",
-    "Hypergradients",
     "Interval",
     "Learn",
     "Nested",
@@ -74,8 +66,6 @@ __all__ = [
     "Optimizer",
     "Positive",
     "Real",
-    "Rule",
-    "Sweep",
     "UnitInterval",
     "adabelief",
     "adadelta",
@@ -111,9 +101,9 @@ __all__ = [
     "muon",
     "nadam",
     "names",
+    "optim",
     "project",
     "radam",
-    "register",
     "rmsprop",
     "row_l2",
     "rprop",
@@ -129,10 +119,22 @@ __all__ = [
 ]
 
 
+try:
+    __version__ = version("hyperopt-nested")
+except PackageNotFoundError:  # the source, not installed
+    __version__ = "0+unknown"
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """`hn.testing`, imported when it is first used, since it needs hypothesis."""
     if name == "testing":
         import hyperopt_nested.testing
 
         return hyperopt_nested.testing
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = [home for home, module in {"optim": optim, "rules": rules, "typing": typing}.items() if name in module.__all__]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + "".join(f"; it is in hn.{home}" for home in homes))

@@ -254,11 +254,12 @@ class FunctionRule(Definition, Rule):
     def signature(self) -> Hashable:
         return self.function, *self.taken(self.options).items()
 
-    def __call__(self, *args: Any, maximize: bool = False, **settings: Any) -> Optimizer:
+    def __call__(self, *args: Any, **settings: Any) -> Optimizer:
         """Make an optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
 
         The first hyper may be given by position. Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
         """
+        maximize = settings.pop("maximize", False)
         values, options = self.assigned(args, settings)
         rule = object.__new__(type(self))  # a copy would be made by the registry
         vars(rule).update({**vars(self), "options": options})

@@ -1,15 +1,42 @@
-"""Names for the types of arguments, to annotate programs with."""
+"""Names for the types of arguments and results, to annotate programs with."""
 
 from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinators import Anchor
-from hyperopt_nested.combinators.base import Step
-from hyperopt_nested.engine.horizon import Curvature
-from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.combinators.base import Combinator, Step
+from hyperopt_nested.domains import Hyper
+from hyperopt_nested.engine.binding import Memory
+from hyperopt_nested.engine.discounted import Curvature
+from hyperopt_nested.hypergradients.audit import Audit, Bias
+from hyperopt_nested.hypergradients.functional import Functional
 from hyperopt_nested.hypergradients.implicit import Solver
-from hyperopt_nested.hypergradients.unrolled import Method
-from hyperopt_nested.projections import Saturation
-from hyperopt_nested.rule import Bound, Per
+from hyperopt_nested.hypergradients.sweep import Sweep
+from hyperopt_nested.hypergradients.unrolled import Hypergradients, Method
+from hyperopt_nested.projections import Ball, Saturation
+from hyperopt_nested.rule import Bound, FunctionRule, Per, Rule
 from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import State
 
-__all__ = ["Anchor", "Backend", "Bound", "Curvature", "Memory", "Method", "Per", "Saturation", "Separable", "Solver", "State", "Step"]
+__all__ = [
+    "Anchor",
+    "Audit",
+    "Backend",
+    "Ball",
+    "Bias",
+    "Bound",
+    "Combinator",
+    "Curvature",
+    "FunctionRule",
+    "Functional",
+    "Hyper",
+    "Hypergradients",
+    "Memory",
+    "Method",
+    "Per",
+    "Rule",
+    "Saturation",
+    "Separable",
+    "Solver",
+    "State",
+    "Step",
+    "Sweep",
+]

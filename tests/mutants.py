@@ -324,7 +324,7 @@ def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any = LR, b
     return param - lr * average, {"step": state["step"] + 1, "average": average[None]}
 
 
-MUTANTS: dict[hn.FunctionRule, tuple[str, bool]] = {
+MUTANTS: dict[hn.typing.FunctionRule, tuple[str, bool]] = {
     dropped_bias_correction: ("differs from the reference", True),
     off_by_one_step: ("differs from the reference", True),
     old_step: ("is not finite", False),

@@ -4,16 +4,23 @@ import copy
 import inspect
 import io
 import pickle
+import pydoc
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jedi
 import pytest
+import stubs
 import torch
 from cases import EXACT, relative_error
 
 import hyperopt_nested as hn
 
+ROOT = Path(__file__).parent.parent
 TORCH = [name for name in hn.optim.__all__ if hasattr(torch.optim, name)]
 OWN = [name for name in hn.optim.__all__ if name not in {*TORCH, "DropIn", "HyperOptimizer"}]
 REFUSED = {"foreach": True, "fused": True, "capturable": True, "differentiable": True}
@@ -309,3 +316,113 @@ def test_repr_lists_a_few_values() -> None:
     many = hn.optim.SGD([torch.nn.Parameter(torch.ones(2)) for _ in range(12)], lr=hn.learn(0.1, by=hn.sgd(), per="tensor"))
     assert re.search(r"learned: lr/0\.0=0\.1, .*, and 4 more\n", repr(many))
     assert "learned: nothing\n" in repr(hn.optim.SGD(models(1)[0].parameters()))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        hn.sgd(0.1),
+        hn.sgd(lr=0.1),
+        hn.adamw(betas=(0.8, 0.9)).replace(lr=0.1),
+        hn.sgd(hn.learn(0.1, hn.sgd(1e-5))),
+    ],
+    ids=str,
+)
+def test_short_calls_work(made: hn.Optimizer) -> None:
+    assert made.declared["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        ("hn.adamw", ["lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"]),
+        ("hn.sgd", ["lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]),
+        ("hn.rules.lion", ["lr", "beta1", "beta2", "weight_decay", "maximize"]),
+        ("hn.project", ["optimizer", "radius", "onto", "saturation", "anchor", "anchor_dtype", "anchor_device"]),
+        ("hn.learn", ["value", "by", "per", "grad", "bounds", "via"]),
+        ("hn.sgd_hd", ["lr", "hyper_lr", "settings"]),
+        ("hn.optim.AdamW", ["params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"]),
+        ("hn.optim.SGD", ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]),
+        ("hn.optim.Lion", ["params", "lr", "betas", "weight_decay", "maximize"]),
+    ],
+)
+def test_editors_complete_the_arguments(call: str, names: list[str]) -> None:
+    value = eval(call)
+    assert [*inspect.signature(value).parameters][: len(names)] == names
+    assert names[-1] in pydoc.render_doc(value)
+    code = f"import hyperopt_nested as hn\n{call}("
+    (found,) = jedi.Script(code, project=jedi.Project(ROOT)).get_signatures()
+    assert [each.name for each in found.params][: len(names)] == names
+    completions = [each.name for each in jedi.Script(code, project=jedi.Project(ROOT)).complete()]
+    assert {f"{name}=" for name in names} - {*completions} <= {"optimizer=", "settings="}  # which have no keyword
+
+
+def test_stubs_are_up_to_date() -> None:
+    for path, text in stubs.stubs().items():
+        assert path.read_text() == text, f"{path} is not what `make stubs` makes"
+
+
+RIGHT = """
+import torch
+import hyperopt_nested as hn
+
+model = torch.nn.Linear(3, 2)
+lr = hn.learn(1e-3, hn.sgd(1e-5), per="tensor")
+rule = hn.adamw(lr=lr, betas=(0.9, lr), weight_decay=0.1, maximize=True)
+also = hn.clip_by_norm(hn.sgd(0.1, momentum=lr), max_norm=1.0)
+opt: torch.optim.Optimizer = hn.HyperOptimizer(model.named_parameters(), hn.project(rule, radius=1.0), backend="auto")
+adamw = hn.optim.AdamW(model.parameters(), 1e-3, (0.9, lr), weight_decay=lr, backend="fused")
+groups = hn.optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}], lr=0.1, nesterov=False)
+rates: dict[str, float] = adamw.learned()
+adamw.set_hyper("lr", 0.1)
+one: hn.typing.Rule = hn.adamw
+per: hn.typing.Per = "row"
+
+@hn.rule(hn.rules.zeros("average"), separable="element")
+def averaged(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    state: hn.typing.State,
+    *,
+    lr: torch.Tensor = hn.Positive(1e-4),
+    beta: torch.Tensor = hn.UnitInterval(0.9),
+) -> tuple[torch.Tensor, hn.typing.State]:
+    average = beta * state["average"] + (1 - beta) * grad
+    return param - lr * average, {"average": average}
+
+class Averaged(hn.optim.DropIn, rule=averaged): ...
+
+own = Averaged(model.parameters(), lr=0.1)
+nested = hn.Nested(averaged(0.1))
+"""
+MISTAKES = {
+    "hn.adamw(lrr=1e-3)": "call-arg",
+    'hn.adamw(lr="fast")': "arg-type",
+    "hn.sgd(0.1, 0.9)": "call-arg",
+    "hn.adamw(betas=0.9)": "arg-type",
+    'hn.learn("x", hn.sgd(0.1))': "arg-type",
+    "hn.learn(0.1, by=torch.optim.SGD)": "arg-type",
+    'hn.learn(0.1, hn.sgd(0.1), per="layer")': "arg-type",
+    "hn.optim.AdamW(model.parameters(), learning_rate=0.1)": "call-arg",
+    "hn.optim.AdamW(model.parameters(), betas=(0.9, 0.9, 0.9))": "arg-type",
+    'hn.optim.SGD(model.parameters(), backend="cuda")': "arg-type",
+    "hn.optim.SGD(model.parameters(), fused=True)": "call-arg",
+    "hn.optim.SGD(model)": "arg-type",
+    'hn.project(hn.sgd(0.1), anchor="middle")': "arg-type",
+    'hn.optim.SGD(model.parameters()).set_hyper("lr", "high")': "arg-type",
+    "hn.HyperOptimizer(model.parameters(), hn.sgd)": "arg-type",
+}
+
+
+def test_mypy_accepts_the_right_script_and_finds_each_mistake(tmp_path: Path) -> None:
+    lines = RIGHT.splitlines()
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([*lines, *MISTAKES]) + "\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context", str(script)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    errors = re.findall(r"script\.py:(\d+): error: .*\[(\S+)\]$", found, re.MULTILINE)  # its cache may know another folder
+    assert {int(line): code for line, code in errors} == {len(lines) + i: code for i, code in enumerate(MISTAKES.values(), start=1)}, found
+
+
+def test_the_package_ships_its_types() -> None:
+    assert (ROOT / "hyperopt_nested" / "py.typed").is_file()

@@ -12,7 +12,7 @@ from test_unrolled import Problem, learned, perceptron
 import hyperopt_nested as hn
 
 
-def audited(optimizer: hn.Optimizer, steps: int = 12, **how: Any) -> hn.Audit:
+def audited(optimizer: hn.Optimizer, steps: int = 12, **how: Any) -> hn.typing.Audit:
     problem = Problem(0, steps, perceptron)
     return hn.audit(optimizer, problem.params, problem.batches, problem.loss, problem.outer, outer_batch=problem.held_out, **how)
 
@@ -67,6 +67,6 @@ def test_bad_steps_are_refused() -> None:
         audit_at([0])
 
 
-def audit_at(steps: list[int]) -> hn.Audit:
+def audit_at(steps: list[int]) -> hn.typing.Audit:
     problem = Problem(0, 12, perceptron)
     return hn.audit(adamw(), problem.params, problem.batches, problem.loss, problem.outer, outer_batch=problem.held_out, steps=steps)

@@ -44,6 +44,22 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, capsys: pytest.Capt
     assert [float(number) for number in printed[1::2]] == pytest.approx([float(number) for number in expected[1::2]], rel=0.05)
 
 
+def test_one_line_is_what_the_first_example_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    before, changes = re.subn(r"# (opt = torch\.optim\..*)\nopt = hn\.optim\..*", r"\1", code)
+    assert changes == 1
+    exec(before, {})
+    (loss,) = re.findall(r"test loss (\S+)", capsys.readouterr().out)
+    assert f"The line in the comment gives {loss}." in text
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT], ids=label)
+def test_links_outside_of_the_site_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / link).exists(), f"{page.name} links to {link}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_no_code_escapes_the_test(page: Path) -> None:
     opened = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

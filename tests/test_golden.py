@@ -238,7 +238,7 @@ def tpgm_by_the_engine(config: dict[str, Any], data: dict[str, torch.Tensor]) ->
         st = nested.hyper_step(params, torch.func.grad(held_out_loss, argnums=1)(data, params, step % 4), st)
         params, st = nested.step(tuned, nothing, st, learn=False)
         found = nested.hypers(st)
-        yield [found[nested.learned_of(name)["radius"].key][name] for name in config["constrained"]], params
+        yield [found[nested.bindings[name].learned["radius"].key][name] for name in config["constrained"]], params
 
 
 @pytest.mark.parametrize("run", [tpgm_beside, tpgm_by_the_engine])

@@ -24,7 +24,7 @@ VIAS += [(d, v) for d in ("unit", "interval") for v in (None, "logit", TANH)]
 anything = st.one_of(st.floats(), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e308, -1e308, 1e-320]))
 
 
-def rule_with(hyper: hn.Hyper) -> hn.FunctionRule:
+def rule_with(hyper: hn.typing.Hyper) -> hn.typing.FunctionRule:
     @hn.rule(separable="element")
     def shifted(param: Any, grad: Any, state: Any, *, value: Any = hyper) -> Any:
         return param - value * grad, state
@@ -32,7 +32,7 @@ def rule_with(hyper: hn.Hyper) -> hn.FunctionRule:
     return shifted
 
 
-def inside(hyper: hn.Hyper, value: float) -> bool:
+def inside(hyper: hn.typing.Hyper, value: float) -> bool:
     above = value > hyper.lower if hyper.open_lower else value >= hyper.lower
     below = value < hyper.upper if hyper.open_upper else value <= hyper.upper
     return above and below and math.isfinite(value)

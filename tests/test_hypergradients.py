@@ -84,7 +84,7 @@ def unprojected(nested: hn.Nested, params: Any, grads: Any, state: Any) -> dict[
     return {name: new[name] - state["rule"][name]["anchor"] for name in new}
 
 
-def clear_of_kinks(optimizer: hn.Optimizer, ball: hn.Ball, radius: float, seed: int, steps: int) -> bool:
+def clear_of_kinks(optimizer: hn.Optimizer, ball: hn.typing.Ball, radius: float, seed: int, steps: int) -> bool:
     """Whether, in the step after `steps`, no block's norm is near the radius and no entry of a displacement near zero."""
     params, loss = problem(seed, SMALL)
     nested = hn.Nested(optimizer)

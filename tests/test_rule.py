@@ -22,7 +22,7 @@ def test_the_registry_lists_and_finds() -> None:
 
 
 def test_a_duplicate_is_refused_but_the_same_definition_may_run_again() -> None:
-    def define() -> hn.FunctionRule:
+    def define() -> hn.typing.FunctionRule:
         @hn.rule
         def defined_twice(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1)) -> Any:
             return param - lr * grad, state
@@ -33,7 +33,7 @@ def test_a_duplicate_is_refused_but_the_same_definition_may_run_again() -> None:
     again = define()
     assert hn.get("defined_twice") is again
     with pytest.raises(ValueError, match="name='defined_twice' is registered already"):
-        hn.register("defined_twice", hn.sgd)
+        hn.rules.register("defined_twice", hn.sgd)
 
 
 def test_hypers_are_declared_never_inferred() -> None:

@@ -26,7 +26,7 @@ def test_all_shapes_are_checked(name: str) -> None:
 
 
 def test_every_public_rule_is_registered() -> None:
-    public = {name for name in hn.__all__ if isinstance(getattr(hn, name), (hn.FunctionRule, hn.Combinator))}
+    public = {name for name in hn.__all__ if isinstance(getattr(hn, name), (hn.typing.FunctionRule, hn.typing.Combinator))}
     found = {name for name in registry.names() if registry.origin(name).split(".")[0] == "hyperopt_nested"}
     assert public <= found
     assert found <= set(hn.__all__)

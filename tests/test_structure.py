@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ MODULES = {
     for package in ("hyperopt_nested", "ftp")
     for path in sorted(ROOT.glob(f"{package}/**/*.py"))
 }
+PUBLIC = ["optim", "rules", "typing"]
 OPTIONAL = ["hypothesis", "matplotlib", "rich", "scipy", "sklearn", "typer"]
 
 
@@ -79,13 +81,30 @@ def test_ftp_imports_only_public_names(module: str) -> None:
             assert imported == "hyperopt_nested", f"{imported} is not public: import hyperopt_nested as hn"
             assert set(names) <= set(hn.__all__)
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hn":
-            assert node.attr in hn.__all__, f"hn.{node.attr} is not public"
+        path = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
+        if path[:1] == ["hn"]:
+            assert path[1] in hn.__all__, f"hn.{path[1]} is not public"
+            if path[1] in PUBLIC and len(path) > 2:
+                assert path[2] in getattr(hn, path[1]).__all__, f"hn.{path[1]}.{path[2]} is not public"
 
 
 def test_public_names_exist() -> None:
-    assert all(hasattr(hn, name) for name in hn.__all__)
-    assert sorted(hn.__all__) == hn.__all__
+    for module in (hn, *(getattr(hn, name) for name in PUBLIC)):
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert sorted(hn.__all__) == hn.__all__ == dir(hn)
+    assert len(hn.__all__) < 60
+
+
+def test_names_elsewhere_are_found() -> None:
+    with pytest.raises(AttributeError, match=r"has no attribute 'zeros'; it is in hn\.rules$"):
+        hn.zeros  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(hn, "nothing")
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert hn.__version__ == version("hyperopt-nested")
+    hidden = "import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError(name))"
+    assert run(f"{hidden}; import hyperopt_nested as hn; print(hn.__version__)").stdout == "0+unknown\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +113,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_torch_is_all_that_the_packages_need() -> None:
     absent = f"import sys; sys.modules |= dict.fromkeys({[*OPTIONAL, 'numpy']})"
-    found = run(f"{absent}; import ftp, hyperopt_nested as hn, torch; print(hn.sgd(lr=0.1).declared['lr'], type(hn.Audit([])).__name__)")
+    found = run(
+        f"{absent}; import ftp, hyperopt_nested as hn, torch; print(hn.sgd(lr=0.1).declared['lr'], type(hn.typing.Audit([])).__name__)"
+    )
     assert (found.returncode, found.stdout) == (0, "0.1 Audit\n"), found.stderr
 
 
@@ -110,8 +131,8 @@ def test_import_loads_no_optional_package() -> None:
         ("hypothesis", "testing", "from hyperopt_nested.testing import check_rule"),
         ("hypothesis", "cli", "import hyperopt_nested.cli"),
         ("typer", "cli", "import hyperopt_nested.cli"),
-        ("rich", "cli", "hn.Audit([]).table()"),
-        ("matplotlib", "demo", "hn.Audit([]).figure()"),
+        ("rich", "cli", "hn.typing.Audit([]).table()"),
+        ("matplotlib", "demo", "hn.typing.Audit([]).figure()"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(package: str, extra: str, use: str) -> None:

@@ -29,7 +29,7 @@ def test_a_right_rule_passes_and_the_report_says_what_was_verified() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda rule: rule.name)
-def test_every_mutant_is_caught(mutant: hn.FunctionRule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mutant_is_caught(mutant: hn.typing.FunctionRule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_SHRINKS", 40)  # of these, examples need not be small
     words, needs_reference = MUTANTS[mutant]
     with pytest.raises(testing.RuleError) as caught:

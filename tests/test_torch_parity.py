@@ -223,7 +223,7 @@ KEPT += [("row", torch.float64), ("element", torch.float64)]
 
 
 @pytest.mark.parametrize(("per", "dtype"), KEPT)
-@pytest.mark.parametrize("name", [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.FunctionRule)])
+@pytest.mark.parametrize("name", [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.typing.FunctionRule)])
 def test_learners_that_do_not_move_change_nothing(name: str, per: Any, dtype: torch.dtype) -> None:
     rule = hn.get(name)
     values = {hyper: declared or 0.1 for hyper, declared in rule().declared.items()}

@@ -41,7 +41,7 @@ def validation(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
     return closure
 
 
-def moved(model: nn.Module, norm: hn.Ball = hn.mars) -> dict[str, float]:
+def moved(model: nn.Module, norm: hn.typing.Ball = hn.mars) -> dict[str, float]:
     start = network().state_dict()
     return {name: norm.norm(p.detach() - start[name]).item() for name, p in model.named_parameters()}
 

@@ -19,7 +19,7 @@ from hyperopt_nested.backends.program import Engine, Program, Request
 from hyperopt_nested.backends.sweeps import with_early_writes
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
-from hyperopt_nested.engine.joint_update import Tensors
+from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
 
 Backend = Literal["auto", "reference", "foreach", "compile", "fused"]
@@ -66,7 +66,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
 
 def _only_by_engine(nested: Nested, params: Tensors) -> str:
     """Why only the engine can step these tensors; nothing if others can."""
-    summed = [rule.name for rule in (nested.optimizer_of(name).rule for name in params) if rule.reduction]
+    summed = [rule.name for rule in (nested.bindings[name].optimizer.rule for name in params) if rule.reduction]
     if summed:
         return f"{summed[0]} needs a total over all tensors"
     if nested.curvature == "exact":

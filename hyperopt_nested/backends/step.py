@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
 from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
 from hyperopt_nested.backends.verify import examples
-from hyperopt_nested.engine.joint_update import Tensors
+from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.trees import State, filled, flatten, map_tree
@@ -82,7 +82,9 @@ class ProgramStep:
 
     def _requests(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> list[Request]:
         """What programs are needed for: of tensors that are alike, the first asks."""
-        forms = {name: (self._nested.optimizer_of(name).signature, *_each((params[name], grad), *_FORM)) for name, grad in grads.items()}
+        forms = {
+            name: (self._nested.bindings[name].optimizer.signature, *_each((params[name], grad), *_FORM)) for name, grad in grads.items()
+        }
         first = {form: name for name, form in reversed(forms.items())}
         return list(self._arranged([], params, {name: grads[name] for name in first.values()}, st, numbers, learn).requests.values())
 
@@ -150,8 +152,8 @@ class ProgramStep:
             else:
                 made.counts.append((parts, total))
         for name, plan in plans.items():
-            param, rule = params[name].detach(), self._nested.optimizer_of(name).rule.name
-            leaves = flatten(_part(self._nested.learned_of(name).values(), name, st))
+            param, rule = params[name].detach(), self._nested.bindings[name].optimizer.rule.name
+            leaves = flatten(_part(self._nested.bindings[name].learned.values(), name, st))
             held = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in leaves.items()]
             row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
             made.tensors += [params[name], *row[1:]]
@@ -175,10 +177,10 @@ class ProgramStep:
     def _plan(self, name: str, st: State, learn: bool) -> _Plan:
         if (name, learn) in self._plans:
             return self._plans[name, learn]
-        learned = self._nested.learned_of(name).values()
+        learned = self._nested.bindings[name].learned.values()
         paths, structure = list(flatten(_part(learned, name, st))), map_tree(lambda _: None, _part(learned, name, st))
         reached = list(dict.fromkeys((each.key, each.key_of(name)) for each in learned if learn and each.key not in self._own))
-        size, optimizer = len(paths) + 1, self._nested.optimizer_of(name)
+        size, optimizer = len(paths) + 1, self._nested.bindings[name].optimizer
 
         def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
             *leaves, param = rest[:size]

@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.horizon import Curvature, Horizon
-from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.engine.last_update import LastUpdate
-from hyperopt_nested.engine.learnable import (
-    Memory,
+from hyperopt_nested.engine.binding import Bindings, Hessian, Memory, Tensors, Values
+from hyperopt_nested.engine.checks import (
     check_declared,
     check_horizon,
     check_shared,
@@ -26,7 +23,9 @@ from hyperopt_nested.engine.learnable import (
     check_used,
     optimizers_of,
 )
+from hyperopt_nested.engine.discounted import Curvature, DiscountedMemory
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
+from hyperopt_nested.engine.one_step import OneStepMemory
 from hyperopt_nested.engine.sensitivity import Raws
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.signatures import check_form, check_state
@@ -96,18 +95,9 @@ class Nested:
                     learner = Nested(learn.by, memory="kept" if memory == "auto" else memory, discount=discount)  # values may be confined
                     by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
-        self._joint = JointUpdate(optimizer, by_learn)
-        self._memory = (
-            Horizon(self._joint, discount, curvature) if discount and self.learned else LastUpdate(self._joint, memory, memory_dtype)
-        )
-
-    def optimizer_of(self, name: str) -> Optimizer:
-        """The optimizer of the tensor called `name`."""
-        return self._joint.optimizer_of(name)
-
-    def learned_of(self, name: str) -> dict[str, LearnedHyper]:
-        """The learned hypers of the tensor called `name`, by the names that its rule gives them."""
-        return self._joint.learned_of(name)
+        self.bindings = Bindings(optimizer, by_learn, memory)
+        carried = discount and self.learned
+        self._memory = DiscountedMemory(self.bindings, discount, curvature) if carried else OneStepMemory(self.bindings, memory_dtype)
 
     def init(self, params: Tensors, start: Mapping[str, float | Tensor] | None = None) -> State:
         """State before the first step.
@@ -123,7 +113,7 @@ class Nested:
                 differentiated; `start` names no learned hyper, or a number in it is outside its domain; a tensor has no optimizer.
         """
         check_tensors("params", params)
-        self._joint.check_names(params)
+        self.bindings.check_names(params)
         start = {} if start is None else start
         if not isinstance(start, Mapping):
             raise TypeError(f"start={start!r} ({type(start).__name__}) must be a mapping from learned hypers to start values")
@@ -138,14 +128,15 @@ class Nested:
         for name, param in params.items():
             if not param.is_floating_point():
                 raise TypeError(f"params[{name!r}] has dtype {param.dtype}; only real floating-point tensors can be optimized")
-            optimizer = self._joint.optimizer_of(name)
-            if (id(optimizer), param.ndim) not in checked:
-                checked.add((id(optimizer), param.ndim))
-                check_used(optimizer, self.learned_of(name), name, param, self.memory, self.discount)
+            binding = self.bindings[name]
+            optimizer = binding.optimizer
+            if (id(binding), param.ndim) not in checked:
+                checked.add((id(binding), param.ndim))
+                check_used(binding, name, param, one_step=self.memory != "none" and not self.discount)
             start_state = optimizer.rule.init(param, optimizer.settings)
             check_state(optimizer.rule.name, start_state)
             rule[name] = in_dtype(start_state, param, self._state_dtype)
-            for learned in self.learned_of(name).values():
+            for learned in binding.learned.values():
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:
                     raws[learned.key_of(name)] = learned.start(param, start.get(learned.key, learned.learn.value))
@@ -154,7 +145,7 @@ class Nested:
             "rule": rule,
             "hypers": hypers,
             "learners": {key: learned.learner.init(hypers[key]) for key, learned in self.learned.items()},
-            "memory": self._memory.nothing(params, rule, hypers),
+            "memory": self._memory.init(params, rule, hypers),
             **{part: {key: number(0.0, device) for key, device in devices.items()} for part in COUNTED},
         }
 
@@ -189,7 +180,7 @@ class Nested:
                 what there is not, or a number is outside its domain; a rule changes the form of its state.
         """
         values = {} if values is None else values
-        check_step(params, grads, st, values, learn, self._joint.optimizer_of, self.learned)
+        check_step(params, grads, st, values, learn, self.bindings, self.learned)
         if (hessian is not None) != (self.curvature == "exact"):
             raise ValueError(
                 f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
@@ -221,7 +212,7 @@ class Nested:
         Raises:
             ValueError: a gradient is of no tensor, or of another shape.
         """
-        check_step(params, grads, st, {}, True, self._joint.optimizer_of, self.learned)
+        check_step(params, grads, st, {}, True, self.bindings, self.learned)
         grads = self.descended(grads)
         learned = self._learn(params, grads, st, True)
         hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in learned["hypers"].items()}
@@ -229,7 +220,7 @@ class Nested:
 
     def descended(self, grads: Tensors) -> dict[str, Tensor]:
         """Gradients of what is minimized."""
-        return {name: -grad if self._joint.optimizer_of(name).maximize else grad for name, grad in grads.items()}
+        return {name: -grad if self.bindings[name].optimizer.maximize else grad for name, grad in grads.items()}
 
     def _learn(self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str]) -> State:
         """The parts of the state that belong to learned hypers, after one step with the hypergradients that `grads` give."""
@@ -258,7 +249,7 @@ class Nested:
         Returns:
             The new tensors, and the new rule states.
         """
-        new, (states, _) = self._joint(params, self.descended(grads), rule, hypers, {})
+        new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, {})
         return _in_dtypes_of(params, rule, new, states)
 
     def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Raws]:
@@ -316,7 +307,7 @@ class Nested:
             return raws
         users: dict[str, list[State]] = {}
         for name in grads:
-            if learned in self.learned_of(name).values():
+            if learned in self.bindings[name].learned.values():
                 users.setdefault(learned.key_of(name), []).append(rule[name])
         return {name: learned.bounded(raw, users[name]) if name in users else raw for name, raw in raws.items()}
 

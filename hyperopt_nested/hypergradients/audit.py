@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hyperopt_nested.checks import extra
-from hyperopt_nested.engine.horizon import Curvature
+from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.carried import Carried
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.joint_update import Hessian
+from hyperopt_nested.engine.binding import Hessian
 
 _MISSING = (
     re.compile(r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"),

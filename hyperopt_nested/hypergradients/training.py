@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from hyperopt_nested.backends.differentiable import DifferentiableUpdate
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.differentiable_update import DifferentiableUpdate
 from hyperopt_nested.hypergradients.double_backward import check_twice, named, twice
 from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
 from hyperopt_nested.hypergradients.implicit import Solver, implicit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import Hyper
-from hyperopt_nested.engine.learnable import optimizers_of
+from hyperopt_nested.engine.checks import optimizers_of
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.sensitivity import nothing_transforms
 from hyperopt_nested.hypergradients.implicit import Solver

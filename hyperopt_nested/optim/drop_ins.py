@@ -15,9 +15,9 @@ from hyperopt_nested import rules
 from hyperopt_nested.checks import packs
 from hyperopt_nested.optim.optimizer import HyperOptimizer, Params
 from hyperopt_nested.optim.param_groups import Choice
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer
+from hyperopt_nested.rule import Learn, Optimizer
 
-Factory = FunctionRule | Callable[..., Optimizer]
+Factory = Callable[..., Optimizer]
 Parameters = dict[str, inspect.Parameter]
 
 _REMEDIES = {
@@ -139,9 +139,9 @@ class DropIn(HyperOptimizer):
             DropIn.__init__(self, params, *args, **settings)
 
         own, given = list(inspect.signature(__init__).parameters.values())[:2]
-        __init__.__signature__ = inspect.Signature([own, given, *cls._takes.values()])  # type: ignore[attr-defined]
+        __init__.__signature__ = inspect.Signature([own.replace(annotation=own.empty), given, *cls._takes.values()])  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-        cls.__init__ = __init__  # type: ignore[method-assign]
+        setattr(cls, "__init__", __init__)  # noqa: B010 - an assignment would be what editors show
         if cls.__doc__ is None:
             cls.__doc__ = _documentation(cls)
 

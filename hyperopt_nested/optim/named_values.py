@@ -83,7 +83,7 @@ def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbe
     found: dict[str, LearnedValue] = {}
     shared: dict[str, dict[tuple[str, int], LearnedValue]] = {}
     for name in st["rule"]:
-        for hyper, learned in nested.learned_of(name).items():
+        for hyper, learned in nested.bindings[name].learned.items():
             group, key = group_of[name], learned.key_of(name)
             value = LearnedValue(learned, ("hypers", learned.key, key), float(numbers[group][hyper]))
             if key == MODEL:

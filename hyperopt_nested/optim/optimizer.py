@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
 from hyperopt_nested.checks import caller_level, not_an_optimizer
-from hyperopt_nested.engine.horizon import Curvature
-from hyperopt_nested.engine.joint_update import Hessian
-from hyperopt_nested.engine.learnable import Memory, check_horizon
+from hyperopt_nested.engine.binding import Hessian, Memory
+from hyperopt_nested.engine.checks import check_horizon
+from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
@@ -27,7 +27,7 @@ from hyperopt_nested.optim.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State, map_tree
 
-Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+Params = Iterable[Tensor | tuple[str, Tensor] | Group]
 
 
 class HyperOptimizer(GroupedOptimizer):
@@ -106,7 +106,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
         self._pinned = PinnedValues(self._pinned_at_ends)
-        super().__init__(params, pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
+        super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
         self.defaults = self.defaults or self._numbers_of([])
@@ -287,7 +287,7 @@ class HyperOptimizer(GroupedOptimizer):
         for key, learned in self._nested.learned.items():
             found[key] = ByName(f"hypers()[{key!r}]")
             for name in st["rule"]:
-                for hyper, used in self._nested.learned_of(name).items():
+                for hyper, used in self._nested.bindings[name].learned.items():
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name

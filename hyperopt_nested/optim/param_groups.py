@@ -355,7 +355,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         found: dict[str, Any] = {}
         for key, names in self._users:
             index, _, device = key
-            optimizer, learned = self._optimizers[names[0]], self._nested.learned_of(names[0])
+            optimizer, learned = self._optimizers[names[0]], self._nested.bindings[names[0]].learned
             numbers = unpack(self.param_groups[index])
             if as_tensors:
                 of_group: Any = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, device, learned)

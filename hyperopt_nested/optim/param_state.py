@@ -181,7 +181,7 @@ class ParamState:
         Copies of tensors that were given as options, such as anchors, stay.
         """
         for name in names:
-            optimizer, param = self.nested.optimizer_of(name), self.params[name].detach()
+            optimizer, param = self.nested.bindings[name].optimizer, self.params[name].detach()
             given = _given(optimizer.rule)
             new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, dtype))
             for path, old in flatten(self.st["rule"][name]).items():

@@ -1,6 +1,7 @@
 """The rules that come with the library, one family a module; and what rules are made of, for authors of others."""
 
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
+from hyperopt_nested.registry import register
 from hyperopt_nested.rules._blocks import (
     accumulator,
     average,
@@ -49,6 +50,7 @@ __all__ = [
     "muon",
     "nadam",
     "radam",
+    "register",
     "rmsprop",
     "rprop",
     "safe_sqrt",

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.learnable import Memory
+from hyperopt_nested.engine.binding import Memory
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.comparison import EXACT, TOLERANCE, RuleError

@@ -3,39 +3,19 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype, check_number, not_an_optimizer
-from hyperopt_nested.engine.horizon import Curvature
-from hyperopt_nested.engine.joint_update import Tensors, Values
+from hyperopt_nested.engine.binding import Binding, Bindings, Memory, Tensors, Values, forward_is_exact
+from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.sensitivity import unused
-from hyperopt_nested.engine.tensor_update import TensorUpdate
 from hyperopt_nested.rule import Learn, Optimizer
-from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import State
-
-Memory = Literal["auto", "kept", "forward", "reverse", "none"]
-"""How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
-hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
-back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers whose effect
-can be worked out from the tensor and the state that the update left, as Adam's learning rate and decoupled weight decay, also where
-combinators change the gradient: these take no memory; tensors have to be left alone between steps. "none" remembers nothing, and
-learns nothing."""
-
-Kind = Literal["late", "forward", "reverse"]
-"""How the last update's dependence on one hyper is remembered."""
-
-
-def kind_of_memory(optimizer: Optimizer, name: str, learn: Learn, memory: Memory) -> Kind:
-    """How the last update's dependence on a learned hyper is remembered."""
-    if memory == "auto" and name in optimizer.rule.late:
-        return "late"
-    return "forward" if memory != "reverse" and _forward_is_exact(optimizer, learn) else "reverse"
 
 
 def check_horizon(
@@ -84,7 +64,7 @@ def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory
             f"{name} is learned per {learn.per}, but curvature='exact' keeps a copy of all tensors for each of its entries: "
             "learn it per 'model' or 'tensor', or use curvature='none'"
         )
-    if (memory == "forward" or (discount and curvature == "none")) and not _forward_is_exact(optimizer, learn):
+    if (memory == "forward" or (discount and curvature == "none")) and not forward_is_exact(optimizer, learn.per):
         argument = f"discount={discount:g}" if discount else "memory='forward'"
         raise ValueError(
             f"{argument} is not exact for {name} learned per {learn.per}, since {rule.name} is separable by {rule.separable}: "
@@ -97,45 +77,36 @@ def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory
         )
 
 
-def check_used(
-    optimizer: Optimizer, learned: Mapping[str, LearnedHyper], name: str, param: Tensor, memory: Memory, discount: float
-) -> None:
+def check_used(binding: Binding, name: str, param: Tensor, *, one_step: bool) -> None:
     """Refuse to learn what the update does not use, tried on a tensor of the parameter's shape (a large one has no values).
 
     Raises:
         ValueError: the message names the hyper and the remedy.
     """
+    optimizer, learned = binding.optimizer, {each.key: (hyper, each) for hyper, each in binding.learned.items()}
     if not learned:
         return
+    rule = optimizer.rule
     device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
-    raws = {each.key: each.start(probe, each.learn.value) for each in learned.values()}
-    numbers = TensorUpdate.fixed(optimizer, learned, {}, probe.device)
-    update = TensorUpdate(optimizer, learned, probe, probe, optimizer.rule.init(probe, optimizer.settings), {}, numbers)
-    total = torch.zeros((), dtype=torch.float32, device=device) if update.reduction else None
-    told = {each.key: hyper for hyper, each in learned.items()}
-    measured = set(raws) - set(unused(update.global_reduce, raws)) if update.reduction else set()
-    for key in unused(functools.partial(update.param, reduced=total), raws):
-        if key not in measured and told[key] not in optimizer.rule.nondifferentiable:
+    raws = {key: each.start(probe, each.learn.value) for key, (_, each) in learned.items()}
+    update = binding.update(probe, probe, rule.init(probe, optimizer.settings), {})
+    total = torch.zeros((), dtype=torch.float32, device=device) if rule.reduction else None
+    in_total = set(raws) - set(unused(update.reduced, raws)) if rule.reduction else set()
+    for key in unused(functools.partial(update.param, total=total), raws):
+        hyper = learned[key][0]
+        if key not in in_total and hyper not in rule.nondifferentiable:
             raise ValueError(
-                f"{told[key]} is learned, but {optimizer.rule.name} does not use it in the update of {name!r} (settings: "
-                f"{optimizer!r}), so its hypergradient would always be zero: give {told[key]} a plain value, or switch on what uses it"
+                f"{hyper} is learned, but {rule.name} does not use it in the update of {name!r} (settings: "
+                f"{optimizer!r}), so its hypergradient would always be zero: give {hyper} a plain value, or switch on what uses it"
             )
-    one_step = memory != "none" and not discount
-    for each in learned.values():
-        kind = kind_of_memory(optimizer, told[each.key], each.learn, memory)
-        if one_step and each.key in measured and (each.learn.per != "model" or kind != "forward"):
+    for key in in_total if one_step else ():
+        hyper, each = learned[key]
+        if each.learn.per != "model" or binding.kinds[key] != "forward":
             raise ValueError(
-                f"{told[each.key]} enters the sum over all tensors that {optimizer.rule.name} needs: learn it per 'model', with memory "
+                f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
                 "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"
             )
-
-
-def _forward_is_exact(optimizer: Optimizer, learn: Learn) -> bool:
-    if learn.per in ("model", "tensor"):
-        return True
-    order = get_args(Separable)
-    return order.index(optimizer.rule.separable) <= order.index(learn.per)
 
 
 def optimizers_of(given: Any) -> list[Optimizer]:
@@ -193,7 +164,7 @@ def check_step(
     st: State,
     values: Values,
     learn: Any,
-    optimizer_of: Callable[[str], Optimizer],
+    bindings: Bindings,
     learned: Collection[str],
 ) -> None:
     """Refuse arguments of `Nested.step` that do not fit each other. It looks at no number of a tensor: nothing waits for a device.
@@ -222,7 +193,7 @@ def check_step(
             raise ValueError(f"values has {name!r}, which is no tensor; there are: {_listed(st['rule'])}")
         if not isinstance(given, Mapping):
             raise TypeError(f"values[{name!r}]={given!r} ({type(given).__name__}) must be a mapping from hypers to numbers")
-        optimizer = optimizer_of(name)
+        optimizer = bindings[name].optimizer
         for hyper, value in given.items():
             if hyper not in optimizer.settings:
                 raise ValueError(f"values[{name!r}] has {hyper!r}, which is no hyper of {optimizer!r}")

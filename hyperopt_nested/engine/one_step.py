@@ -8,41 +8,33 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
-from hyperopt_nested.engine.learnable import Kind, Memory, kind_of_memory
+from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
 from hyperopt_nested.engine.learned import number
 from hyperopt_nested.engine.sensitivity import Raws, linearize, pull_forward, pull_reverse, pullback
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.trees import State, map_tree
 
 
-class LastUpdate:
+class OneStepMemory:
     """The memory of each tensor's last update.
 
     It is `sensitivity`, by learned hyper; and where hypers need it, its `inputs`, or only its `numbers`, and whether it was `taken`.
 
     Args:
-        update: the update of all tensors.
-        memory: how to remember it.
+        bindings: the updates, bound to their learned hypers.
         dtype: what sensitivities are kept in; None is each tensor's own.
     """
 
-    def __init__(self, update: JointUpdate, memory: Memory, dtype: torch.dtype | None = None) -> None:
-        self._update, self._dtype = update, dtype
-        self._kinds: dict[int, dict[str, Kind]] = {}  # by the optimizer's id, and the hyper's key
-        for optimizer in update.optimizers:
-            learned = update.learned_by(optimizer) if memory != "none" else {}
-            kinds = self._kinds[id(optimizer)] = {}
-            for hyper, each in learned.items():
-                kinds[each.key] = kind_of_memory(optimizer, hyper, each.learn, memory)
+    def __init__(self, bindings: Bindings, dtype: torch.dtype | None = None) -> None:
+        self._bindings, self._dtype = bindings, dtype
 
-    def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
         found = {}
         for name, param in params.items():
-            none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._kept(name, "forward")}
-            totals = {self._update.optimizer_of(name).rule.reduction: torch.zeros((), dtype=state_dtype(param), device=param.device)}
-            raws = self._update.raws_of(name, hypers)
+            none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._bindings[name].memory["forward"]}
+            totals = {self._bindings[name].optimizer.rule.reduction: torch.zeros((), dtype=state_dtype(param), device=param.device)}
+            raws = self._bindings[name].raws(name, hypers)
             found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
         return found
 
@@ -52,18 +44,18 @@ class LastUpdate:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         del hessian  # one step looks through no gradient
         rule = st["rule"]
-        forward = {key for name in grads for key in self._kept(name, "forward")}
-        used = self._update.used(grads, hypers)
+        forward = {key for name in grads for key in self._bindings[name].memory["forward"]}
+        used = self._bindings.used(grads, hypers)
 
         def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
-            return self._update(params, grads, rule, raws, values)
+            return self._bindings(params, grads, rule, raws, values)
 
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
         memory: State = {}
         for name in grads:
             dtype = self._dtype or params[name].dtype
-            sensitivity = {key: finite(sensitivities[key][name].to(dtype)) for key in self._kept(name, "forward")}
-            inputs = params[name], grads[name], rule[name], self._update.raws_of(name, hypers), values.get(name, {}), totals
+            sensitivity = {key: finite(sensitivities[key][name].to(dtype)) for key in self._bindings[name].memory["forward"]}
+            inputs = params[name], grads[name], rule[name], self._bindings[name].raws(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
 
@@ -84,10 +76,13 @@ class LastUpdate:
         reverse = self._pull_reverse(grads, memory)
         late = self._pull_late(params, grads, rule, memory)
         for name, grad in grads.items():
-            value = {each.key: each.key_of(name) for each in self._update.learned_of(name).values()}
+            value = {each.key: each.key_of(name) for each in self._bindings[name].learned.values()}
             for key, sensitivity in memory[name]["sensitivity"].items():
                 yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
-            kept = {**dict.fromkeys(self._kept(name, "reverse"), reverse), **dict.fromkeys(self._kept(name, "late"), late)}
+            kept = {
+                **dict.fromkeys(self._bindings[name].memory["reverse"], reverse),
+                **dict.fromkeys(self._bindings[name].memory["late"], late),
+            }
             for key, found in kept.items():
                 yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
 
@@ -99,7 +94,7 @@ class LastUpdate:
         params, used, states, values = (
             {name: each[part] for name, each in inputs.items()} for part in ("param", "grad", "state", "values")
         )
-        updates = self._update.of(params, used, states, values, inputs)
+        updates = self._bindings.updates(params, used, states, values)
         along = {name: update.cleaned(grads[name]) for name, update in updates.items()}
         totals = {name: finite(each["total"]) if "total" in each else None for name, each in inputs.items()}
 
@@ -117,7 +112,7 @@ class LastUpdate:
         if not numbers:
             return {}
         states = {name: map_tree(_stepped(memory[name]["taken"] > 0), rule[name]) for name in numbers}
-        updates = self._update.of(params, grads, states, {name: each["values"] for name, each in numbers.items()}, numbers)
+        updates = self._bindings.updates(params, grads, states, {name: each["values"] for name, each in numbers.items()})
         after, along = {}, {}
         for name, update in updates.items():
             after[name], along[name] = update.left(grads[name])
@@ -130,10 +125,6 @@ class LastUpdate:
         (slopes,) = pull(map_tree(torch.ones_like, after))
         before = map_tree(lambda after, at_zero, slope: (after - at_zero) / slope, after, at_zero, slopes)
         return pull_reverse(along, functools.partial(finish, before), raws)
-
-    def _kept(self, name: str, kind: Kind) -> list[str]:
-        """Learned hypers of a tensor that are remembered so."""
-        return [key for key, each in self._kinds[id(self._update.optimizer_of(name))].items() if each == kind]
 
     def _remembered(
         self,
@@ -152,8 +143,8 @@ class LastUpdate:
         They are copies: the caller may overwrite tensors, and torch.compile tells shared ones from others.
         """
         found: State = {"sensitivity": sensitivity}
-        late, reverse = self._kept(name, "late"), self._kept(name, "reverse")
-        optimizer = self._update.optimizer_of(name)
+        late, reverse = self._bindings[name].memory["late"], self._bindings[name].memory["reverse"]
+        optimizer = self._bindings[name].optimizer
         if not late and not reverse:
             return found
         given = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.joint_update import Hessian, JointUpdate, Tensors, Values
+from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
 from hyperopt_nested.engine.sensitivity import Raws, pull_forward, pushforward
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.trees import State, map_tree
@@ -19,7 +19,7 @@ than the gradient is needed; "exact" takes products with the Hessian of the loss
 exact sensitivities grow with every step: keep the discount well below 1 then."""
 
 
-class Horizon:
+class DiscountedMemory:
     """The memory of each tensor's past updates: sensitivities of it and of its rule's state, by learned hyper and by value (`carried`).
 
     With the update (p', s') = U(p, s, g, h) of tensors and states, sensitivities S to a hyper h become
@@ -28,19 +28,19 @@ class Horizon:
     horizon as that of MetaOptimize (Sharifnassab et al. 2024, arXiv 2402.02342).
 
     Args:
-        update: the update of all tensors.
+        bindings: the updates, bound to their learned hypers.
         discount: in (0, 1].
         curvature: see `Curvature`.
     """
 
-    def __init__(self, update: JointUpdate, discount: float, curvature: Curvature) -> None:
-        self._update, self._discount, self._exact = update, discount, curvature == "exact"
+    def __init__(self, bindings: Bindings, discount: float, curvature: Curvature) -> None:
+        self._bindings, self._discount, self._exact = bindings, discount, curvature == "exact"
 
-    def nothing(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
         """Memory before the first update: zero. With exact curvature every value moves all tensors, else those that use it."""
         found = {}
         for name, param in params.items():
-            values = hypers if self._exact else self._update.used([name], hypers)
+            values = hypers if self._exact else self._bindings.used([name], hypers)
             zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(rule[name]))}
             carried = {key: {value: map_tree(torch.clone, zero) for value in raws} for key, raws in values.items() if raws}
             found[name] = {"carried": carried}
@@ -54,7 +54,7 @@ class Horizon:
         memory = {name: st["memory"][name]["carried"] for name in grads}
 
         def update(params: Raws, grads: Raws, real: State, hypers: dict[str, Raws]) -> tuple[Any, State]:
-            new, (states, _) = self._update(params, grads, _joined(real, rule), hypers, values)
+            new, (states, _) = self._bindings(params, grads, _joined(real, rule), hypers, values)
             return (new, _real(states)), states
 
         at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, _real(rule)), hypers
@@ -80,7 +80,7 @@ class Horizon:
     def pull(
         self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `LastUpdate.pull`."""
+        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `OneStepMemory.pull`."""
         for name, grad in grads.items():
             for key, by_value in memory[name]["carried"].items():
                 for value, each in by_value.items():

@@ -16,7 +16,7 @@ from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph, Value,
 from hyperopt_nested.backends.program import Request
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
-from hyperopt_nested.engine.joint_update import Tensors
+from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.sensitivity import Raws
 from hyperopt_nested.rule import Learn
@@ -64,7 +64,7 @@ class DifferentiableUpdate:
         """New tensors and states; arguments as of `Nested.update`."""
         rows, plans = list[list[Tensor]](), list[_Plan]()
         for name, grad in grads.items():
-            raws = (hypers[each.key][each.key_of(name)] for each in self._nested.learned_of(name).values())
+            raws = (hypers[each.key][each.key_of(name)] for each in self._nested.bindings[name].learned.values())
             row = [grad, params[name], *leaves(rule[name]), *raws]
             key = name, *(each.requires_grad for each in row)
             if key not in self._plans:
@@ -80,7 +80,7 @@ class DifferentiableUpdate:
 
     def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
         """What to do for one tensor; None if the engine has to do it."""
-        optimizer, param = self._nested.optimizer_of(name), row[1]
+        optimizer, param = self._nested.bindings[name].optimizer, row[1]
         try:
             kinds = tuple(kind_of(each.shape, param.shape) for each in row)
             check_layout([row[1], *row[1:]], kinds, param)
@@ -101,7 +101,7 @@ class DifferentiableUpdate:
 
     def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
         count, results = len(row), range(len(leaves(state)) + 1)
-        keys = [(each.key, each.key_of(name)) for each in self._nested.learned_of(name).values()]
+        keys = [(each.key, each.key_of(name)) for each in self._nested.bindings[name].learned.values()]
 
         def update(row: Sequence[Tensor]) -> list[Tensor]:
             grad, param, *rest = row
@@ -109,7 +109,7 @@ class DifferentiableUpdate:
             new, rule = self._nested.update({name: param}, {name: grad}, {name: filled(state, rest)}, raws)
             return [new[name], *leaves(rule[name])]
 
-        hypers = {len(results) + i: each for i, each in enumerate(self._nested.learned_of(name).values(), start=1)}
+        hypers = {len(results) + i: each for i, each in enumerate(self._nested.bindings[name].learned.values(), start=1)}
 
         def trials(arguments: Sequence[Tensor], *, whole: bool = False, less: int = 0) -> Iterator[list[Tensor]]:
             made = examples(arguments, row[1].detach(), hypers, 1, advance, whole=whole, less=less)
