@@ -67,6 +67,12 @@ def test_no_code_escapes_the_test(page: Path) -> None:
     assert set(opened[1::2]) <= {""}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_code_fits_80_columns(page: Path) -> None:
+    for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        assert max(map(len, block.splitlines())) <= 80, block
+
+
 def test_the_api_pages_show_the_public_names() -> None:
     assert hooks.problems(ROOT / "docs") == []
 

@@ -112,11 +112,9 @@ class Programs:
 
     def make(self, requests: Sequence[Request]) -> list[list[Program]]:
         """Programs for each request; raises ValueError if there are none of the sort that was asked for."""
-        if self._ahead is not None:
-            process, thread = self._ahead
-            if process == os.getpid():  # a forked child has no such thread
-                thread.join()
-            self._ahead = None
+        if self._ahead and self._ahead[0] == os.getpid():  # a forked child has no such thread
+            self._ahead[1].join()
+        self._ahead = None
         new = {key: request for request in requests if (key := _key(request)) not in self._made}
         if len(new) > 1:
             self._compile(list(new.values()))

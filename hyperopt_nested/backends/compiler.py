@@ -63,9 +63,8 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
 @cache
 def _tell(where: Path) -> None:
     """Say, once, why the first steps take longer, and where libraries are kept."""
-    _log.warning(
-        "compiling optimizer kernels, once; they are kept in %s (%s moves them, backend='reference' avoids them)", where, CACHE_VARIABLE
-    )
+    said = "compiling optimizer kernels, once; they are kept in %s (%s moves them, backend='reference' avoids them)"
+    _log.warning(said, where, CACHE_VARIABLE)
 
 
 def compiler() -> tuple[str, ...] | None:

@@ -32,16 +32,13 @@ class Interpreter:
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
-        if batch.prepared is None:
-            batch.prepared = [_Tensors(rows, self._like) for rows in self._chunks(batch.rows)]
+        if batch.prepared is None:  # what is stepped at once is on one device, and has few elements
+            ends = accumulate(row[self._like].numel() for row in batch.rows)
+            keys = ((row[self._like].device, end // _AT_ONCE) for end, row in zip(ends, batch.rows, strict=True))
+            chunks = groupby(zip(keys, batch.rows, strict=True), key=lambda each: each[0])
+            batch.prepared = [_Tensors([row for _, row in chunk], self._like) for _, chunk in chunks]
         for tensors in batch.prepared:
             self._step(tensors)
-
-    def _chunks(self, rows: Sequence[list[Tensor]]) -> list[list[list[Tensor]]]:
-        """Rows whose tensors are stepped at once: those of one device, and few elements."""
-        ends = accumulate(row[self._like].numel() for row in rows)
-        keys = ((row[self._like].device, end // _AT_ONCE) for end, row in zip(ends, rows, strict=True))
-        return [[row for _, row in chunk] for _, chunk in groupby(zip(keys, rows, strict=True), key=lambda each: each[0])]
 
     def _step(self, tensors: "_Tensors") -> None:
         results = list[Any]()

@@ -52,17 +52,16 @@ class Request:
         return tuple(size == 1 for size in self.param.shape)
 
 
+@dataclass(eq=False)
 class Engine:
     """A function itself as a program: what every other program has to reproduce."""
 
-    backend = "reference"
-
-    def __init__(self, function: Function) -> None:
-        self._function = function
+    function: Function
+    backend: str = "reference"
 
     def __call__(self, batch: Batch) -> None:
         for row in batch.rows:
-            write_over(row, self._function(*row))
+            write_over(row, self.function(*row))
 
 
 def write_over(arguments: Sequence[Tensor], new: Sequence[Tensor | None]) -> None:

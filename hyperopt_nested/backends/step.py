@@ -75,18 +75,16 @@ class ProgramStep:
     def waits(self, taken: int, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> bool:
         """Whether the engine does this step, the one after `taken`, while kernels of a small model are compiled in the background."""
         waits = taken < WARM_UP and not self._programs.strict and self._programs.backend == "fused"
-        waits = waits and sum(param.numel() for param in params.values()) < MANY
+        waits = waits and sum(map(Tensor.numel, params.values())) < MANY
         if waits and taken:  # the first step, in which much is done for the first time, has the processor for itself
             self._programs.begin(lambda: self._requests(params, grads, st, numbers, learn))
         return waits
 
     def _requests(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> list[Request]:
         """What programs are needed for: of tensors that are alike, the first asks."""
-        forms = {
-            name: (self._nested.bindings[name].optimizer.signature, *_each((params[name], grad), *_FORM)) for name, grad in grads.items()
-        }
-        first = {form: name for name, form in reversed(forms.items())}
-        return list(self._arranged([], params, {name: grads[name] for name in first.values()}, st, numbers, learn).requests.values())
+        signatures = {name: self._nested.bindings[name].optimizer.signature for name in grads}
+        first = {(signatures[name], *_each((params[name], grads[name]), *_FORM)): name for name in reversed([*grads])}
+        return [*self._arranged([], params, {name: grads[name] for name in first.values()}, st, numbers, learn).requests.values()]
 
     def prepare(self, params: Tensors, grads: Tensors, st: State, numbers: Numbers, *, learn: bool) -> PreparedStep:
         """What to do for the tensors that have gradients; makes the programs that it is done with, if need be, and changes nothing."""

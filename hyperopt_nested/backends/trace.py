@@ -61,10 +61,8 @@ def _traced(function: Function, arguments: Sequence[Tensor], inputs: Inputs, par
             continue
         made = recorder.value_of(value)
         if made.kind != kind:
-            of = {Kind.NUMBER: "one value", Kind.ROW: "one value a row", Kind.ELEMENT: "one value an element"}
-            raise UnsupportedError(
-                f"an update writes {of[made.kind]} to a tensor of shape {tuple(arguments[i].shape)}, which has {of[kind]}"
-            )
+            of, shape = {Kind.NUMBER: "one value", Kind.ROW: "one value a row", Kind.ELEMENT: "one value an element"}, arguments[i].shape
+            raise UnsupportedError(f"an update writes {of[made.kind]} to a tensor of shape {tuple(shape)}, which has {of[kind]}")
         made = recorder.cast(made, kind, dtype)
         if not (made.op == "input" and made.args[0] == i):
             outputs.append((i, made))
