@@ -325,8 +325,8 @@ def state_of_another_shape(param: Any, grad: Any, state: Any, *, lr: Any = LR, b
 
 
 MUTANTS: dict[hn.typing.FunctionRule, tuple[str, bool]] = {
-    dropped_bias_correction: ("but the reference has", True),
-    off_by_one_step: ("but the reference has", True),
+    dropped_bias_correction: ("differs from the reference", True),
+    off_by_one_step: ("differs from the reference", True),
     old_step: ("is not finite", False),
     wrong_sign: ("goes up the gradient", False),
     wrong_sign_of_a_derivative: ("the hypergradient of lr is", False),
@@ -346,7 +346,7 @@ MUTANTS: dict[hn.typing.FunctionRule, tuple[str, bool]] = {
     grows_its_state: ("state.a.last was None", False),
     root_of_zero: ("is not finite: nan", False),
     wrong_coupling: ("is the rule's separable='element' true?", False),
-    not_flat: ("beta is declared flat, but", False),
+    not_flat: ("beta is declared nondifferentiable, but", False),
     flat_undeclared: ("the hypergradient of beta per model could not be verified", False),
     without_vmap: ("does not run under torch.func.vmap", False),
     detached_old_state: ("the derivative of the new parameter with respect to the old state.average is 0, but", False),

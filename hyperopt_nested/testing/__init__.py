@@ -3,12 +3,14 @@
 from hyperopt_nested.checks import extra
 
 with extra("testing"):
-    from hyperopt_nested.testing.check import Reference, Report, check_case, check_rule
+    from hyperopt_nested.testing.check import Report, check_case, check_rule
+    from hyperopt_nested.testing.comparison import RuleError
     from hyperopt_nested.testing.differences import Difference, central_difference, finite_difference
+    from hyperopt_nested.testing.laws import Reference
     from hyperopt_nested.testing.programs import Comparison, check_backend
     from hyperopt_nested.testing.registered import every_rule
     from hyperopt_nested.testing.strategies import Case, cases, hyper_values, normal_case, shape_trees, tensors, trees
-    from hyperopt_nested.testing.subject import Checkable, RuleError
+    from hyperopt_nested.testing.subject import Checkable
 
 __all__ = [
     "Case",

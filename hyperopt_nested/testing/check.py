@@ -2,24 +2,22 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
-from torch import Tensor
 
 from hyperopt_nested.rule import Per
+from hyperopt_nested.testing.comparison import RuleError
 from hyperopt_nested.testing.derivatives import check_derivatives
-from hyperopt_nested.testing.gradients import EXACT, PERS, Record, check_granularities
-from hyperopt_nested.testing.laws import LAWS, Law, check_compile, check_precision, check_purity, check_structure
-from hyperopt_nested.testing.programs import Comparison, check_names, compare
-from hyperopt_nested.testing.strategies import SHAPES, Case, cases, inside, normal_case
-from hyperopt_nested.testing.subject import Checkable, Inapplicable, RuleError, Subject, direct, history, numbers, start, subject
-
-Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
-"""Another program that should do the same: from tensors and values of hypers to an optimizer of them."""
+from hyperopt_nested.testing.hypergradients import PERS, Record, check_granularities
+from hyperopt_nested.testing.laws import LAWS, Law, Reference, check_compile, check_precision, check_purity, check_structure, same_as
+from hyperopt_nested.testing.programs import Comparison, check_backends, check_names
+from hyperopt_nested.testing.strategies import SHAPES, Case, Shape, cases, inside, normal_case
+from hyperopt_nested.testing.subject import Checkable, Inapplicable, Subject, subject
 
 _ROUNDS, _EXAMPLES = 20, 600  # at most, or at most so many examples, until every hyper is verified at every granularity
 _SHRINKS = 200  # examples tried in search of a smaller one that fails
@@ -35,14 +33,14 @@ class Report:
     Attributes:
         name: of the rule.
         verified: largest relative error of a hypergradient against finite differences, by hyper and granularity.
-        flat: hypers whose derivative was verified to be zero, so that learning them is refused.
+        nondifferentiable: hypers whose derivative was verified to be zero, so that learning them is refused.
         kinks: how many derivatives were left out because the update has a kink beside the example.
         backends: of each backend that was compared with the reference, what it serves and how well.
     """
 
     name: str
     verified: Mapping[tuple[str, Per], float]
-    flat: tuple[str, ...] = ()
+    nondifferentiable: tuple[str, ...] = ()
     kinks: int = 0
     backends: Mapping[str, Comparison] = field(default_factory=dict)
 
@@ -51,7 +49,7 @@ class Report:
         for name in dict.fromkeys(name for name, _ in self.verified):
             errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS)
             lines.append(f"  {name}: hypergradient verified, largest relative error per {errors}")
-        lines += [f"  {name}: flat (derivative zero wherever it exists); learning it is refused" for name in self.flat]
+        lines += [f"  {name}: nondifferentiable (derivative zero); learning it is refused" for name in self.nondifferentiable]
         if self.kinks:
             lines.append(f"  {self.kinks} derivatives beside a kink were left out")
         lines += [f"  backend {name!r}: {found}" for name, found in self.backends.items()]
@@ -65,7 +63,7 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     granularities, and how many updates come before. Of each example:
 
     * forward memory, reverse memory and finite differences give the same hypergradient, of every hyper;
-    * every hyper has one, but those declared flat, whose derivative must be zero;
+    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero;
     * the derivatives of the new parameter and of the new state with respect to parameter, gradient, state and hypers, on which
       hypergradients through several steps rely, are those of finite differences, in late steps and for a large tensor too;
     * the update is pure, keeps structure, dtype and device, computes in float64 if it is given float64, and stays finite, at closed
@@ -103,39 +101,34 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
         raise ValueError(f"examples={examples!r} must be an integer >= 1")
     checked = subject(rule)
     if reference is not None:
-        _search(checked, _same_as(reference), examples)
+        _search(checked, same_as(reference), examples)
     for law in LAWS:
         _search(checked, law, examples // 2 + 1)
     _search(checked, check_compile, 1)
     report = verify(checked, examples=examples)
     _search(checked, check_derivatives, examples // 2 + 1)
     _search_long(checked)
-    return replace(report, backends={name: compare(checked, name) for name in backends})
+    return replace(report, backends={name: check_backends(checked, name) for name in backends})
 
 
 def verify(checked: Subject, *, examples: int = 30) -> Report:
     """The law of hypergradients alone, as in `check_rule`."""
-    record = Record()
     rule = checked.template.rule
-    wanted = [(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS]
-    missing = wanted
+    record = Record([(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS])
+    law = functools.partial(check_granularities, record=record)
     rounds = max(_ROUNDS, _EXAMPLES // examples)
     for turn in range(rounds if checked.own else 0):
-        pers = sorted({per for _, per in missing}, key=PERS.index) or PERS
-        law = functools.partial(check_granularities, record=record, missing=missing)
-        _search(checked, law, examples, turn, pers)
-        missing = [pair for pair in wanted if pair not in record.worst]
-        if not missing:
+        _search(checked, law, examples, turn, sorted({per for _, per in record.missing}, key=PERS.index) or PERS)
+        if not record.missing:
             break
-    if missing:
-        name, per = missing[0]
+    for name, per in record.missing:
         raise RuleError(
             f"{checked.name}: the hypergradient of {name} per {per} could not be verified: in none of {rounds * examples} examples was it "
             f"large enough for finite differences to resolve ({record.kinks} were left out at kinks). Is its derivative always zero? "
-            "Then declare it flat. Does it matter only with other options? Then check an optimizer that has them"
+            "Then declare it nondifferentiable. Does it matter only with other options? Then check an optimizer that has them"
         )
-    flat = tuple(name for name in checked.own if name in rule.nondifferentiable)
-    return Report(checked.name, {pair: record.worst[pair] for pair in wanted}, flat, record.kinks)
+    zero = tuple(name for name in checked.own if name in rule.nondifferentiable)
+    return Report(checked.name, {pair: record.worst[pair] for pair in record.wanted}, zero, record.kinks)
 
 
 def check_case(rule: Checkable, case: Case) -> None:
@@ -145,19 +138,15 @@ def check_case(rule: Checkable, case: Case) -> None:
         RuleError: a law is broken.
     """
     checked = subject(rule)
-    laws: list[Law] = [*LAWS, functools.partial(check_granularities, record=Record(), missing=()), check_derivatives, check_compile]
-    for law in laws:
-        try:
-            law(checked, case)
-        except Inapplicable:
-            continue
-        except RuleError as error:
-            raise RuleError(f"{checked.name}: {error}") from None
+    laws: list[Law] = [*LAWS, functools.partial(check_granularities, record=Record()), check_derivatives, check_compile]
+    if error := _broken(checked, case, laws):
+        raise RuleError(f"{checked.name}: {error}") from None
 
 
 def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequence[Per] = PERS) -> None:
     """Look for a case that breaks a law, and raise what the smallest one found raises."""
     hypers = {name: checked.template.rule.hypers[name] for name in checked.own}
+    options = checked.choices or {}
     broken: dict[str, str] = {}
     tries = 0
 
@@ -170,7 +159,7 @@ def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequ
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(hypers, shapes=checked.shapes(), pers=pers, options=checked.choices))
+    @given(cases(hypers, shapes=checked.shapes(), pers=pers, options=options))
     def look(case: Case) -> None:
         nonlocal tries
         written = repr(case)
@@ -201,34 +190,28 @@ def _search_long(checked: Subject) -> None:
     if not shapes:
         return
     large, small = shapes[0], next((shape for shape in shapes if 1 < math.prod(shape) < 10), shapes[0])
-    flipped = [{name: choices[1]} for name, choices in checked.choices.items()]
-    runs: list[tuple[dict[str, tuple[int, ...]], int, dict[str, Any]]] = [
-        ({"a": large, "b": small}, _LATE, {}),
-        ({"a": small}, _LATER, {}),
-        *(({"a": small}, _LATE, each) for each in flipped),
-    ]
     rule = checked.template.rule
     values = {name: inside(rule.hypers[name]) for name in checked.own}
-    for tree, steps, options in runs:
-        broken = _broken(checked, normal_case(values, tree, steps, options))
-        if broken is None:
-            continue
-        for smaller in ({"a": small}, *({"a": (rows, *large[1:])} for rows in (1, 2, 4, 8, 16, 32)), {"a": large}):
-            case = normal_case(values, smaller, steps, options)
-            if checked.accepts(smaller["a"]) and (found := _broken(checked, case)) is not None:
-                tree, broken = smaller, found
-                break
-        fewest = 1
-        while fewest < steps:  # bisection
-            middle = (fewest + steps) // 2
-            found = _broken(checked, normal_case(values, tree, middle, options))
-            steps, fewest, broken = (middle, fewest, found) if found is not None else (steps, middle + 1, broken)
-        raise RuleError(_message(checked, broken, normal_case(values, tree, steps, options)))
+    parts = [shape for rows in (1, 2, 4, 8, 16, 32) if checked.accepts(shape := (rows, *large[1:]))]
+    runs: list[tuple[tuple[Shape, ...], int, dict[str, Any]]] = [((large, small), _LATE, {}), ((small,), _LATER, {})]
+    runs += [((small,), _LATE, flip) for flip in checked.flips]
+
+    def example(tree: Iterable[Shape], steps: int, options: dict[str, Any]) -> Case:
+        return normal_case(values, dict(zip("ab", tree, strict=False)), steps, options)
+
+    def broken(tree: Iterable[Shape], steps: int, options: dict[str, Any]) -> RuleError | None:
+        return _broken(checked, example(tree, steps, options), (check_structure, check_purity, check_precision, check_derivatives))
+
+    if failed := next((run for run in runs if broken(*run)), None):
+        tree, steps, options = failed
+        tree = next(((shape,) for shape in (small, *parts, large) if broken((shape,), steps, options)), tree)
+        steps = 1 + bisect_left(range(1, steps), True, key=lambda fewer: broken(tree, fewer, options) is not None)
+        raise RuleError(_message(checked, broken(tree, steps, options), example(tree, steps, options)))
 
 
-def _broken(checked: Subject, case: Case) -> RuleError | None:
-    """What breaks a law in a long case, if one is broken."""
-    for law in (check_structure, check_purity, check_precision, check_derivatives):
+def _broken(checked: Subject, case: Case, laws: Iterable[Law]) -> RuleError | None:
+    """What breaks the first of the laws that a case breaks, if it breaks one."""
+    for law in laws:
         try:
             law(checked, case)
         except Inapplicable:
@@ -238,33 +221,10 @@ def _broken(checked: Subject, case: Case) -> RuleError | None:
     return None
 
 
-def _message(checked: Subject, error: RuleError, case: Case) -> str:
+def _message(checked: Subject, error: RuleError | None, case: Case) -> str:
     """The first line says what is broken, and the rest how to see it again."""
     name = checked.name if checked.name.isidentifier() else "rule"
     return (
         f"{checked.name}: {error}\n\nTo see it again:\n\nimport torch\nimport hyperopt_nested as hn\n\n"
         f"case = {case!r}\nhn.testing.check_case({name}, case)"
     )
-
-
-def _same_as(reference: Reference) -> Law:
-    """The law that values equal those of another program."""
-
-    def check_reference(subject: Subject, case: Case) -> None:
-        optimizer = subject.fixed(case)
-        _, states = history(optimizer, case)
-        theirs = {name: torch.nn.Parameter(param.clone()) for name, param in case.params.items()}
-        other = reference(list(theirs.values()), optimizer.declared)
-        params, states = dict(case.params), start(optimizer, case.params)
-        for step, grads in enumerate(case.grads, start=1):
-            params, states = direct(optimizer, params, grads, states, numbers(case, optimizer))
-            for name, param in theirs.items():
-                param.grad = grads[name].clone()
-            other.step()
-            for name, param in theirs.items():
-                largest = max([1.0, *(float(each.detach().abs().amax()) for each in theirs.values() if each.numel())])
-                if param.numel() and not float((param.detach() - params[name]).abs().amax()) <= EXACT * largest:
-                    where = f"after step {step}, of shape {tuple(param.shape)}"
-                    raise RuleError(f"tensor {name!r} is {params[name].tolist()} {where}, but the reference has {param.tolist()}")
-
-    return check_reference

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hyperopt_nested.ops import watch_kinks
+from hyperopt_nested.testing.comparison import TOLERANCE
 
 LEVELS = 5
 """Steps, each half of the one before, that are extrapolated from."""
@@ -27,10 +31,24 @@ class Difference:
     value: Tensor
     error: Tensor
 
-    def agrees(self, found: Tensor, *, relative: float = 1e-6) -> bool:
+    def agrees(self, found: Tensor, *, relative: float = TOLERANCE) -> bool:
         """Whether `found` is within four times the estimated error, and `relative` times the largest entry, of the value."""
         largest = self.value.abs().amax() if self.value.numel() else 0.0
         return bool(((found - self.value).abs() <= 4 * self.error + relative * largest).all())
+
+
+@dataclass(frozen=True)
+class Slopes(Difference):
+    """Derivatives of m outputs along n directions, (n, m).
+
+    Attributes:
+        smooth: (n,), whether no declared kink lies between the points along a direction.
+        up, down: slopes to the points on either side, of the largest step first, (levels, n, m).
+    """
+
+    smooth: Tensor
+    up: Tensor
+    down: Tensor
 
 
 def central_difference(function: Callable[[Tensor], Tensor], at: Tensor, step: float | Tensor) -> Tensor:
@@ -45,7 +63,7 @@ def central_difference(function: Callable[[Tensor], Tensor], at: Tensor, step: f
         A tensor of the shape of `at`.
     """
     h = torch.as_tensor(step, dtype=at.dtype, device=at.device).broadcast_to(at.shape).flatten()
-    values = _evaluated(function, at, torch.stack([h, -h]))
+    values: Tensor = _along_axes(lambda offset: function(at + offset.reshape(at.shape)), torch.stack([h, -h]))
     return ((values[0] - values[1]) / (2 * h)).reshape(at.shape)
 
 
@@ -69,46 +87,61 @@ def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, *, scale
         True
     """
     size = torch.where(at == 0, 1, at.abs()) if scale is None else torch.as_tensor(scale, dtype=at.dtype, device=at.device)
-    h = steps(size.broadcast_to(at.shape).flatten())
-    found = extrapolated(_evaluated(function, at, h), h)
+    found = slopes(lambda offset: function(at + offset.reshape(at.shape))[None], size.broadcast_to(at.shape).flatten())
     return Difference(found.value.reshape(at.shape), found.error.reshape(at.shape))
 
 
-def steps(scale: Tensor) -> Tensor:
-    """Steps along n directions, (k, n), from scales (n,): up, down, and where rounding is probed."""
-    up = scale * 0.5 ** torch.arange(3, 3 + LEVELS, dtype=scale.dtype, device=scale.device)[:, None]
-    return torch.cat([up, -up, scale * _PROBE * _PROBES.to(scale)[:, None]])
+def slopes(function: Callable[[Tensor], Tensor], scale: Tensor, noise: float | Tensor = 0.0) -> Slopes:
+    """Derivatives of a function at zero along each axis.
 
-
-def extrapolated(values: Tensor, h: Tensor, noise: float | Tensor = 0.0) -> Difference:
-    """Derivatives along n directions from values (k, n) at the steps `h` that `steps` made; value and error are (n,).
-
-    Of all entries of the extrapolation table, the one with the least estimated error is taken, direction by direction. `noise` is a
-    lower bound for the rounding error of a value.
+    Args:
+        function: from offsets (n,) to values (m,); it is run under `torch.func.vmap`.
+        scale: (n,), over which the function is smooth.
+        noise: a lower bound for the rounding error of a value, broadcastable against (n, m).
     """
+
+    def watched(offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with watch_kinks() as kinks:
+            values = function(offsets)
+        return values, [torch.sign(kink) for kink in kinks if kink.numel()]
+
+    middle, signs_middle = watched(torch.zeros_like(scale))
+    smooth = torch.ones(len(scale), dtype=torch.bool, device=scale.device)
+    if not len(scale):
+        none = middle.new_zeros(0, len(middle))
+        return Slopes(none, none, smooth, none.expand(LEVELS, -1, -1), none.expand(LEVELS, -1, -1))
+    steps = scale * 0.5 ** torch.arange(3, 3 + LEVELS, dtype=scale.dtype, device=scale.device)[:, None]
+    values, signs = _along_axes(watched, torch.cat([steps, -steps, scale * _PROBE * _PROBES.to(scale)[:, None]]))
+    for sign, here in zip(signs, signs_middle, strict=True):
+        smooth &= (sign == here).reshape(*sign.shape[:2], -1).all(-1).all(0)
     up, down, probes = torch.split(values, [LEVELS, LEVELS, len(_PROBES)])
-    h = h[:LEVELS]
-    line = _PROBES.to(values)[:, None]
-    probes = probes - line * (line * probes).sum(0) / line.square().sum()
-    scatter = torch.maximum(probes.amax(0) - probes.amin(0), torch.finfo(values.dtype).eps * values.abs().amax(0))
-    rounding = torch.maximum(scatter, torch.as_tensor(noise, dtype=values.dtype, device=values.device)) / h
-    row = list((up - down) / (2 * h))
-    candidates = [(row[0], torch.full_like(row[0], torch.inf))]
+    h = steps[:, :, None]
+    value, error = _extrapolated((up - down) / (2 * h), _scatter(probes, values).maximum(torch.as_tensor(noise).to(values)) / h)
+    return Slopes(value, error, smooth, up / h, -down / h)
+
+
+def _scatter(probes: Tensor, values: Tensor) -> Tensor:
+    """The rounding error of values (n, m): how far those at the probes are from a straight line."""
+    line = _PROBES.to(probes)[:, None, None]
+    rest = probes - line * (line * probes).sum(0) / line.square().sum()
+    return torch.maximum(rest.amax(0) - rest.amin(0), torch.finfo(values.dtype).eps * values.abs().amax(0))
+
+
+def _extrapolated(row: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all entries of the extrapolation table, the one with the least estimated error, and that error."""
+    values, errors = [row[0]], [torch.full_like(row[0], torch.inf)]
     for order in range(1, LEVELS):
-        factor = 4.0**order
-        new = [fine + (fine - coarse) / (factor - 1) for coarse, fine in pairwise(row)]
-        for level, value in enumerate(new):
-            spread = torch.maximum((value - row[level]).abs(), (value - row[level + 1]).abs())
-            candidates.append((value, spread + 2 * rounding[level + order]))
+        new = torch.stack([fine + (fine - coarse) / (4.0**order - 1) for coarse, fine in pairwise(row)])
+        spread = torch.maximum((new - row[:-1]).abs(), (new - row[1:]).abs())
+        values += new.unbind()
+        errors += (spread + 2 * rounding[order:]).unbind()
         row = new
-    table, errors = torch.stack([value for value, _ in candidates]), torch.stack([error for _, error in candidates])
-    best = errors.nan_to_num(torch.inf).argmin(0, keepdim=True)
-    return Difference(table.gather(0, best)[0], errors.gather(0, best)[0])
+    table = torch.stack(errors)
+    best = table.nan_to_num(torch.inf).argmin(0, keepdim=True)
+    return torch.stack(values).gather(0, best)[0], table.gather(0, best)[0]
 
 
-def _evaluated(function: Callable[[Tensor], Tensor], at: Tensor, h: Tensor) -> Tensor:
-    """Values (k, n) of the function with one entry of `at` moved at a time, by the steps (k, n)."""
-    moved = at.flatten() + torch.diag_embed(h)
-    vmapped = torch.func.vmap(torch.func.vmap(lambda x: function(x.reshape(at.shape))))
-    values: Tensor = vmapped(moved)
-    return values
+def _along_axes(function: Callable[[Tensor], Any], steps: Tensor) -> Any:
+    """What a function of offsets (n,) returns for each of the steps (k, n), one axis at a time."""
+    vmapped: Any = torch.func.vmap(torch.func.vmap(function))
+    return vmapped(torch.diag_embed(steps))

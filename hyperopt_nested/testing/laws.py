@@ -3,21 +3,24 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.testing.gradients import EXACT
+from hyperopt_nested.rule import Optimizer, Per
+from hyperopt_nested.testing.comparison import RuleError, compare, difference
 from hyperopt_nested.testing.strategies import MAX_STEPS, Case
-from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, Tree, direct, history, leaves, numbers, start
+from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, by_path, direct, history, numbers, start
 from hyperopt_nested.trees import map_tree
 
 Law = Callable[[Subject, Case], None]
+Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
+"""Another program that should do the same: from tensors and values of hypers to an optimizer of them."""
 
 
 def check_purity(subject: Subject, case: Case) -> None:
@@ -26,7 +29,7 @@ def check_purity(subject: Subject, case: Case) -> None:
     params, states = history(optimizer, case)
     states = map_tree(torch.clone, states)  # which may share tensors with the parameters
     hypers, grads = numbers(case, optimizer), case.grads[-1]
-    given = leaves({"param": params, "grad": grads, "state": states, "hyper": hypers})
+    given = by_path({"param": params, "grad": grads, "state": states, "hyper": hypers})
     before = {path: (leaf.clone(), leaf._version) for path, leaf in given.items()}
     seed = torch.get_rng_state()
     first = direct(optimizer, params, grads, states, hypers)
@@ -34,7 +37,7 @@ def check_purity(subject: Subject, case: Case) -> None:
         if given[path]._version != version or not _identical(given[path], value):
             raise RuleError(f"the update changes its input {path} in place: compute new tensors")
     second = direct(optimizer, params, grads, states, hypers)
-    outputs, again = (leaves({"param": new, "state": state}) for new, state in (first, second))
+    outputs, again = (by_path({"param": new, "state": state}) for new, state in (first, second))
     for path, leaf in outputs.items():
         if not _identical(leaf, again[path]):
             raise RuleError(f"the update gives another {path} when it is repeated with the same inputs: it depends on hidden state")
@@ -60,9 +63,7 @@ def check_structure(subject: Subject, case: Case) -> None:
             for path in sorted(expected.keys() | forms.keys()):
                 if forms.get(path) != expected.get(path):
                     raise RuleError(f"{path} was {expected.get(path)} and became {forms.get(path)} in an update with {dtype}")
-            for path, leaf in leaves({"param": params, "state": states}).items():
-                if not bool(torch.isfinite(leaf).all()):
-                    raise RuleError(f"{path} is not finite after an update with {dtype}: {leaf}")
+            _check_finite({"param": params, "state": states}, f"after an update with {dtype}")
 
 
 def check_devices(subject: Subject, case: Case) -> None:
@@ -80,7 +81,7 @@ def check_devices(subject: Subject, case: Case) -> None:
             f"the update fails on tensors without values ({error}): it reads a value, as .item(), float() and `if` do, or "
             "makes a tensor on another device than the parameter's"
         ) from error
-    for path, leaf in leaves({"param": params, "state": states}).items():
+    for path, leaf in by_path({"param": params, "state": states}).items():
         if leaf.device.type != "meta":
             raise RuleError(f"{path} is on {leaf.device}, not on the parameter's device: use torch.zeros_like, or device=param.device")
 
@@ -90,22 +91,15 @@ def check_vmap(subject: Subject, case: Case) -> None:
     optimizer = subject.fixed(case)
     history(optimizer, case)  # refuses what the rule refuses
     program = functools.partial(_run, optimizer)
-    factors = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
-
-    def batch(tree: Tree) -> Tree:
-        return {name: torch.stack([factor * tensor for factor in factors]) for name, tensor in tree.items()}
-
-    hypers = numbers(case, optimizer)
-    many = {name: {hyper: value.expand(3) for hyper, value in values.items()} for name, values in hypers.items()}
+    params, grads = tree_map(lambda x: torch.stack([x, -x, 0.5 * x]), (case.params, case.grads))
+    batch = params, grads, tree_map(lambda x: x.expand(3), numbers(case, optimizer))
     try:
-        together = torch.func.vmap(program)(batch(case.params), [batch(grads) for grads in case.grads], many)
+        together = torch.func.vmap(program)(*batch)
     except RuntimeError as error:
         raise RuleError(f"the update does not run under torch.func.vmap: {str(error).splitlines()[0]}") from error
-    for index, factor in enumerate(factors):
-        alone = program(
-            map_tree(lambda x, f=factor: f * x, case.params), [map_tree(lambda x, f=factor: f * x, g) for g in case.grads], hypers
-        )
-        _compare(alone, {path: leaf[index] for path, leaf in together.items()}, "under torch.func.vmap")
+    for index in range(3):
+        found, alone = tree_map(lambda x, i=index: x[i], (together, batch))
+        compare(found, program(*alone), f"run {index} of a batch under torch.func.vmap", "the run alone")
 
 
 def check_compile(subject: Subject, case: Case) -> None:
@@ -113,27 +107,26 @@ def check_compile(subject: Subject, case: Case) -> None:
     optimizer = subject.fixed(case)
     history(optimizer, case)  # refuses what the rule refuses
     program = functools.partial(_run, optimizer)
-    hypers, grads = numbers(case, optimizer), case.grads[: MAX_STEPS + 1]  # more of them are one long program
+    inputs = case.params, case.grads[: MAX_STEPS + 1], numbers(case, optimizer)  # more steps are one long program
     torch._dynamo.reset()
     try:
-        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(case.params, grads, hypers)
+        compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(*inputs)
     except Exception as error:
         raise RuleError(f"torch.compile(fullgraph=True) does not take the update: {str(error).strip().splitlines()[0]}") from error
     finally:
         torch._dynamo.reset()
-    _compare(program(case.params, grads, hypers), compiled, "under torch.compile")
+    compare(compiled, program(*inputs), "under torch.compile", "the update without it")
 
 
 def check_ends(subject: Subject, case: Case) -> None:
     """With a hyper at an end that belongs to its domain, and gradients with exact zeros, values and hypergradients stay finite."""
     for name in subject.own:
         hyper = subject.template.rule.hypers[name]
-        ends = [
-            end for end, is_open in ((hyper.lower, hyper.open_lower), (hyper.upper, hyper.open_upper)) if math.isfinite(end) and not is_open
-        ]
-        for end in ends:
-            at_end = Case({**case.hypers, name: end}, case.params, case.grads, case.after, "tensor", case.options)
-            learned = {} if name in subject.template.rule.nondifferentiable else {name: at_end.per}
+        for end, is_open in ((hyper.lower, hyper.open_lower), (hyper.upper, hyper.open_upper)):
+            if is_open or math.isinf(end):
+                continue
+            at_end = replace(case, hypers={**case.hypers, name: end})
+            learned: dict[str, Per] = {} if name in subject.template.rule.nondifferentiable else {name: "tensor"}
             nested = Nested(subject.learning(at_end, learned), memory="reverse")  # which hides nothing that is not finite
             try:
                 params, st = case.params, nested.init(case.params)
@@ -141,10 +134,7 @@ def check_ends(subject: Subject, case: Case) -> None:
                 continue
             for grads in case.grads:
                 params, st = nested.step(params, grads, st)
-            found = leaves({"param": params, "hypergradient": nested.hypergradients(params, case.after, st)})
-            for path, leaf in found.items():
-                if not bool(torch.isfinite(leaf).all()):
-                    raise RuleError(f"with {name}={end!r}, {path} is not finite: {leaf}")
+            _check_finite({"param": params, "hypergradient": nested.hypergradients(params, case.after, st)}, f"with {name}={end!r}")
 
 
 def check_precision(subject: Subject, case: Case) -> None:
@@ -194,6 +184,26 @@ def check_descent(subject: Subject, case: Case) -> None:
             raise RuleError(f"the first update goes up the gradient: their inner product is {float(along):.6g}, not negative")
 
 
+def same_as(reference: Reference) -> Law:
+    """The law that values equal those of another program."""
+
+    def check_reference(subject: Subject, case: Case) -> None:
+        optimizer = subject.fixed(case)
+        history(optimizer, case)  # refuses what the rule refuses
+        params, states = dict(case.params), start(optimizer, case.params)
+        theirs = {name: torch.nn.Parameter(param.clone()) for name, param in params.items()}
+        other = reference(list(theirs.values()), optimizer.declared)
+        for step, grads in enumerate(case.grads, start=1):
+            params, states = direct(optimizer, params, grads, states, numbers(case, optimizer))
+            for name, param in theirs.items():
+                param.grad = grads[name].clone()
+            other.step()
+            expected = {f"tensor {name!r}": param.detach() for name, param in theirs.items()}
+            compare({f"tensor {name!r}": param for name, param in params.items()}, expected, f"after step {step}", "the reference")
+
+    return check_reference
+
+
 LAWS: tuple[Law, ...] = (check_structure, check_purity, check_precision, check_devices, check_vmap, check_ends, check_descent)
 
 
@@ -201,21 +211,19 @@ def _run(optimizer: Optimizer, params: Tree, grads: list[Tree], hypers: Mapping[
     states = start(optimizer, params)
     for each in grads:
         params, states = direct(optimizer, params, each, states, hypers)
-    return leaves({"param": params, "state": states})
+    return by_path({"param": params, "state": states})
+
+
+def _check_finite(tree: Mapping[str, Any], where: str) -> None:
+    for path, leaf in by_path(tree).items():
+        if not bool(torch.isfinite(leaf).all()):
+            raise RuleError(f"{where}, {path} is not finite: {leaf}")
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b))
+    return a.shape == b.shape and not bool(difference(a, b).any())
 
 
 def _forms(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
     """Shapes and dtypes; a tensor of shape () may take part in float64 for a while, as the hypers do."""
-    return {path: (tuple(x.shape), x.dtype if x.ndim or not x.is_floating_point() else "floating") for path, x in leaves(tree).items()}
-
-
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], how: str) -> None:
-    sized = [leaf.to(torch.float64) for leaf in expected.values() if leaf.numel()]  # masks and counters too
-    largest = max([1.0, *(float(leaf.abs().amax()) for leaf in sized)])
-    for path, leaf in expected.items():
-        if leaf.numel() and not float((found[path].to(torch.float64) - leaf.to(torch.float64)).abs().amax()) <= EXACT * largest:
-            raise RuleError(f"{path} is {found[path].tolist()} {how}, but {leaf.tolist()} without")
+    return {path: (tuple(x.shape), x.dtype if x.ndim or not x.is_floating_point() else "floating") for path, x in by_path(tree).items()}

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,18 +13,15 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.optimizer import HyperOptimizer
 from hyperopt_nested.rule import Learn, Optimizer, Per, learn
 from hyperopt_nested.rules.sgd import sgd
-from hyperopt_nested.testing.gradients import PERS, room
-from hyperopt_nested.testing.strategies import inside
-from hyperopt_nested.testing.subject import Inapplicable, RuleError, Subject, start
+from hyperopt_nested.testing.comparison import SAME, RuleError, compare
+from hyperopt_nested.testing.hypergradients import PERS
+from hyperopt_nested.testing.strategies import Shape, inside, room
+from hyperopt_nested.testing.subject import Inapplicable, Subject, start
 
-SAME = 1e-9
-"""A backend against the reference in float64, relative to the largest entry."""
-
-_SHAPES: tuple[tuple[int, ...], ...] = ((4, 3), (5,), (2, 3, 2, 2), (260, 256))  # the last is more than what "foreach" does in one piece
+_SHAPES: tuple[Shape, ...] = ((4, 3), (5,), (2, 3, 2, 2), (260, 256))  # the last is more than what "foreach" does in one piece
 _STEPS = 7
 
-Shapes = dict[str, tuple[int, ...]]
-_Try = tuple[str, Optimizer, Shapes]
+Shapes = dict[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -40,18 +37,29 @@ class Comparison:
     refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = []
-        if self.largest:
-            lines = [
-                f"agrees with 'reference' in {len(self.largest)} settings, largest relative difference {max(self.largest.values()):.0e}"
-            ]
+        worst = max(self.largest.values(), default=0.0)
+        lines = [f"agrees with 'reference' in {len(self.largest)} settings, largest relative difference {worst:.0e}"] * bool(self.largest)
         by_reason: dict[str, list[str]] = {}
         for setting, reason in self.refused.items():
             by_reason.setdefault(reason.splitlines()[0], []).append(setting)
-        for reason, settings in by_reason.items():
-            which = "" if len(by_reason) == 1 and not self.largest else f" in {len(settings)} settings, such as {settings[0]!r}"
-            lines.append(f"not served{which}: {reason}")
+        lines += [f"not served: {reason} ({len(each)} settings, such as {each[0]!r})" for reason, each in by_reason.items()]
         return "; ".join(lines)
+
+
+class Setting(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        title: how reports call it.
+        optimizer: what is run.
+        options: those that are not the template's.
+        parts: simpler settings to look at if it fails.
+    """
+
+    title: str
+    optimizer: Optimizer
+    options: Mapping[str, Any] = {}
+    parts: "Sequence[Setting]" = ()
 
 
 def check_names(backends: Sequence[str]) -> None:
@@ -61,11 +69,8 @@ def check_names(backends: Sequence[str]) -> None:
         ValueError: a name is none of the backends, or one that chooses among the others.
     """
     choices = [name for name in get_args(Backend) if name not in ("auto", "reference")]
-    for name in [backends] if isinstance(backends, str) else backends:
-        if isinstance(backends, str) or name not in choices:
-            raise ValueError(
-                f"backends={backends!r} must be a sequence of {', '.join(map(repr, choices))}, which 'reference' is compared with"
-            )
+    if isinstance(backends, str) or not set(backends) <= set(choices):
+        raise ValueError(f"backends={backends!r} must be a sequence of {', '.join(map(repr, choices))}, which 'reference' is compared with")
 
 
 def check_backend(optimizer: Optimizer, backend: str, shapes: Mapping[str, tuple[int, ...]], steps: int = _STEPS) -> float:
@@ -90,176 +95,131 @@ def check_backend(optimizer: Optimizer, backend: str, shapes: Mapping[str, tuple
         True
     """
     check_names([backend])
+    reference, other = (_run(optimizer, name, shapes, steps) for name in ("reference", backend))
+    worst = 0.0
+    for step, expected in enumerate(reference):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=f"backend={backend!r}")
+                found = next(other)
+        except Exception as error:
+            if isinstance(error, ValueError) and f"backend={backend!r}" in str(error):
+                raise
+            what = (str(error).strip().splitlines() or [""])[0]
+            raise RuleError(f"backend={backend!r} fails in step {step}: {type(error).__name__}: {what}") from error
+        worst = max(worst, compare(found, expected, f"backend={backend!r} after step {step}", "'reference'", SAME))
+    return worst
+
+
+def _run(optimizer: Optimizer, backend: Any, shapes: Mapping[str, tuple[int, ...]], steps: int) -> Iterator[dict[str, Any]]:
+    """Parameters, everything in the state, and learned values, by path: at the start, and after each step."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> dict[str, Tensor]:
         return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
-    starts, largest = drawn(), 0.0
-    names: tuple[Any, ...] = ("reference", backend)
-    runs = {name: {key: torch.nn.Parameter(value.clone()) for key, value in starts.items()} for name in names}
-    opts: dict[str, HyperOptimizer] = {}
+    params = {name: torch.nn.Parameter(value) for name, value in drawn().items()}
+    opt = HyperOptimizer(list(params.items()), optimizer, backend=backend)
     for step in range(steps + 1):
-        grads = {key: torch.where(torch.rand(value.shape, generator=generator) < 0.1, 0, value) for key, value in drawn().items()}
-        for name, params in runs.items():
-            try:
-                with warnings.catch_warnings(record=True) as told:
-                    warnings.simplefilter("always")
-                    if not step:
-                        opts[name] = HyperOptimizer(list(params.items()), optimizer, backend=name)
-                    else:
-                        for key, param in params.items():
-                            param.grad = grads[key].clone()
-                        opts[name].step()
-                failed = [str(each.message) for each in told if f"backend={name!r}" in str(each.message)]
-                if failed:
-                    raise RuntimeError(failed[0])
-            except Exception as error:
-                if name == "reference" or (isinstance(error, ValueError) and f"backend={name!r}" in str(error)):
-                    raise
-                what = str(error).strip().splitlines()
-                raise RuleError(f"backend={name!r} fails in step {step}: {type(error).__name__}: {what[0] if what else ''}") from error
-        expected, found = (_values(opts[name], runs[name]) for name in names)
-        if expected.keys() != found.keys():
-            odd = min(expected.keys() ^ found.keys())
-            raise RuleError(f"after step {step}, {odd} is there with one of 'reference' and backend={backend!r} only")
-        for path, value in expected.items():
-            largest = max(largest, _difference(path, found[path], value, f"backend={backend!r} after step {step}"))
-    return largest
+        if step:
+            for name, value in drawn().items():
+                params[name].grad = torch.where(torch.rand(value.shape, generator=generator) < 0.1, 0, value)
+            opt.step()
+        found: dict[str, Any] = {f"parameter {name!r}": param.detach() for name, param in params.items()}
+        found |= {f"state {key!r} of {name!r}": leaf for name, param in params.items() for key, leaf in opt.state.get(param, {}).items()}
+        yield found | {f"learned {hyper} of {key!r}": leaf for hyper, by in opt.hypers().items() for key, leaf in by.items()}
 
 
-def compare(subject: Subject, backend: str) -> Comparison:
+def check_backends(subject: Subject, backend: str) -> Comparison:
     """Compare a backend with the reference: hypers not learned and learned at each granularity, options, shapes.
 
     Raises:
         RuleError: they differ.
     """
     accepted = [shape for shape in _SHAPES if subject.accepts(shape)]
-    if not accepted:
-        return Comparison()
-    alone: Shapes = {"a": accepted[0]}
-    every: Shapes = dict(zip("abcd", accepted, strict=False))
+    alone, every = dict(zip("a", accepted, strict=False)), dict(zip("abcd", accepted, strict=False))
     found = Comparison()
-    for setting, optimizer, simpler in _settings(subject, {"a": torch.zeros(accepted[0], dtype=torch.float64)}):
-        for shapes in [alone] * (simpler is None) + [every] * (simpler is not None or not optimizer.learned) * (len(every) > 1):
+    for setting in _settings(subject, alone) if accepted else ():
+        for shapes in (every,) if setting.parts else (alone,) if setting.optimizer.learned else (alone, every):
+            tries = [(setting, shapes), *((part, alone) for part in setting.parts), *((setting, {"a": shape}) for shape in accepted)]
             try:
-                found.largest[setting] = max(found.largest.get(setting, 0.0), check_backend(optimizer, backend, shapes))
+                worst = check_backend(setting.optimizer, backend, shapes)
+                found.largest[setting.title] = max(found.largest.get(setting.title, 0.0), worst)
             except ValueError as error:
-                found.largest.pop(setting, None)
-                found.refused[setting] = str(error)
+                found.largest.pop(setting.title, None)
+                found.refused[setting.title] = str(error)
                 break
             except RuleError as error:
-                smaller: list[_Try] = [(*one, alone) for one in simpler or []]
-                smaller += [(setting, optimizer, {"a": shape}) for shape in accepted if len(shapes) > 1]
-                raise _smallest(subject, backend, error, (setting, optimizer, shapes), smaller) from None
+                raise _smallest(subject, backend, error, tries if len(shapes) > 1 else tries[:1]) from None
     return found
 
 
-def _smallest(subject: Subject, backend: str, error: RuleError, failed: _Try, tries: Sequence[_Try]) -> RuleError:
-    """What the first of some smaller examples that fails too raises; else what the one that failed did."""
-    for each in tries:
+def _smallest(subject: Subject, backend: str, error: RuleError, tries: Sequence[tuple[Setting, Shapes]]) -> RuleError:
+    """The error of the first of smaller settings that fails too; else that of the first, which is known."""
+    setting, shapes = tries[0]
+    for smaller in tries[1:]:
         try:
-            check_backend(each[1], backend, each[2])
+            check_backend(smaller[0].optimizer, backend, smaller[1])
         except ValueError:
             continue
         except RuleError as other:
-            error, failed = other, each
+            error, (setting, shapes) = other, smaller
             break
-    setting, optimizer, shapes = failed
-    how = f"\n\nTo see it again:\n\nhn.testing.check_backend({_written(subject, optimizer)}, {backend!r}, {shapes!r})"
-    return RuleError(f"{subject.name}: {error} ({setting}, tensors of shape {', '.join(map(str, shapes.values()))}){how}")
+    how = f"\n\nTo see it again:\n\nhn.testing.check_backend({_written(subject, setting)}, {backend!r}, {shapes!r})"
+    return RuleError(f"{subject.name}: {error} ({setting.title}, tensors of shape {', '.join(map(str, shapes.values()))}){how}")
 
 
-def _settings(subject: Subject, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Optimizer, list[tuple[str, Optimizer]] | None]]:
-    """What is compared: its name, an optimizer, and simpler ones to look at if it fails; None for what is simple itself."""
+def _settings(subject: Subject, shapes: Shapes) -> Iterator[Setting]:
+    """Settings that the engine takes, for tensors of these shapes."""
     template = subject.template
     values = {name: inside(template.rule.hypers[name]) for name in subject.own}
-    yield "as declared", template, None
-    if not template.learned:
-        plain = template.replace(**values)
-        if _runs(plain, params):
-            yield "values inside the domain", plain, None
-    for name, choices in subject.choices.items():
-        other = subject.make(**{name: choices[1]})
-        if _runs(other, params):
-            yield f"{name}={choices[1]!r}", other, None
+    params = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def runs(setting: Setting) -> bool:
+        try:
+            start(setting.optimizer, params)
+            Nested(setting.optimizer).init(params)
+        except (Inapplicable, ValueError):
+            return False
+        return True
+
+    def learning(names: Sequence[str], per: Per, tower: bool, parts: Sequence[Setting] = ()) -> Setting:
+        """Hypers learned at rates so low that they stay near their values; in a tower, the rates are learned too."""
+        changed: dict[str, float | Learn] = {}
+        for name in names:
+            rate = float(f"{1e-4 * room(template.rule.hypers[name], values[name]) ** 2:.1g}")
+            by = sgd(lr=learn(rate, by=sgd(lr=float(f"{1e-6 * rate:.1g}")))) if tower else sgd(lr=rate)
+            changed[name] = learn(values[name], by=by, per=per)
+        how = f"learned per {per}{', at a rate that is learned' if tower else ''}"
+        return Setting(f"{', '.join(names)} {how}", template.replace(**changed), parts=parts)
+
+    yield Setting("as declared", template)
+    flipped = [Setting("".join(f"{name}={value!r}" for name, value in flip.items()), subject.make(**flip), flip) for flip in subject.flips]
+    inner = [] if template.learned else [Setting("values inside the domain", template.replace(**values))]
+    yield from filter(runs, inner + flipped)
     names = [name for name in subject.own if name not in template.rule.nondifferentiable]
-    for per in PERS:
-        for tower in (False, True) if per == "row" else (False,):
-            how = f"learned per {per}{', at a rate that is learned' if tower else ''}"
-            singles = [(f"{name} {how}", _learning(template, values, [name], per, tower)) for name in names]
-            singles = [(setting, each) for setting, each in singles if _runs(each, params)]
-            together: list[str] = []
-            for name in names:
-                if _runs(_learning(template, values, [*together, name], per, tower), params):
-                    together.append(name)
-            if len(together) > 1:
-                yield f"{', '.join(together)} {how}", _learning(template, values, together, per, tower), singles
-            if len(together) == 1 or per == "element":
-                for setting, each in singles:
-                    yield setting, each, None
+    for per, tower in (*((per, False) for per in PERS), ("row", True)):
+        singles = list(filter(runs, (learning([name], per, tower) for name in names)))
+        together: list[str] = []
+        for name in names:
+            if runs(learning([*together, name], per, tower)):
+                together.append(name)
+        if len(together) > 1:
+            yield learning(together, per, tower, singles)
+        if len(together) == 1 or per == "element":
+            yield from singles
 
 
-def _learning(template: Optimizer, values: Mapping[str, float], names: Sequence[str], per: Per, tower: bool) -> Optimizer:
-    """The template with some hypers learned, at rates so low that they stay near their values; in a tower, the rate is learned too."""
-    changed: dict[str, float | Learn] = {}
-    for name in names:
-        rate = float(f"{1e-4 * room(template.rule.hypers[name], values[name]) ** 2:.1g}")
-        by = sgd(lr=learn(rate, by=sgd(lr=float(f"{1e-6 * rate:.1g}")))) if tower else sgd(lr=rate)
-        changed[name] = learn(values[name], by=by, per=per)
-    return template.replace(**changed)
-
-
-def _runs(optimizer: Optimizer, params: Mapping[str, Tensor]) -> bool:
-    """Whether the engine takes the optimizer."""
-    try:
-        start(optimizer, params)
-        Nested(optimizer).init(dict(params))
-    except (Inapplicable, ValueError):
-        return False
-    return True
-
-
-def _values(opt: HyperOptimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, everything in the state, and learned values, by path."""
-    found = {f"parameter {name!r}": param.detach() for name, param in params.items()}
-    found |= {f"state {key!r} of {name!r}": leaf for name, param in params.items() for key, leaf in opt.state.get(param, {}).items()}
-    return found | {f"learned {hyper} of {key!r}": leaf for hyper, by in opt.hypers().items() for key, leaf in by.items()}
-
-
-def _difference(path: str, found: Any, expected: Any, where: str) -> float:
-    """The largest difference of two tensors, relative to the largest entry."""
-    if not isinstance(expected, Tensor):
-        return 0.0
-    if found.shape != expected.shape:
-        raise RuleError(f"{where}: {path} has shape {tuple(found.shape)}, but {tuple(expected.shape)} with 'reference'")
-    if not expected.numel():
-        return 0.0
-    wide, other = expected.to(torch.float64), found.to(torch.float64)
-    off = torch.where((wide == other) | (wide.isnan() & other.isnan()), 0, (wide - other).abs())
-    size, worst = float(wide.abs().nan_to_num(0, 0, 0).amax()), float(off.amax())
-    if not worst <= SAME * size + 1e-12:
-        at = int(off.nan_to_num(torch.inf).argmax())
-        numbers = f"{other.flatten()[at].item():.10g} in the place of {wide.flatten()[at].item():.10g}"
-        raise RuleError(f"{where}: {path} differs from 'reference' by up to {worst:.3g}: {numbers}")
-    return worst / max(size, 1.0)
-
-
-def _written(subject: Subject, optimizer: Optimizer) -> str:
+def _written(subject: Subject, setting: Setting) -> str:
     """An expression for the optimizer, as far as its rule can be named."""
 
-    def one(setting: float | Learn) -> str:
-        if not isinstance(setting, Learn):
-            return repr(setting)
-        rates = setting.by.settings["lr"]
-        per = "" if setting.per == "model" else f", per={setting.per!r}"
-        return f"hn.learn({setting.value!r}, by=hn.sgd(lr={one(rates)}){per})"
+    def one(value: float | Learn) -> str:
+        if not isinstance(value, Learn):
+            return repr(value)
+        per = "" if value.per == "model" else f", per={value.per!r}"
+        return f"hn.learn({value.value!r}, by=hn.sgd(lr={one(value.by.settings['lr'])}){per})"
 
-    template = subject.template
-    changed = {name: one(setting) for name, setting in optimizer.settings.items() if setting is not template.settings[name]}
-    options = {
-        name: value
-        for name, value in getattr(optimizer.rule, "options", {}).items()
-        if value is not getattr(template.rule, "options", {})[name]
-    }
-    return subject.written({name: repr(value) for name, value in options.items()}, changed)
+    options = ", ".join(f"{name}={value!r}" for name, value in setting.options.items())
+    before = subject.template.settings
+    changed = [f"{name}={one(value)}" for name, value in setting.optimizer.settings.items() if value is not before[name]]
+    return subject.code.format(options) + (f".replace({', '.join(changed)})" if changed else "")

@@ -5,8 +5,9 @@ from typing import Any
 
 from hyperopt_nested import registry
 from hyperopt_nested.testing.check import verify
-from hyperopt_nested.testing.gradients import PERS
-from hyperopt_nested.testing.subject import RuleError, subject
+from hyperopt_nested.testing.comparison import RuleError
+from hyperopt_nested.testing.hypergradients import PERS
+from hyperopt_nested.testing.subject import subject
 
 
 @dataclass(frozen=True)

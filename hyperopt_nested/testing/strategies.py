@@ -12,7 +12,9 @@ from torch import Tensor
 from hyperopt_nested.domains import Hyper
 from hyperopt_nested.rule import Per
 
-SHAPES: tuple[tuple[int, ...], ...] = ((1,), (), (3,), (2, 3), (1, 2), (3, 1), (2, 2, 1, 2), (0, 2))
+Shape = tuple[int, ...]
+
+SHAPES: tuple[Shape, ...] = ((1,), (), (3,), (2, 3), (1, 2), (3, 1), (2, 2, 1, 2), (0, 2))
 """Shapes that are drawn from: scalars, vectors, matrices, kernels, with sides of one, and empty."""
 
 MAX_STEPS = 9
@@ -87,6 +89,11 @@ class Case:
             f"hn.testing.Case(\n    hypers={self.hypers!r},\n    params={_written(self.params)},\n    grads=[\n{grads}    ],\n"
             f"    after={_written(self.after)},\n    per={self.per!r},\n    options={self.options!r},\n)"
         )
+
+    @property
+    def where(self) -> str:
+        """How messages call the step that is checked."""
+        return f"tensors of shape {', '.join(str(tuple(param.shape)) for param in self.params.values())}, step {len(self.grads)}"
 
     def to(self, to: torch.dtype | torch.device | str) -> "Case":
         """The same case in another dtype, or on another device."""
@@ -169,6 +176,12 @@ def inside(hyper: Hyper) -> float:
         return hyper.default
     other = hyper.upper if hyper.default == hyper.lower else hyper.lower
     return hyper.default + (math.copysign(0.1, other - hyper.default) if math.isinf(other) else 0.1 * (other - hyper.default))
+
+
+def room(hyper: Hyper, value: float) -> float:
+    """How far a value can be moved both ways inside its domain."""
+    room = min(value - hyper.lower, hyper.upper - value)
+    return room if room < math.inf else max(abs(value), 0.1)
 
 
 def _written(tree: Mapping[str, Tensor]) -> str:

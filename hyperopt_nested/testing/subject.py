@@ -12,23 +12,11 @@ from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Per, learn
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.testing.strategies import SHAPES, Case
-from hyperopt_nested.trees import State
+from hyperopt_nested.trees import State, flatten
 
 Tree = dict[str, Tensor]
 Checkable = FunctionRule | Combinator | Optimizer | str
 """A rule, a combinator (checked around `sgd`), an optimizer (whose options are kept), or a name in the registry."""
-
-
-class RuleError(AssertionError):
-    """A rule breaks a law; the message says which, with which numbers, and on which example.
-
-    Attributes:
-        case: the example, if it is not the one that was drawn.
-    """
-
-    def __init__(self, message: str, case: Case | None = None) -> None:
-        super().__init__(message)
-        self.case = case
 
 
 class Inapplicable(Exception):
@@ -42,25 +30,25 @@ class Subject:
     Attributes:
         name: how messages call it.
         make: from options to an optimizer.
-        choices: what its options are drawn from.
         own: the hypers that are checked: of a combinator its own, and not those of the optimizer that it is put around.
-        code: how messages write it: an expression that makes it, to be called with hypers and options if it ends in a name.
+        code: how messages write it: an expression that makes it, with {} for options.
+        choices: what its options are drawn from, the default first.
     """
 
     name: str
     make: Callable[..., Optimizer]
-    choices: Mapping[str, tuple[Any, ...]]
     own: tuple[str, ...]
-    code: str
+    code: str = "optimizer"
+    choices: Mapping[str, tuple[Any, ...]] | None = None
 
     @property
     def template(self) -> Optimizer:
         return self.make()
 
-    def written(self, options: Mapping[str, str], settings: Mapping[str, str]) -> str:
-        """An expression that makes it with other options and settings."""
-        made = self.code if self.code.endswith((")", "optimizer")) else f"{self.code}({_keywords(options)})"
-        return f"{made}.replace({_keywords(settings)})" if settings else made
+    @property
+    def flips(self) -> list[dict[str, Any]]:
+        """Each option alone at its other choice."""
+        return [{name: choices[1]} for name, choices in (self.choices or {}).items()]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes that it accepts."""
@@ -87,35 +75,30 @@ class Subject:
         return self.fixed(case).replace(**still)
 
 
-def _keywords(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _around() -> Optimizer:
-    return sgd(lr=0.1, momentum=0.9)
-
-
 def subject(rule: Checkable) -> Subject:
     """The template of what is to be checked.
 
     Raises:
         TypeError: it is none of the things that can be checked.
     """
+
+    def inner() -> Optimizer:
+        return sgd(lr=0.1, momentum=0.9)
+
     if isinstance(rule, str):
-        optimizer = registry.example(rule, _around)
-        found = registry.get(rule)
-        if isinstance(found, FunctionRule) and not registry.check_with(rule):
-            return subject(found)
-        own = tuple(found.hypers) if isinstance(found, Combinator) else tuple(optimizer.learned) or tuple(optimizer.settings)
-        return Subject(rule, lambda: optimizer, {}, own, "optimizer")
+        entry, example = registry.get(rule), registry.example(rule, inner)
+        if isinstance(entry, FunctionRule) and not registry.check_with(rule):
+            return subject(entry)
+        own = entry.hypers if isinstance(entry, Combinator) else example.learned or example.settings
+        return Subject(rule, lambda: example, tuple(own))
     if isinstance(rule, Optimizer):
-        return Subject(rule.rule.name, lambda: rule, {}, tuple(rule.settings), "optimizer")
+        return Subject(rule.rule.name, lambda: rule, tuple(rule.settings))
     if isinstance(rule, Combinator):
-        around = rule(_around())
-        return Subject(rule.name, lambda: around, {}, tuple(rule.hypers), f"{rule.name}(hn.sgd(lr=0.1, momentum=0.9))")
+        outer = rule(inner())
+        return Subject(rule.name, lambda: outer, tuple(rule.hypers), f"{rule.name}(hn.sgd(lr=0.1, momentum=0.9))")
     if isinstance(rule, FunctionRule):
         choices = {name: (default, not default) for name, default in rule.options.items() if isinstance(default, bool)}
-        return Subject(rule.name, rule, choices, tuple(rule.hypers), rule.name)
+        return Subject(rule.name, rule, tuple(rule.hypers), f"{rule.name}({{}})", choices)
     raise TypeError(f"rule={rule!r} ({type(rule).__name__}) must be a rule, a combinator, an optimizer, or a registered name")
 
 
@@ -167,9 +150,6 @@ def history(optimizer: Optimizer, case: Case) -> tuple[Tree, dict[str, State]]:
     return params, states
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of a tree by dotted path."""
-    found: dict[str, Any] = {}
-    for key, leaf in tree.items():
-        found |= leaves(leaf, f"{prefix}{key}.") if isinstance(leaf, dict) else {f"{prefix}{key}": leaf}
-    return found
+    return {".".join(path): leaf for path, leaf in flatten(dict(tree)).items()}
