@@ -239,7 +239,8 @@ def test_a_batch_that_the_loss_empties_is_taken_once_or_refused() -> None:
 
 def test_rounding_alone_is_not_refused() -> None:
     noise = iter([1e-12 * i for i in range(99)])
-    hn.hypergradient(rate(), START, range(9), lambda p, b: good(p, b) * (1 + next(noise)), good, memory="sqrt")
+    found = hn.hypergradient(rate(), START, range(9), lambda p, b: good(p, b) * (1 + next(noise)), good, memory="sqrt")
+    assert relative_error(found["lr"]["model"], hn.hypergradient(rate(), START, range(9), good, good)["lr"]["model"]) < 1e-9
 
 
 def by_turns(params: Any, batch: Any, hypers: Any = None) -> Tensor:

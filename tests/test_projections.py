@@ -74,13 +74,16 @@ def test_blocks_inside_stay_bit_for_bit_and_others_keep_their_direction(ball: st
 
 @given(points(), st.floats(1e-3, 1e2))
 def test_nearest_point(ball: str, at: Any, radius: float) -> None:
-    """No point of the ball is nearer in the Euclidean norm, by the variational inequality; MARS scales rows instead."""
+    """No point of the ball is nearer in the Euclidean norm, by the variational inequality; MARS scales whole rows."""
     point, _ = at
     result = BALLS[ball].project(point, torch.tensor(radius))
     other = BALLS[ball].project(torch.randn(point.shape), torch.tensor(radius))
     inner = float(((point - result) * (other - result)).sum())
     size = float(point.square().sum()) + radius**2 * max(1, point.numel())
-    if ball != "mars":
+    if ball == "mars":
+        scaled = point * (radius / hn.mars.norms(point)).clamp(max=1)  # a row of zeros stays
+        torch.testing.assert_close(result, scaled, rtol=1e-7 + 1e-8 / radius, atol=1e-30)
+    else:
         assert inner <= 1e-6 * size
 
 

@@ -94,7 +94,11 @@ def test_it_survives_a_copy_and_a_checkpoint() -> None:
     other.hyper_step()
     assert torch.equal(opt.hypers()["lr"]["weight"], other.hypers()["lr"]["weight"])
     copied = copy.deepcopy(opt)
+    for mine, its in zip(opt.param_groups[0]["params"], copied.param_groups[0]["params"], strict=True):
+        its.grad = mine.grad.clone()  # a copy of a parameter has none
+    opt.hyper_step()
     copied.hyper_step()
+    assert repr(copied.hypers()) == repr(opt.hypers()) != repr(other.hypers())
 
 
 def test_what_is_refused() -> None:
