@@ -346,7 +346,8 @@ def test_short_calls_work(made: hn.Optimizer) -> None:
         ("hn.optim.Lion", ["params", "lr", "betas", "weight_decay", "maximize"]),
     ],
 )
-def test_editors_complete_the_arguments(call: str, names: list[str]) -> None:
+def test_editors_complete_the_arguments(call: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jedi.settings, "cache_directory", str(tmp_path))  # the user's may be written by another process now
     value = eval(call)
     assert [*inspect.signature(value).parameters][: len(names)] == names
     assert names[-1] in pydoc.render_doc(value)

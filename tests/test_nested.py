@@ -1,14 +1,17 @@
 """The pure engine: transforms, purity, missing and non-finite gradients, sharing, schedules."""
 
 import math
+import threading
 from typing import Any
 
 import pytest
 import torch
 from cases import EXACT, gradients, problem, relative_error, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperopt_nested as hn
 from ftp import ftp_rule
+from hyperopt_nested.engine.sensitivity import nothing_transforms
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -254,3 +257,23 @@ def test_late_hypers_take_no_memory(dtype: torch.dtype) -> None:
     moved = (values["kept"] - start).abs()
     assert (moved > 0).all()
     assert ((values["auto"] - values["kept"]).abs() < (1e-5 if dtype == torch.float32 else 0.05) * moved).all()
+
+
+def test_a_thread_that_traces_changes_no_other() -> None:
+    """Updates are differentiated by autograd where no transform is at work in this thread, whatever others do."""
+    entered, done = threading.Event(), threading.Event()
+
+    def trace() -> None:
+        with TorchDispatchMode():
+            entered.set()
+            done.wait()
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    entered.wait()
+    assert nothing_transforms()
+    with TorchDispatchMode():
+        assert not nothing_transforms()
+        done.set()
+        thread.join()
+    assert nothing_transforms()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hyperopt_nested.trees import map_tree
@@ -51,7 +50,8 @@ def _nothing_looks_on() -> bool:
 
 def nothing_transforms() -> bool:
     """Whether this runs eagerly, without transforms, tracing or fake tensors."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and not is_in_torch_dispatch_mode()
+    no_modes = not torch._C._len_torch_dispatch_stack()  # of this thread: torch's own flag is of all, and a tracing thread may leave it set
+    return no_modes and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:

@@ -105,10 +105,10 @@ class DropIn(HyperOptimizer):
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> @hn.rule(separable="element")
-        ... def sign_descent(param, grad, state, *, lr=hn.Positive(1e-4)):
+        ... def signed_step(param, grad, state, *, lr=hn.Positive(1e-4)):
         ...     return param - lr * grad.sign(), state
-        >>> class SignDescent(hn.optim.DropIn, rule=sign_descent): ...
-        >>> opt = SignDescent(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6)))
+        >>> class SignedStep(hn.optim.DropIn, rule=signed_step): ...
+        >>> opt = SignedStep(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6)))
         >>> opt.learned()
         {'lr': 0.001}
     """
