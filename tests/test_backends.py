@@ -589,3 +589,18 @@ def test_arguments_that_change_places() -> None:
     wanted = [given[i].clone() for i in (0, 2, 3, 1)]
     foreach.Interpreter(trace(function, given, given[1]))(Batch([given]))
     assert all(map(torch.equal, given, wanted))
+
+
+def test_kernels_find_what_the_maximum_is_of() -> None:
+    """The derivative of a maximum compares with it what a later sweep computes again, where instructions may round otherwise."""
+    ends = {}
+    for backend in ("fused", "reference"):
+        param = torch.nn.Parameter(torch.randn(13, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+        optimizer = hn.project(hn.rmsprop(lr=hn.learn(0.01, by=hn.sgd(lr=1e-4))), radius=0.3)
+        opt = hn.HyperOptimizer([("w", param)], optimizer, discount=0.7, backend=backend)  # type: ignore[arg-type]
+        for _ in range(5):
+            param.grad = torch.cos(param.detach())
+            opt.step()
+        ends[backend] = [param.detach(), *(leaf for leaf in opt.state[param].values() if leaf.is_floating_point())]
+    for found, expected in zip(ends["fused"], ends["reference"], strict=True):
+        assert relative_error(found, expected) < EXACT

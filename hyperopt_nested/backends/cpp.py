@@ -16,12 +16,8 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "gt": ">", "ge": ">=",
 _FUNCTIONS = {name: f"{{0}} {sign} {{1}}" for name, sign in {**_INFIX, "logical_and": "&&", "logical_or": "||"}.items()}
 _FUNCTIONS |= {name: f"std::{name}({{0}})" for name in ["abs", "sqrt", "exp", "expm1", "log", "log1p", "tanh"]}
 _FUNCTIONS |= {"pow": "std::pow({0}, {1})", "remainder": "modulo({0}, {1})", "neg": "-{0}", "logical_not": "!{0}"}
-_FUNCTIONS |= {
-    "reciprocal": "1 / {0}",
-    "rsqrt": "1 / std::sqrt({0})",
-    "sigmoid": "1 / (1 + std::exp(-{0}))",
-    "sign": "({0} > 0) - ({0} < 0)",
-}
+_FUNCTIONS |= {"reciprocal": "1 / {0}", "rsqrt": "1 / std::sqrt({0})", "sigmoid": "1 / (1 + std::exp(-{0}))"}
+_FUNCTIONS["sign"] = "({0} > 0) - ({0} < 0)"
 _FUNCTIONS |= {name: f"({{0}} {sign} {{1}} || {{0}} != {{0}}) ? {{0}} : {{1}}" for name, sign in (("maximum", ">"), ("minimum", "<"))}
 
 
@@ -111,6 +107,11 @@ class _Code:
         elif value.op == "div" and value.args[1].kind < value.kind:  # a product is faster
             one, other = (operand(each, value.computed) for each in value.args)
             found = f"{one} * ({_COMPUTED[value.computed]}(1) / {other})"
+        elif value.op == "eq" and value.computed.is_floating_point and any(each.source.op == "amax" for each in value.args):
+            # what the maximum is of is computed again, and may be rounded otherwise
+            one, other = (operand(each, value.computed) for each in value.args)
+            slack = f"{8 * torch.finfo(value.computed).eps} * std::abs({one})"
+            found = f"{one} == {other} || std::abs({one} - {other}) <= {slack}"
         else:
             found = _FUNCTIONS[value.op].format(*(f"({operand(each, value.computed)})" for each in value.args))
         return f"round16({found})" if value.dtype == torch.bfloat16 else f"{_type(value)}({found})"

@@ -28,7 +28,7 @@ class Interpreter:
         unused = {value: [index[each] for each in {*value.operands} if last.get(each) is value] for value in index}
         self._steps = [(_operation(value), [index[each] for each in value.operands], unused[value]) for value in index]
         self._outputs = [(i, index[value], value.kind) for i, value in graph.outputs]
-        self._aliases = [index[value] for value in outputs if _source(value) in dict(graph.outputs)]
+        self._aliases = [index[value] for value in outputs if value.source.op == "input" and value.source.args[0] in dict(graph.outputs)]
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
@@ -162,10 +162,3 @@ class _Tensors:
         lengths, widths = self._lengths[old], self._columns if new == Kind.ROW else self._lengths[old]
         parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
         return torch.cat([reduction(part.reshape(-1, width), dim=1) for part, width in parts])
-
-
-def _source(value: Value) -> int | None:
-    """Index of the argument whose memory a value may share, if there is one."""
-    while value.op in ("cast", "expand"):
-        value = value.args[0]
-    return int(value.args[0]) if value.op == "input" else None

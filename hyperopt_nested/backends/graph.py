@@ -35,6 +35,11 @@ class Value:
     def operands(self) -> tuple["Value", ...]:
         return tuple(arg for arg in self.args if isinstance(arg, Value))
 
+    @property
+    def source(self) -> "Value":
+        """What this is, cast and expanded."""
+        return self.args[0].source if self.op in ("cast", "expand") else self
+
     def is_constant(self, number: float) -> bool:
         return self.op == "constant" and bool(self.args[0] == number)
 
