@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperopt_nested.testing.comparison import EXACT, TOLERANCE, RuleError
 from hyperopt_nested.testing.differences import Slopes, slopes
 from hyperopt_nested.testing.strategies import Case, room
-from hyperopt_nested.testing.subject import Subject, Tree, by_path, direct, history, numbers
+from hyperopt_nested.testing.subject import Subject, Tree, by_path, direct
 from hyperopt_nested.trees import State, filled
 
 Group = dict[str, Tensor]
@@ -25,18 +25,16 @@ def check_derivatives(subject: Subject, case: Case) -> None:
     Each is taken along one random direction, in which entries move in proportion to their size: zeros stay, and signs too. Counts and
     masks, which are integers before and after the update, stay. Where slopes up and down differ, there is no derivative.
     """
-    optimizer = subject.fixed(case)
-    params, states = history(optimizer, case)
-    grads, hypers = case.grads[-1], numbers(case, optimizer)
-    inputs = {**_groups(params, states), "the gradient": grads}
-    outputs = _groups(*direct(optimizer, params, grads, states, hypers))
+    step = subject.step(case)
+    inputs = {**_groups(step.params, step.states), "the gradient": step.grads}
+    outputs = _groups(*step())
     counts = [kind for kind in inputs if kind.startswith("state.") and _whole(inputs[kind]) and _whole(outputs[kind])]
     generator = torch.Generator().manual_seed(len(case.grads))
     along, weights = (
         {kind: {t: _factors(leaf, generator) for t, leaf in group.items()} for kind, group in groups.items() if _moves(group)}
         for groups in ({kind: group for kind, group in inputs.items() if kind not in counts}, outputs)
     )
-    rooms = {name: room(optimizer.rule.hypers[name], case.hypers[name]) for name in subject.own}
+    rooms = {name: room(step.optimizer.rule.hypers[name], case.hypers[name]) for name in subject.own}
     moving = [*along, *rooms]
     if not moving or not weights:
         return
@@ -45,9 +43,9 @@ def check_derivatives(subject: Subject, case: Case) -> None:
         """How far each output is from where it was, in one direction."""
         offset = dict(zip(moving, offsets.unbind(), strict=True))
         at = inputs | {kind: {t: inputs[kind][t] * (1 + offset[kind] * each) for t, each in group.items()} for kind, group in along.items()}
-        old = {t: filled(state, [at[f"state.{path}"][t] for path in by_path(state)]) for t, state in states.items()}
-        values = {t: {**fixed, **{name: fixed[name] + offset[name] * rooms[name] for name in rooms}} for t, fixed in hypers.items()}
-        new = _groups(*direct(optimizer, at["the parameter"], at["the gradient"], old, values))
+        old = {t: filled(state, [at[f"state.{path}"][t] for path in by_path(state)]) for t, state in step.states.items()}
+        values = {t: {**fixed, **{name: fixed[name] + offset[name] * rooms[name] for name in rooms}} for t, fixed in step.hypers.items()}
+        new = _groups(*direct(step.optimizer, at["the parameter"], at["the gradient"], old, values))
         sums = [[(each * (new[kind][t] - outputs[kind][t])).sum() for t, each in group.items()] for kind, group in weights.items()]
         return torch.stack([torch.stack(each).sum() for each in sums])
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from hyperopt_nested.engine.binding import Memory
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.rule import Optimizer, Per
+from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.comparison import EXACT, TOLERANCE, RuleError
 from hyperopt_nested.testing.differences import Difference, Slopes, slopes
 from hyperopt_nested.testing.strategies import Case, room
-from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, direct, history, numbers
-from hyperopt_nested.trees import State, map_tree
+from hyperopt_nested.testing.subject import Inapplicable, Step, Subject, Tree
+from hyperopt_nested.trees import map_tree
 
 PERS: tuple[Per, ...] = get_args(Per)
 
@@ -58,14 +58,13 @@ def check_granularities(subject: Subject, case: Case, record: Record) -> None:
 
 def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[str]:
     """Raise RuleError unless the hypergradients of a case are right; return the hypers whose finite differences resolve them."""
-    optimizer, focus = subject.fixed(case), record.focus
-    rule = optimizer.rule
+    step, focus = subject.step(case), record.focus
+    rule = step.optimizer.rule
     names = [name for name in subject.own if focus in (None, name)]
-    params, states = history(optimizer, case)
-    differences = _by_differences(optimizer, case, params, states, names)
+    differences = _by_differences(step, case, names)
     learned = {name: case.per for name in names if name not in rule.nondifferentiable}
     memories: tuple[Memory, ...] = ("kept", "reverse", "auto") if rule.late else ("kept", "reverse")
-    found = {memory: _by_engine(subject, case, params, states, learned, memory) for memory in memories} if learned else {}
+    found = {memory: _by_engine(subject, case, step, learned, memory) for memory in memories} if learned else {}
     where = f"per {case.per}, {case.where}"
     resolved: set[str] = set()
     for name, (expected, ok) in differences.items():
@@ -101,22 +100,22 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     return resolved
 
 
-def _by_engine(
-    subject: Subject, case: Case, params: Tree, states: Mapping[str, State], learned: Mapping[str, Per], memory: Memory
-) -> tuple[Tree, Tree]:
+def _by_engine(subject: Subject, case: Case, step: Step, learned: Mapping[str, Per], memory: Memory) -> tuple[Tree, Tree]:
     """Hypergradients by the engine, flattened over tensors, and the size of what each is a sum of."""
     nested = Nested(subject.learning(case, learned), memory=memory)
     try:
-        st = nested.init(params)
+        st = nested.init(step.params)
     except ValueError as error:
         if "does not use it" in str(error):
             raise RuleError(f"no hypergradient: {error}") from error
         raise Inapplicable(str(error)) from error
     # one number may stand for a tensor where hypers are not learned so finely
-    full = {name: map_tree(lambda leaf, like: leaf.expand(like.shape).clone(), state, st["rule"][name]) for name, state in states.items()}
-    new, st = nested.step(params, case.grads[-1], {**st, "rule": full})
+    full = {
+        name: map_tree(lambda leaf, like: leaf.expand(like.shape).clone(), state, st["rule"][name]) for name, state in step.states.items()
+    }
+    new, st = nested.step(step.params, step.grads, {**st, "rule": full})
     found = nested.hypergradients(new, case.after, st)
-    moves = torch.stack([(case.after[t] * (new[t] - param)).abs().sum() for t, param in params.items()]).sum()
+    moves = torch.stack([(case.after[t] * (new[t] - param)).abs().sum() for t, param in step.params.items()]).sum()
     sizes = {name: moves / room(nested.learned[name].hyper, case.hypers[name]) for name in learned}
     for tensor, memory_of in st["memory"].items():
         for name, sensitivity in memory_of["sensitivity"].items():
@@ -124,12 +123,9 @@ def _by_engine(
     return {name: torch.cat([found[name][key].flatten() for key in st["hypers"][name]]) for name in learned}, sizes
 
 
-def _by_differences(
-    optimizer: Optimizer, case: Case, params: Tree, states: Mapping[str, State], names: Sequence[str]
-) -> dict[str, tuple[Difference, Tensor]]:
+def _by_differences(step: Step, case: Case, names: Sequence[str]) -> dict[str, tuple[Difference, Tensor]]:
     """Derivatives by finite differences, and whether the update is smooth between the points, per hyper: entries of all tensors."""
-    fixed = numbers(case, optimizer)
-    base, _ = direct(optimizer, params, case.grads[-1], states, fixed)
+    params, fixed, (base, _) = step.params, step.hypers, step()
     shapes = {name: _shape(param, case.per) for name, param in params.items()}
     counts = [shape.numel() for shape in shapes.values()]
     size = 1 if case.per == "model" else sum(counts)
@@ -140,10 +136,10 @@ def _by_differences(
             pieces = [row] * len(params) if case.per == "model" else row.split(counts)
             for (tensor, shape), piece in zip(shapes.items(), pieces, strict=True):
                 values[tensor][hyper] = fixed[tensor][hyper] + piece.reshape(shape)
-        new, _ = direct(optimizer, params, case.grads[-1], states, values)
+        new, _ = replace(step, hypers=values)()
         return torch.stack([(case.after[name] * (new[name] - base[name])).sum() for name in params]).sum()[None]
 
-    scale = torch.tensor([room(optimizer.rule.hypers[name], case.hypers[name]) for name in names], dtype=torch.float64)
+    scale = torch.tensor([room(step.optimizer.rule.hypers[name], case.hypers[name]) for name in names], dtype=torch.float64)
     noise = sum(float((case.after[name] * (base[name].abs() + params[name].abs())).abs().sum()) for name in params)
     found: Slopes = slopes(objective, scale.repeat_interleave(size), torch.finfo(torch.float64).eps * noise)
     parts = (each.reshape(len(names), size) for each in (found.value, found.error, found.smooth))

@@ -15,7 +15,7 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.comparison import RuleError, compare, difference
 from hyperopt_nested.testing.strategies import MAX_STEPS, Case
-from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, by_path, direct, history, numbers, start
+from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, by_path, direct, numbers, start
 from hyperopt_nested.trees import map_tree
 
 Law = Callable[[Subject, Case], None]
@@ -25,19 +25,16 @@ Reference = Callable[[list[Tensor], dict[str, float]], torch.optim.Optimizer]
 
 def check_purity(subject: Subject, case: Case) -> None:
     """Inputs stay untouched and are not handed out again; the same inputs give the same outputs; no random numbers are drawn."""
-    optimizer = subject.fixed(case)
-    params, states = history(optimizer, case)
-    states = map_tree(torch.clone, states)  # which may share tensors with the parameters
-    hypers, grads = numbers(case, optimizer), case.grads[-1]
-    given = by_path({"param": params, "grad": grads, "state": states, "hyper": hypers})
+    step = subject.step(case)
+    step = replace(step, states=map_tree(torch.clone, step.states))  # which may share tensors with the parameters
+    given = by_path({"param": step.params, "grad": step.grads, "state": step.states, "hyper": step.hypers})
     before = {path: (leaf.clone(), leaf._version) for path, leaf in given.items()}
     seed = torch.get_rng_state()
-    first = direct(optimizer, params, grads, states, hypers)
+    first = step()
     for path, (value, version) in before.items():
         if given[path]._version != version or not _identical(given[path], value):
             raise RuleError(f"the update changes its input {path} in place: compute new tensors")
-    second = direct(optimizer, params, grads, states, hypers)
-    outputs, again = (by_path({"param": new, "state": state}) for new, state in (first, second))
+    outputs, again = (by_path({"param": new, "state": state}) for new, state in (first, step()))
     for path, leaf in outputs.items():
         if not _identical(leaf, again[path]):
             raise RuleError(f"the update gives another {path} when it is repeated with the same inputs: it depends on hidden state")
@@ -88,11 +85,10 @@ def check_devices(subject: Subject, case: Case) -> None:
 
 def check_vmap(subject: Subject, case: Case) -> None:
     """A batch of runs under `torch.func.vmap` is the runs one by one."""
-    optimizer = subject.fixed(case)
-    history(optimizer, case)  # refuses what the rule refuses
-    program = functools.partial(_run, optimizer)
+    step = subject.step(case)  # refuses what the rule refuses
+    program = functools.partial(_run, step.optimizer)
     params, grads = tree_map(lambda x: torch.stack([x, -x, 0.5 * x]), (case.params, case.grads))
-    batch = params, grads, tree_map(lambda x: x.expand(3), numbers(case, optimizer))
+    batch = params, grads, tree_map(lambda x: x.expand(3), step.hypers)
     try:
         together = torch.func.vmap(program)(*batch)
     except RuntimeError as error:
@@ -104,10 +100,9 @@ def check_vmap(subject: Subject, case: Case) -> None:
 
 def check_compile(subject: Subject, case: Case) -> None:
     """`torch.compile` takes the update as one graph, and gives the same. Code generation is left out, for it takes long."""
-    optimizer = subject.fixed(case)
-    history(optimizer, case)  # refuses what the rule refuses
-    program = functools.partial(_run, optimizer)
-    inputs = case.params, case.grads[: MAX_STEPS + 1], numbers(case, optimizer)  # more steps are one long program
+    step = subject.step(case)  # refuses what the rule refuses
+    program = functools.partial(_run, step.optimizer)
+    inputs = case.params, case.grads[: MAX_STEPS + 1], step.hypers  # more steps are one long program
     torch._dynamo.reset()
     try:
         compiled = torch.compile(program, fullgraph=True, backend="aot_eager")(*inputs)
@@ -139,10 +134,9 @@ def check_ends(subject: Subject, case: Case) -> None:
 
 def check_precision(subject: Subject, case: Case) -> None:
     """In float64, nothing is rounded to fewer digits: no cast to a narrower dtype, and no number in one that is not exact there."""
-    optimizer = subject.fixed(case)
-    params, states = history(optimizer, case)
+    step = subject.step(case)
     with _Widths():  # type: ignore[no-untyped-call]
-        direct(optimizer, params, case.grads[-1], states, numbers(case, optimizer))
+        step()
 
 
 class _Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -188,8 +182,7 @@ def same_as(reference: Reference) -> Law:
     """The law that values equal those of another program."""
 
     def check_reference(subject: Subject, case: Case) -> None:
-        optimizer = subject.fixed(case)
-        history(optimizer, case)  # refuses what the rule refuses
+        optimizer = subject.step(case).optimizer  # refuses what the rule refuses
         params, states = dict(case.params), start(optimizer, case.params)
         theirs = {name: torch.nn.Parameter(param.clone()) for name, param in params.items()}
         other = reference(list(theirs.values()), optimizer.declared)

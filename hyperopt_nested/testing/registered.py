@@ -1,7 +1,6 @@
-"""The registry under test: parametrisation for pytest, and the table of what is verified."""
+"""The registry under test: parametrization for pytest, and the table of what is verified."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hyperopt_nested import registry
 from hyperopt_nested.testing.check import verify
@@ -10,8 +9,7 @@ from hyperopt_nested.testing.hypergradients import PERS
 from hyperopt_nested.testing.subject import subject
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One hyper of one registered rule, as tables show it; a rule without hypers has one row."""
 
     rule: str
@@ -45,21 +43,15 @@ def rows(name: str, examples: int = 0) -> list[Row]:
     """Rows of one entry of the registry; verified with so many examples, or, with none, not verified."""
     checked = subject(name)
     rule, defaults = checked.template.rule, checked.template.declared
-    wrong, verified = False, ""
+    zero, wrong = "derivative zero; learning is refused", ""
     if examples and checked.own:
         try:
             verify(checked, examples=examples)
-            verified = f"per {', '.join(PERS)}"
         except RuleError as error:
-            wrong, verified = True, str(error).splitlines()[0]
-    return [
-        Row(
-            name,
-            hyper,
-            str(rule.hypers[hyper]),
-            f"{defaults[hyper]:g}",
-            "derivative zero; learning is refused" if examples and hyper in rule.nondifferentiable and not wrong else verified,
-            wrong,
-        )
-        for hyper in checked.own
-    ] or [Row(name)]
+            wrong = str(error).splitlines()[0]
+
+    def verified(hyper: str) -> str:
+        return wrong or (zero if hyper in rule.nondifferentiable else f"per {', '.join(PERS)}") if examples else ""
+
+    found = [Row(name, hyper, str(rule.hypers[hyper]), f"{defaults[hyper]:g}", verified(hyper), bool(wrong)) for hyper in checked.own]
+    return found or [Row(name)]

@@ -24,6 +24,20 @@ class Inapplicable(Exception):
 
 
 @dataclass(frozen=True)
+class Step:
+    """The update that is checked: an optimizer with nothing learned, and its inputs by tensor."""
+
+    optimizer: Optimizer
+    params: Tree
+    grads: Tree
+    states: dict[str, State]
+    hypers: dict[str, Tree]
+
+    def __call__(self) -> tuple[Tree, dict[str, State]]:
+        return direct(self.optimizer, self.params, self.grads, self.states, self.hypers)
+
+
+@dataclass(frozen=True)
 class Subject:
     """A template.
 
@@ -66,6 +80,21 @@ class Subject:
         """The optimizer of a case, nothing learned."""
         optimizer = self.make(**case.options)
         return Optimizer(optimizer.rule, {**optimizer.declared, **case.hypers})
+
+    def step(self, case: Case) -> Step:
+        """The last update of a case.
+
+        Raises:
+            Inapplicable: the rule refuses its options.
+        """
+        optimizer = self.fixed(case)
+        params, states, hypers = dict(case.params), start(optimizer, case.params), numbers(case, optimizer)
+        try:
+            for grads in case.grads[:-1]:
+                params, states = direct(optimizer, params, grads, states, hypers)
+        except ValueError as error:
+            raise Inapplicable(str(error)) from error
+        return Step(optimizer, params, case.grads[-1], states, hypers)
 
     def learning(self, case: Case, hypers: Mapping[str, Per]) -> Optimizer:
         """The optimizer of a case, with hypers learned at some granularity by a learner that does not move them."""
@@ -133,21 +162,6 @@ def direct(
     total = torch.stack([rule.global_reduce(*each) for each in inputs.values()]).sum() if rule.reduction else None
     updated = {name: rule.update(*each, total) for name, each in inputs.items()}
     return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
-
-
-def history(optimizer: Optimizer, case: Case) -> tuple[Tree, dict[str, State]]:
-    """Tensors and states before the step that is checked.
-
-    Raises:
-        Inapplicable: the rule refuses its options.
-    """
-    params, states, hypers = dict(case.params), start(optimizer, case.params), numbers(case, optimizer)
-    try:
-        for grads in case.grads[:-1]:
-            params, states = direct(optimizer, params, grads, states, hypers)
-    except ValueError as error:
-        raise Inapplicable(str(error)) from error
-    return params, states
 
 
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
