@@ -30,4 +30,3 @@ def test_every_public_rule_is_registered() -> None:
     found = {name for name in registry.names() if registry.origin(name).split(".")[0] == "hyperopt_nested"}
     assert public <= found
     assert found <= set(hn.__all__)
-    assert torch.get_default_dtype() == torch.float64

@@ -55,7 +55,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
     why = _only_by_engine(nested, params)
     if backend != "auto":
         if why := why or _missing(backend, devices):
-            raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto' or 'foreach'")
+            raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto'")
         return backend
     if why:
         return "reference"
