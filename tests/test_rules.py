@@ -1,6 +1,5 @@
 """Every entry of the registry passes the kit: hypergradients of every hyper at every granularity, and all laws."""
 
-import torch
 from hypothesis import settings
 
 import ftp  # noqa: F401  registers its rules
