@@ -18,7 +18,7 @@ from sets import ADAMW_FOREACH, PUBLISHED, RATE, Candidate, adam_like, drawn, lo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperopt_nested.backends.fused import Kernel
-from hyperopt_nested.backends.program import PerRow
+from hyperopt_nested.backends.inductor import Inductor
 
 BACKENDS = "fused", "foreach", "compile"
 STEPS = 2  # before one is counted
@@ -47,7 +47,7 @@ def counted(candidate: Candidate) -> dict[str, Any] | None:
         calls[event] += 1
         if event == "call" and frame.f_code is Kernel.__call__.__code__:
             calls["native"] += 1
-        if event == "call" and frame.f_code is PerRow.__call__.__code__ and frame.f_locals["self"].backend == "compile":
+        if event == "call" and frame.f_code is Inductor.__call__.__code__:
             calls["inductor"] += len(frame.f_locals["batch"].rows)
 
     sys.setprofile(note)
