@@ -12,7 +12,7 @@ from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGr
 from hyperopt_nested.backends.program import Batch
 
 _AT_ONCE = 1 << 16
-"""Elements that are stepped at once; a larger tensor is stepped alone. It bounds the memory of intermediate results."""
+"""Elements that a CPU steps at once, as many as its caches hold; a larger tensor is stepped alone. Others step 256 times as many."""
 
 
 class Interpreter:
@@ -34,7 +34,8 @@ class Interpreter:
     def __call__(self, batch: Batch) -> None:
         if batch.prepared is None:  # what is stepped at once is on one device, and has few elements
             ends = accumulate(row[self._like].numel() for row in batch.rows)
-            keys = ((row[self._like].device, end // _AT_ONCE) for end, row in zip(ends, batch.rows, strict=True))
+            devices = [row[self._like].device for row in batch.rows]
+            keys = ((at, end // (_AT_ONCE if at.type == "cpu" else _AT_ONCE << 8)) for end, at in zip(ends, devices, strict=True))
             chunks = groupby(zip(keys, batch.rows, strict=True), key=lambda each: each[0])
             batch.prepared = [_Tensors([row for _, row in chunk], self._like) for _, chunk in chunks]
         for tensors in batch.prepared:
