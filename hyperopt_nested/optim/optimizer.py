@@ -1,5 +1,6 @@
 """`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal, cast, overload
 from warnings import warn
@@ -106,6 +107,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
         self._pinned = PinnedValues(self._pinned_at_ends)
+        importlib.import_module("torch.fx.experimental.symbolic_shapes")  # torch.autograd.grad imports it in its first call: 0.4 s
         super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
