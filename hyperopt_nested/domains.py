@@ -143,7 +143,7 @@ class Hyper:
         return f"{self.domain} {left}{self.lower:g}, {self.upper:g}{right}"
 
     def check(self, name: str, value: float, via: Bijection | None = None) -> None:
-        """Refuse a value outside the domain, or a bijection that can not represent it.
+        """Refuse a value outside the domain, or a bijection that cannot represent it.
 
         Args:
             name: how messages call the hyper-parameter.

@@ -36,7 +36,7 @@ class Rule(ABC):
         name: the rule's name.
         hypers: its hyper-parameters, by name.
         separable: the finest part of a tensor that the update treats on its own.
-        nondifferentiable: hypers that can not be learned: the new parameter's derivative with respect to them is zero wherever it exists.
+        nondifferentiable: hypers that cannot be learned: the new parameter's derivative with respect to them is zero wherever it exists.
         reduction: name of the sum over all tensors of what `global_reduce` returns for each, if `update` needs one.
     """
 

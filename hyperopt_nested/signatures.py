@@ -121,7 +121,7 @@ class Definition:
 
 
 def check_init(init: Any) -> None:
-    """Refuse an initializer that can not be one.
+    """Refuse an initializer that cannot be one.
 
     Raises:
         TypeError: it is no function.

@@ -1,4 +1,4 @@
-"""What mkdocstrings can not see by reading the source: how what `@hn.rule` and `@hn.combinator` make is called."""
+"""What mkdocstrings cannot see by reading the source: how what `@hn.rule` and `@hn.combinator` make is called."""
 
 import inspect
 from typing import Any

@@ -41,18 +41,16 @@ class Binding:
     Attributes:
         optimizer: the optimizer.
         learned: its learned hypers, by the names that its rule gives them.
-        kinds: how the last update's dependence on each is remembered, by key; nothing is remembered of others.
-        memory: the keys that are remembered in each way.
+        memory: the keys of those whose effect on the last update is remembered, by the way in which it is.
     """
 
     def __init__(self, optimizer: Optimizer, learned: dict[str, LearnedHyper], memory: Memory) -> None:
         self.optimizer, self.learned = optimizer, learned
-        self.kinds: dict[str, Kind] = {}
+        self.memory: dict[Kind, list[str]] = {kind: [] for kind in get_args(Kind)}
         for name, each in learned.items() if memory != "none" else ():
             late = memory == "auto" and name in optimizer.rule.late
             forward = memory != "reverse" and forward_is_exact(optimizer, each.learn.per)
-            self.kinds[each.key] = "late" if late else "forward" if forward else "reverse"
-        self.memory = {kind: [key for key, each in self.kinds.items() if each == kind] for kind in get_args(Kind)}
+            self.memory["late" if late else "forward" if forward else "reverse"].append(each.key)
 
     def raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
         """Raw values that the tensor called `name` uses, by learned hyper."""

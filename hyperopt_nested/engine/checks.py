@@ -102,7 +102,7 @@ def check_used(binding: Binding, name: str, param: Tensor, *, one_step: bool) ->
             )
     for key in in_total if one_step else ():
         hyper, each = learned[key]
-        if each.learn.per != "model" or binding.kinds[key] != "forward":
+        if each.learn.per != "model" or key not in binding.memory["forward"]:
             raise ValueError(
                 f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
                 "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"

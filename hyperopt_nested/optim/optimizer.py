@@ -107,12 +107,13 @@ class HyperOptimizer(GroupedOptimizer):
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
         self._pinned = PinnedValues(self._pinned_at_ends)
-        importlib.import_module("torch.fx.experimental.symbolic_shapes")  # torch.autograd.grad imports it in its first call: 0.4 s
         super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
         self.defaults = self.defaults or self._numbers_of([])
         self._create_state()
+        if self._nested.learned:  # torch.autograd.grad imports it in its first call, for 0.4 s: not in the first step
+            importlib.import_module("torch.fx.experimental.symbolic_shapes")
 
     @property
     def backend(self) -> str:
@@ -355,7 +356,7 @@ class HyperOptimizer(GroupedOptimizer):
             return f"{name}({groups}"
         try:
             values = listed(f"{key}={value:.4g}" for key, value in self.learned().items()) or "nothing"
-        except ValueError as error:  # of a change that can not be followed
+        except ValueError as error:  # of a change that cannot be followed
             values = f"not known: {error}"
         rules = listed(dict.fromkeys(optimizer.rule.name for optimizer in self._optimizers.values()))
         return f"{name}(\nrule: {rules}\nbackend: {self.backend}\nlearned: {values}{groups}"

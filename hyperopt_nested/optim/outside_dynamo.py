@@ -1,6 +1,6 @@
 """Functions that `torch.compile` does not trace, without the import of its machinery where nothing is compiled.
 
-That import takes a second, and fails where its cache folder can not be made.
+That import takes a second, and fails where its cache folder cannot be made.
 """
 
 import functools

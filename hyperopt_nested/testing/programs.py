@@ -30,7 +30,7 @@ class Comparison:
 
     Attributes:
         largest: relative difference from the reference, by what was compared, such as `lr, beta learned per row`.
-        refused: what the backend says that it can not run, by the same.
+        refused: what the backend says that it cannot run, by the same.
     """
 
     largest: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
 
 
 def check_names(backends: Sequence[str]) -> None:
-    """Refuse what can not be compared with the reference.
+    """Refuse what cannot be compared with the reference.
 
     Raises:
         ValueError: a name is none of the backends, or one that chooses among the others.
@@ -87,7 +87,7 @@ def check_backend(optimizer: Optimizer, backend: str, shapes: Mapping[str, tuple
 
     Raises:
         RuleError: a difference is larger than 1e-9 of the largest entry, or the backend fails.
-        ValueError: the backend says that it can not run this.
+        ValueError: the backend says that it cannot run this.
 
     Example:
         >>> import hyperopt_nested as hn

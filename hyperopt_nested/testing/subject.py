@@ -20,7 +20,7 @@ Checkable = FunctionRule | Combinator | Optimizer | str
 
 
 class Inapplicable(Exception):
-    """The rule can not be used like this: a choice of options, or of granularity, that it refuses."""
+    """The rule cannot be used like this: a choice of options, or of granularity, that it refuses."""
 
 
 @dataclass(frozen=True)
