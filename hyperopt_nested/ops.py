@@ -49,7 +49,7 @@ def zeros(*names: str) -> Callable[[Tensor], State]:
 
 def finite(x: Tensor) -> Tensor:
     """The entries of a tensor that are finite, and zero in the place of the others."""
-    return torch.where(torch.isfinite(x), x, 0)
+    return torch.nan_to_num(x, 0.0, 0.0, 0.0)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

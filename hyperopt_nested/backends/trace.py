@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Inputs, Kind, UnsupportedError, UpdateGraph, Value, Values, kind_of
@@ -24,12 +23,22 @@ _FILLED = {"zeros_like": 0, "zeros": 0, "new_zeros": 0, "ones_like": 1, "ones": 
 _LOGICAL = {"mul": "logical_and", "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not"}
 _KNOWN = {*_TAKEN, *_FILLED, *_LOGICAL, *POINTWISE, *REDUCTIONS, "sgn", "rsub", "clamp_min", "clamp_max"}
 _SIZES = (3, 5, 7, 11, 13), (5, 3, 11, 7, 2)
-_KEPT = torch.ops.aten.rsub.Scalar, torch.ops.aten.sum.default
 
 
 @cache
 def _decompositions() -> dict[Any, Any]:
-    return {op: how for op, how in dict[Any, Any](core_aten_decompositions()).items() if op not in _KEPT}
+    from torch._decomp import core_aten_decompositions  # a second; most rules need none
+
+    return dict(core_aten_decompositions())
+
+
+def _nan_to_num(x: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Tensor:
+    if nan is None or not nan == posinf == neginf:
+        return NotImplemented
+    return torch.where(torch.isfinite(x), x, nan)
+
+
+_OWN = {torch.ops.aten.nan_to_num.default: _nan_to_num}
 
 
 def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
@@ -77,9 +86,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._shape, self._value = shape, Values()
         self._of = dict[int, tuple[Value, Tensor]]()  # by id, which stays a tensor's own as long as this is held
         self._fixed = set(map(id, examples))  # inputs, views and what is viewed: not to be changed in place
-        _decompositions()  # outside of this mode
         for i, (tensor, (kind, dtype)) in enumerate(zip(examples, inputs, strict=True)):
             self._of[id(tensor)] = self._value("input", (i,), kind, dtype), tensor
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to import torch.compile's machinery: a step is never traced by it."""
+        return False
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value that a tensor holds; of one that was not made here, a constant."""
@@ -92,13 +105,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func._schema.name).split("::")[1], kwargs or {}
         name, in_place = name.rstrip("_"), name.endswith("_")
-        for decompose in (_decompositions().get(func), None if name in _KNOWN else func.decompose):
-            if decompose:
+        if name == "promote_types":  # of dtypes, not of tensors
+            return func(*args, **kwargs)
+        for decompositions in () if name in _KNOWN else (lambda: {func: func.decompose}, lambda: _OWN, _decompositions):
+            if decompose := decompositions().get(func):
                 with self:
                     found = decompose(*args, **kwargs)
                 if found is not NotImplemented:
                     return found
-        made = func(*args, **kwargs) if name in _KNOWN else None
+        made = func(*args, **kwargs) if name in _KNOWN and "out" not in kwargs else None
         if not isinstance(made, Tensor):
             raise UnsupportedError(f"an update calls {func}")
         value = self._called(func, name, args, kwargs, made)

@@ -4,6 +4,7 @@ from __future__ import annotations  # torch.compile does not evaluate annotation
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
@@ -59,6 +60,7 @@ class LearnedHyper:
     def __init__(self, key: str, learn: Learn, hyper: Hyper, via: Bijection | None, learner: Learner) -> None:
         self.key, self.learn, self.hyper, self.via, self.learner = key, learn, hyper, via, learner
         self.declared = learn.value
+        self._acts_by_element = not learner.learned and learn.by.rule.separable == "element" and not learn.by.rule.reduction
         low, high = (None if callable(end) or math.isinf(end) else end for end in learn.bounds)
         self._bounds = low, high
         self._below = learn.value > max(hyper.lower, -math.inf if low is None else low)  # else it was declared to start at that end
@@ -120,6 +122,18 @@ class LearnedHyper:
         """
         if self.learn.grad is not None:
             grads = {key: self._transformed(grad) for key, grad in grads.items()}
+        alike = len(grads) > 1 and len({(grad.shape, grad.device) for grad in grads.values()}) == 1
+        if not (alike and self._acts_by_element and next(iter(grads.values())).ndim == 0):
+            return self._step(raws, grads, st, counts)
+        many = [{"raw": raws[key], "grad": grad, "rule": st["rule"][key]} for key, grad in grads.items()]
+        one = map_tree(lambda *leaves: torch.stack(leaves), *many)  # a vector of single values, for operators that act on each element
+        memory = st["memory"][next(iter(grads))]  # of nothing, since the learner learns nothing
+        part = {**st, "rule": {MODEL: one["rule"]}, "memory": {MODEL: memory}}
+        new_raws, new, counts = self._step({MODEL: one["raw"]}, {MODEL: one["grad"]}, part, counts)
+        rule = {key: map_tree(operator.itemgetter(i), new["rule"][MODEL]) for i, key in enumerate(grads)}
+        return {**raws, **dict(zip(grads, new_raws[MODEL].unbind(), strict=True))}, {**st, "rule": {**st["rule"], **rule}}, counts
+
+    def _step(self, raws: Raws, grads: Raws, st: State, counts: Counts) -> tuple[Raws, State, Counts]:
         finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
         usable = {key: torch.where(finite[key], grad, 0) for key, grad in grads.items()}
         stepped, new = self.learner.step(raws, usable, st)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
 from hyperopt_nested.engine.learned import number
-from hyperopt_nested.engine.sensitivity import Raws, linearize, pull_forward, pull_reverse, pullback
+from hyperopt_nested.engine.sensitivity import Raws, linearize, nothing_transforms, pull_forward, pull_reverse, pullback
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.trees import State, map_tree
 
@@ -73,8 +73,9 @@ class OneStepMemory:
             memory: as the last step made it.
             hypers: raw values now.
         """
-        reverse = self._pull_reverse(grads, memory)
-        late = self._pull_late(params, grads, rule, memory)
+        remembered = {name: grad for name, grad in grads.items() if not _is_empty(memory[name])}
+        reverse = self._pull_reverse(remembered, memory)
+        late = self._pull_late(params, remembered, rule, memory)
         for name, grad in grads.items():
             value = {each.key: each.key_of(name) for each in self._bindings[name].learned.values()}
             for key, sensitivity in memory[name]["sensitivity"].items():
@@ -84,7 +85,10 @@ class OneStepMemory:
                 **dict.fromkeys(self._bindings[name].memory["late"], late),
             }
             for key, found in kept.items():
-                yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
+                if name in found:
+                    yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
+                else:
+                    yield key, value[key], torch.zeros_like(hypers[key][value[key]])
 
     def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Raws]:
         """Pull gradients back through the remembered updates."""
@@ -157,6 +161,12 @@ class OneStepMemory:
                 inputs["total"] = totals[optimizer.rule.reduction].to(param.device, state_dtype(param))
             found["inputs"] = map_tree(torch.clone, inputs)
         return {**found, "taken": torch.full((), taken, dtype=torch.float32, device=param.device)}
+
+
+def _is_empty(memory: State) -> bool:
+    """Whether a tensor was not updated yet, if that is known: where memory is no plain number on the CPU, it is not."""
+    taken = memory.get("taken")
+    return taken is not None and taken.device.type == "cpu" and nothing_transforms() and not bool(taken)
 
 
 def _stepped(taken: Tensor) -> Callable[[Tensor], Tensor]:

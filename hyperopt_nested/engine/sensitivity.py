@@ -44,14 +44,16 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
 
 
 def _nothing_looks_on() -> bool:
-    """Whether this runs eagerly, without derivatives that are taken from outside, transforms, tracing or fake tensors."""
-    return not torch.is_grad_enabled() and nothing_transforms()
+    """Whether this runs without derivatives that are taken from outside, and without transforms; dispatch modes see what autograd calls."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def nothing_transforms() -> bool:
     """Whether this runs eagerly, without transforms, tracing or fake tensors."""
+    if torch.compiler.is_compiling():
+        return False
     no_modes = not torch._C._len_torch_dispatch_stack()  # of this thread: torch's own flag is of all, and a tracing thread may leave it set
-    return no_modes and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    return no_modes and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:
