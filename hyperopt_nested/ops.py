@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -59,6 +61,18 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """
     positive = kink(x) > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1)), 0)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    counts = accumulate((size for _, size in steps), mul, initial=1)
+    return all(stride == count for (stride, _), count in zip(steps, counts, strict=False))
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor holds all of it."""
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
 
 
 _watchers: list[list[Tensor]] = []

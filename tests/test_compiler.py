@@ -48,6 +48,13 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_programs_are_made_without_torchs_own_compiler(tmp_path: Path) -> None:
+    """Its import takes a second, in which all threads wait."""
+    heavy = "import sys; print(*(name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules))"
+    done = run(textwrap.dedent(STEPS) + heavy, HYPEROPT_NESTED_CACHE=str(tmp_path))
+    assert done.stdout.split() == ["fused", "0.8"], done
+
+
 def test_libraries_are_kept_for_the_user_alone(kept: Path) -> None:
     assert result(1) == 1
     (path,) = kept.iterdir()

@@ -250,6 +250,10 @@ def deviation(case: Case, backend: str) -> str:
         size = torch.where(torch.isfinite(old), old.abs(), 0)
         noise = torch.where(torch.isfinite(other - old), (other - old).abs(), 0)
         allowed = tolerance * (size + 0.1 * size.amax() + 1e-3) + 1e3 * noise.clamp(min=noise.median())
+        name = key.split()[-1]
+        if "pinned" in name.split("."):  # rounding that changed the value may decide whether it stops at an end
+            values = [each for each in expected if each.split()[-1] == name.replace("pinned", "hypers")]
+            allowed = allowed + any(not torch.equal(expected[each], got[each]) for each in values)
         off = torch.where(torch.isfinite(old), (new - old).abs(), 0)
         if bool((off > allowed).any()):
             return f"{key} is off by {float(off.amax()):.3g} of {float(size.amax()):.3g}"

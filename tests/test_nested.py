@@ -211,6 +211,31 @@ def test_maximize_ascends_at_every_height() -> None:
     assert torch.equal(kept[1]["hypers"]["lr"]["model"], state["hypers"]["lr"]["model"])
 
 
+def test_values_of_tensors_learn_together_as_each_alone() -> None:
+    """Learners of single values step them as one vector: the results are those of learners that have one value each."""
+    learn = hn.learn(0.1, by=hn.nadam(lr=1e-2), per="tensor", bounds=(0.09, 1.0))
+    nested = hn.Nested(hn.adamw(lr=learn, weight_decay=0.1))
+    params, loss = problem(3)
+    alone = {name: ({name: param}, nested.init({name: param})) for name, param in params.items()}
+    st = nested.init(params)
+    for step in range(5):
+        grads = gradients(loss, params)
+        if step == 2:
+            del grads["weight"]
+        if step == 4:
+            grads["bias"] = torch.full_like(grads["bias"], torch.nan)
+        params, st = nested.step(params, grads, st)
+        for name, grad in grads.items():
+            alone[name] = nested.step(alone[name][0], {name: grad}, alone[name][1])
+    for name, (one, own) in alone.items():
+        torch.testing.assert_close(params[name], one[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(st["hypers"]["lr"][name], own["hypers"]["lr"][name])
+        states = [leaves(each["learners"]["lr"]["rule"][name]) for each in (st, own)]
+        assert all(torch.equal(leaf, states[1][path]) for path, leaf in states[0].items())
+    for part in ("rejected", "pinned"):
+        assert st[part]["lr"] == sum(own[part]["lr"] for _, own in alone.values())
+
+
 def test_granularities_have_the_shapes_they_promise() -> None:
     params = {"scalar": torch.ones(()), "bias": torch.ones(3), "weight": torch.ones(3, 2), "kernel": torch.ones(4, 3, 2, 2)}
     shapes = {

@@ -12,7 +12,7 @@ import torch
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.foreach import Interpreter
-from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_layout, is_dense
+from hyperopt_nested.backends.fused import PLAIN, Kernel, LayoutError, check_layout
 from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph
 from hyperopt_nested.backends.inductor import Inductor, compiler_for
 from hyperopt_nested.backends.program import Engine, Program, Request
@@ -21,6 +21,7 @@ from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation
 from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.ops import is_dense
 
 Backend = Literal["auto", "reference", "foreach", "compile", "fused"]
 """What runs a step. All do what the engine does, up to rounding. Programs are made from the engine when tensors of their kind are first

@@ -26,7 +26,9 @@ class Interpreter:
         outputs = {value for _, value in graph.outputs}
         last = {operand: value for value in graph.values for operand in value.operands if operand not in outputs}
         unused = {value: [index[each] for each in {*value.operands} if last.get(each) is value] for value in index}
-        self._steps = [(_operation(value), [index[each] for each in value.operands], unused[value]) for value in index]
+        self._constants = [torch.tensor(value.args[0], dtype=value.dtype) if value.op == "constant" else None for value in index]
+        computed = [value for value in index if value.op != "constant"]
+        self._steps = [(index[value], _operation(value), [index[each] for each in value.operands], unused[value]) for value in computed]
         self._outputs = [(i, index[value], value.kind) for i, value in graph.outputs]
         self._aliases = [index[value] for value in outputs if value.source.op == "input" and value.source.args[0] in dict(graph.outputs)]
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
@@ -42,11 +44,11 @@ class Interpreter:
             self._step(tensors)
 
     def _step(self, tensors: "_Tensors") -> None:
-        results = list[Any]()
-        for operation, operands, unused in self._steps:
-            results.append(operation(tensors, *[results[i] for i in operands]))
-            for i in unused:
-                results[i] = None
+        results = list[Any](self._constants)
+        for i, operation, operands, unused in self._steps:
+            results[i] = operation(tensors, *[results[j] for j in operands])
+            for j in unused:
+                results[j] = None
         for i in self._aliases:
             results[i] = results[i].clone()
         for i, result, kind in self._outputs:
@@ -86,9 +88,6 @@ def _operation(value: Value) -> Callable[..., Any]:
     if op == "input":
         index: int = value.args[0]
         return lambda tensors: tensors.read(index, kind)
-    if op == "constant":
-        constant = torch.tensor(value.args[0], dtype=dtype)
-        return lambda _: constant
     if op == "cast":
         return lambda _, operand: operand.to(dtype)
     old = value.operands[0].kind
@@ -125,22 +124,22 @@ class _Tensors:
         self._equal = len({*zip(counts, sizes, strict=True)}) == 1
         widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
         repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): sizes, (Kind.ROW, Kind.ELEMENT): widths}
-        self._repeats = {} if self._equal else {kinds: torch.tensor(each, device=self._device) for kinds, each in repeats.items()}
+        counted = {} if self._equal else {kinds: torch.tensor(each) for kinds, each in repeats.items()}
+        self._owners = {kinds: torch.arange(len(each)).repeat_interleave(each).int().to(self._device) for kinds, each in counted.items()}
         whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
         self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in whole.items()}
 
     def read(self, index: int, kind: Kind) -> Tensor:
         """An argument of all tensors."""
-        parts = self._inputs[index] if index else [self._gradient(*each) for each in zip(self._rows, self._written, strict=True)]
+        parts: list[Tensor] = self._inputs[index]
+        if index == 0:  # copied where it shares memory with what is written
+            grads = ((row[0], written) for row, written in zip(self._rows, self._written, strict=True))
+            parts = [grad.clone() if grad.untyped_storage().data_ptr() in written else grad for grad, written in grads]
         if kind == Kind.NUMBER and self._same[index]:
             return parts[0].to(self._device).reshape(())
         if len(parts) == 1:
             return parts[0].to(self._device).reshape(self._shapes[kind])
         return torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self._device).view(self._shapes[kind])
-
-    def _gradient(self, row: list[Tensor], written: set[int]) -> Tensor:
-        """The gradient; a copy where it shares memory with what is written."""
-        return row[0].clone() if row[0].untyped_storage().data_ptr() in written else row[0]
 
     def write(self, index: int, value: Tensor, kind: Kind) -> None:
         """Write a value to an argument of all tensors."""
@@ -154,7 +153,7 @@ class _Tensors:
         """Repeat each number or row for what belongs to it, where broadcasting does not."""
         if old == new or value.ndim == 0 or self._equal:
             return value
-        return value.repeat_interleave(self._repeats[old, new], output_size=sum(self._lengths[new]))
+        return value.index_select(0, self._owners[old, new])
 
     def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind) -> Tensor:
         """Reduce each row, or each tensor, to one value."""

@@ -6,8 +6,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph
 from hyperopt_nested.backends.program import Batch
+from hyperopt_nested.ops import is_dense, is_stored
 
 _started = os.getpid()
 PLAIN = frozenset([Tensor, torch.nn.Parameter])
@@ -106,15 +106,3 @@ def check_layout(arguments: Sequence[Tensor], kinds: Sequence[Kind], param: Tens
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in arguments[1:])
     if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
         raise LayoutError("tensors of one update share memory")
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills a piece of memory without gaps, in some order of its dimensions."""
-    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
-    counts = accumulate((size for _, size in steps), mul, initial=1)
-    return all(stride == count for (stride, _), count in zip(steps, counts, strict=False))
-
-
-def is_stored(tensor: Tensor) -> bool:
-    """Whether the storage of a dense tensor holds all of it."""
-    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.fused import is_dense
 from hyperopt_nested.backends.program import Batch, Function, write_over
+from hyperopt_nested.ops import is_dense
 
 TOGETHER = frozenset(["cuda", "xpu"])
 """Types of devices for which one program steps all tensors, so that launches do not grow with tensors. On others, each has its own."""

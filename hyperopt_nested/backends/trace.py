@@ -32,15 +32,6 @@ def _decompositions() -> dict[Any, Any]:
     return dict(core_aten_decompositions())
 
 
-def _nan_to_num(x: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Tensor:
-    if nan is None or not nan == posinf == neginf:
-        return NotImplemented
-    return torch.where(torch.isfinite(x), x, nan)
-
-
-_OWN = {torch.ops.aten.nan_to_num.default: _nan_to_num}
-
-
 def trace(function: Function, arguments: Sequence[Tensor], param: Tensor) -> UpdateGraph:
     """Return the graph of a function of one tensor's gradient, state and numbers; only shapes and dtypes of arguments are read.
 
@@ -107,8 +98,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, in_place = name.rstrip("_"), name.endswith("_")
         if name == "promote_types":  # of dtypes, not of tensors
             return func(*args, **kwargs)
-        for decompositions in () if name in _KNOWN else (lambda: {func: func.decompose}, lambda: _OWN, _decompositions):
-            if decompose := decompositions().get(func):
+        if name == "nan_to_num" and len({*args[1:]}) == 1 == len(args) - 3:
+            with self:
+                return torch.where(torch.isfinite(args[0]), args[0], args[1])
+        for known in () if name in _KNOWN else (lambda: {func: func.decompose}, _decompositions):
+            if decompose := known().get(func):  # type: ignore[no-untyped-call]
                 with self:
                     found = decompose(*args, **kwargs)
                 if found is not NotImplemented:
@@ -149,6 +143,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name, args = "clamp", [args[0], None, args[1]] if name == "clamp_max" else [*args, None][:3]
         if name not in POINTWISE or kwargs.get("rounding_mode"):
             raise UnsupportedError(f"an update calls {func}")
+        if all(arg is None or arg.op == "constant" for arg in args):
+            return self._value("constant", (made.view(-1)[0].item(),), kind, dtype)
         compared = dtype == torch.bool and not name.startswith("logical")
         computed = torch.result_type(given[0], given[1]) if compared and len(given) > 1 else given[0].dtype if compared else dtype
         return self.cast(self._simplified(name, args, dtype, computed), kind, dtype)
