@@ -14,7 +14,7 @@ import hyperopt_nested as hn
 from hyperopt_nested import registry
 
 BACKENDS = ["reference"]
-RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp")]
+RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp") and name != "identity"]
 HOW: dict[str, dict[str, Any]] = {"auto": {}, "kept": {"memory": "kept"}, "reverse": {"memory": "reverse"}, "discount": {"discount": 0.9}}
 BAD = (math.nan, math.inf, -math.inf, 1e30)
 ROWS, STEPS, AT = 5, 6, 2
