@@ -14,7 +14,7 @@ import hyperopt_nested as hn
 from hyperopt_nested import registry
 
 BACKENDS = ["reference"]
-RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp")]
+RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp") and name != "identity"]
 HORIZONS = {"discount": hn.Discounted(0.9), **{memory: hn.OneStep(memory) for memory in ("auto", "kept", "reverse")}}  # type: ignore[arg-type]
 BAD = (math.nan, math.inf, -math.inf, 1e30)
 ROWS, STEPS, AT = 5, 6, 2

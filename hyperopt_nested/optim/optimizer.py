@@ -178,6 +178,7 @@ class HyperOptimizer(GroupedOptimizer):
         if not grads:
             return loss
         self._prepare(grads)
+        self._mind_changes(grads.keys())
         learn = self._learn_from == "training"
         kept = cast(ParamState, self._kept)
         if not self._step_by_programs(kept, grads, learn):
@@ -192,6 +193,19 @@ class HyperOptimizer(GroupedOptimizer):
         self._taken = kept.taken
         self._pinned.look(kept.nested, kept.st)
         return loss
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Copy from the weights now what rules keep of them, such as anchors, for tensors that have a gradient and have taken no step.
+
+        `step` does so by itself. This is for what changes weights before that, as another optimizer that steps the same tensors.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        if grads := self._grads():
+            self._prepare(grads)
+            cast(ParamState, self._kept).fresh.difference_update(grads)
 
     def _step_by_programs(self, kept: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
         """Step by programs, if there are any; whether that was done."""
@@ -230,7 +244,6 @@ class HyperOptimizer(GroupedOptimizer):
             first = kept.fresh.intersection(grads)
         if first and self._begins_at_first_step:
             kept.begin(first)
-        self._mind_changes(grads.keys())
 
     def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
