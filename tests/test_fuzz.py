@@ -24,6 +24,7 @@ CHUNKS = max(CASES // 10, 1)
 BACKENDS = ("foreach", "fused", "compile")
 GUARD = 12345.0
 STEPS = 5
+HORIZONS = hn.OneStep("kept"), hn.OneStep("reverse"), hn.Discounted(0.7)
 RULES = [name for name in hn.names() if subject(name).template.rule.name == name]
 CHAINS: list[Callable[[hn.Optimizer, random.Random], hn.Optimizer]] = [
     lambda base, draw: hn.project(
@@ -55,7 +56,7 @@ class Case:
         self.layouts = [draw.choice(["plain", "guarded", "guarded", "other order", "gaps"]) for _ in self.shapes]
         self.grads = [draw.choice(["plain", "plain", "other order", "expanded", "own memory"]) for _ in self.shapes]
         self.events = {at: draw.choice(EVENTS) for at in range(1, STEPS) if draw.random() < 0.4}
-        self.how: dict[str, Any] = draw.choice([{}, {}, {"memory": "kept"}, {"memory": "reverse"}, {"discount": 0.7}])
+        self.how: dict[str, Any] = draw.choice([{}, {}, *({"horizon": each} for each in HORIZONS)])
         self.optimizer = self._optimizer(draw)
 
     def _optimizer(self, draw: random.Random) -> hn.Optimizer:

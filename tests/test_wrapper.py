@@ -73,7 +73,7 @@ OPTIMIZERS: dict[str, Make] = {
     "schedule-free": lambda model: Free(model.parameters(), lr=0.05),
     "Prodigy": lambda model: prodigyopt.Prodigy(model.parameters(), d0=1e-2),
     "by hand": lambda model: Manual(model.parameters()),
-    "this library's": lambda model: hn.HyperOptimizer(model.named_parameters(), LEARNING, memory="kept"),
+    "this library's": lambda model: hn.HyperOptimizer(model.named_parameters(), LEARNING, horizon=hn.OneStep("kept")),
 }
 
 
