@@ -1,6 +1,6 @@
 """Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move."""
 
-from ftp.digrap import digrap, directional_projection
+from ftp.directional import digrap, directional_projection
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
 from ftp.rule import FLOOR, Anneal, ftp_rule, identity, largest_norm
 from ftp.tpgm import TPGM

@@ -28,16 +28,16 @@ def directional_projection(
 ) -> tuple[Tensor, hn.typing.State]:
     r"""The optimizer, on gradients from which a share of their projection onto the displacement is taken.
 
-    With the displacement \(d = \theta - \theta_0\) from the anchor, and \(p = \langle g, d\rangle d / \lVert d\rVert^2\), the optimizer steps
-    with \(g - \omega p\) where \(\langle g, d\rangle \ge 0\), else with \(g\) (Huang et al. 2025, arXiv 2502.15895, equations 3, 4, 6
-    and 7).
+    With the displacement \(d = \theta - \theta_0\) from the anchor, and \(p = \langle g, d\rangle d / \lVert d\rVert^2\), the optimizer
+    steps with \(g - \omega p\) where \(\langle g, d\rangle \ge 0\), else with \(g\) (Huang et al. 2025, arXiv 2502.15895, equations 3,
+    4, 6 and 7).
 
     Args:
         strength: \(\omega\) in [0, 1].
         anchor: \(\theta_0\): "start", the values before the first step, "zero", or a tensor.
-        derivative: of the new values with respect to the strength. "straight-through" is \(p\), as published: whatever the optimizer is, and
-            also where \(g\) was left as it is, \(\omega\) learns from the next gradient's product with it (equation 8). "exact" goes through
-            the optimizer.
+        derivative: of the new values with respect to the strength. "straight-through" is \(p\), as published: whatever the optimizer
+            is, and also where \(g\) was left as it is, \(\omega\) learns from the next gradient's product with it (equation 8).
+            "exact" goes through the optimizer.
     """
     moved = hn.rules.displacement(param, state)
     along, norm = (grad * moved).sum(), moved.square().sum()
