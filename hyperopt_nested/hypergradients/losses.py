@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from hyperopt_nested.hypergradients.carried import Carried, carrying
+from hyperopt_nested.hypergradients.carried import CARRIED, Carried, no_recomputation
 
 Tensors = dict[str, Tensor]
 Hypers = Mapping[str, Mapping[str, Tensor]]
@@ -35,8 +35,12 @@ def evaluate(name: str, function: Callable[..., Loss], carried: Carried, *rest: 
         TypeError: something else than a loss, or a pair that begins with one, was returned.
         ValueError: the loss is no real floating-point tensor of shape ().
     """
-    with carrying(carried):
-        returned = function(dict(carried.params), *rest)
+    token = CARRIED.set(carried)
+    try:
+        with no_recomputation():
+            returned = function(dict(carried.params), *rest)
+    finally:
+        CARRIED.reset(token)
     pair = has_aux and isinstance(returned, tuple) and len(returned) == 2
     loss, aux = returned if pair else (returned, None)
     wanted = "it must return the loss, a floating-point tensor of shape ()" + (", or a pair (loss, anything else)" if has_aux else "")

@@ -56,7 +56,7 @@ class Trace:
     def add(self, loss: Tensor, aux: Any) -> None:
         """Take down what `train_loss` returned in a step."""
         self.losses.append(loss.detach())
-        self.aux.append(detached(aux))
+        self.aux.append(None if aux is None else detached(aux))
 
     def end(self, loss: Tensor, aux: Any) -> None:
         """Take down what `outer_loss` returned."""
@@ -141,9 +141,10 @@ class Training:
 
     def run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
         """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
-        for step, batch in enumerate(batches, start=begin):
-            carry, loss, aux = self._step(carry, values, batch, step, graph)
-            self.trace.add(loss, aux)
+        with torch.enable_grad(), twice():
+            for step, batch in enumerate(batches, start=begin):
+                carry, loss, aux = self._step(carry, values, batch, step, graph)
+                self.trace.add(loss, aux)
         return carry
 
     def _run_again(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int) -> State:
@@ -168,12 +169,11 @@ class Training:
         """One step: what goes on, the loss, and what came with it."""
         params = {name: p.view_as(p) if graph else _leaf(p) for name, p in carry["params"].items()}
         first = self._checked is not None and not self.trace.losses
-        with torch.enable_grad(), twice():
-            carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
-            loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
-            grads = gradients(loss, params, graph=graph or first)
-            if first:
-                check_twice(loss, grads, params, order=self._order, trial=self._tries)
+        carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
+        loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
+        grads = gradients(loss, params, graph=graph or first)
+        if first:
+            check_twice(loss, grads, params, order=self._order, trial=self._tries)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
