@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hyperopt_nested.checks import extra
 from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.carried import Carried, no_recomputation
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
 from hyperopt_nested.hypergradients.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
@@ -104,6 +104,7 @@ class Audit:
         return made
 
 
+@no_recomputation()
 def audit(
     optimizer: Optimizer | Mapping[str, Optimizer],
     params: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
-from hyperopt_nested.backends.fused import Kernel, check_layout, sizes
+from hyperopt_nested.backends.fused import PLAIN, Kernel, check_layout, sizes
 from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value, Values, kind_of
 from hyperopt_nested.backends.program import Batch, Engine, Request
 from hyperopt_nested.backends.trace import trace
@@ -49,8 +49,25 @@ class _Plan:
     sizes: tuple[int, int] = 0, 0  # rows and columns
 
 
-_Operators = Callable[..., Tensor]
-"""One tensor's update by torch's operators: of the gradient, the tensor and raw values, to the new tensor. There is no state."""
+@dataclass(frozen=True, eq=False)
+class _Operators:
+    """One tensor's update by a few operators of torch, which autograd differentiates: a function of its arguments to the new tensor."""
+
+    inputs: list[int]  # indices of the arguments that are used
+    steps: list[tuple[Callable[[Tensor, Tensor], Tensor], int, int]]  # operators, and indices of operands among inputs and results before
+    casts: list[tuple[int, torch.dtype]]  # inputs that are cast
+    last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what was cast last, and to what: most are the same in all steps
+
+    def __call__(self, *row: Tensor) -> Tensor:
+        found = [row[i] for i in self.inputs]
+        for i, dtype in self.casts:
+            if i not in self.last or self.last[i][0] is not found[i]:
+                self.last[i] = found[i], found[i].to(dtype)
+            found[i] = self.last[i][1]
+        for operator, first, second in self.steps:
+            found.append(operator(found[first], found[second]))
+        return found[-1]
+
 
 _plans: dict[Hashable, _Plan | _Operators | None] = {}
 
@@ -95,22 +112,29 @@ class DifferentiableUpdate:
     def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
         """What to do for one tensor; None if the engine has to do it."""
         optimizer, param = self._nested.bindings[name].optimizer, row[1]
+        if any(type(each) not in PLAIN for each in row):
+            return None
         try:
             kinds = tuple(kind_of(each.shape, param.shape) for each in row)
-            check_layout([param, *row[1:]], kinds, param)
         except UnsupportedError:
             return None
         fixed = ((hyper, None if isinstance(value, Learn) else value) for hyper, value in optimizer.settings.items())
         followed = ((each.dtype, each.requires_grad) for each in row)
         ones = (size == 1 for size in param.shape)
-        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, *followed, *ones
+        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, param.device, *followed, *ones
         if key not in _plans:
             try:
                 _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
-        if not isinstance(found := _plans[key], _Plan):
-            return found
+        if isinstance(found := _plans[key], _Operators):
+            return replace(found, last={})
+        if found is None:
+            return None
+        try:
+            check_layout([param, *row[1:]], kinds, param)
+        except UnsupportedError:
+            return None
         return replace(found, forms=[(each.shape, each.stride(), each.dtype) for each in [param, *row[1:]]], sizes=sizes(param))
 
     def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
@@ -162,9 +186,11 @@ class DifferentiableUpdate:
         arguments = [each.detach() for each in arguments]
         graphs = [_without_zeros(trace(function, arguments, row[1])) for function in functions]
         request = Request((), "", functions, arguments, row[1], (), partial(trials, arguments))
-        if len(results) == 1 and (short := _short(graphs[0])):
-            program = Engine(lambda *given: [*(None for _ in given[1:]), short(*given)])
-            return None if deviation([program], replace(request, functions=functions[:1])) else short
+        if len(results) == 1 and (operators := _by_operators(graphs[0])):
+            program = Engine(lambda *given: [*(None for _ in given[1:]), operators(*given)])
+            return None if deviation([program], replace(request, functions=functions[:1])) else operators
+        if row[1].device.type != "cpu":
+            return None
         outputs, form = dict(graphs[1].outputs), [(each.shape, each.dtype) for each in arguments]
         same = {i: value.args[0] for i, value in outputs.items() if value.op == "input" and form[value.args[0]] == form[i]}
         graphs[1] = UpdateGraph(graphs[1].inputs, tuple((i, value) for i, value in outputs.items() if i not in same))
@@ -210,7 +236,7 @@ class _Update(torch.autograd.Function):
         kept, along, batches = iter(ctx.saved_tensors), iter(cotangents), dict[Kernel, _Batch]()
         slopes = list[Tensor | None]()
         for plan in ctx.plans:
-            row, given = [*islice(kept, len(plan.forms))], dict(zip(plan.written, along))
+            row, given = [*islice(kept, len(plan.forms))], {i: next(along) for i in plan.written}
             found = {i: given[plan.handed[i]] if i in plan.handed else _empty(plan.forms[i]) for i in plan.wanted}
             slopes += [found.get(i) for i in range(len(row))]
             if plan.pull:
@@ -242,22 +268,16 @@ def _lying(tensor: Tensor | None, form: Form) -> Tensor:
     return tensor if tensor.stride() == form[1] and not tensor.is_neg() else _empty(form).copy_(tensor)
 
 
-def _short(graph: UpdateGraph) -> _Operators | None:
-    """An update by torch's operators, if it is few: autograd needs less time for these than for a call of a kernel and of its pull-back."""
-    index = {value: i for i, value in enumerate(sorted(graph.values, key=lambda value: value.op != "input"))}
-    made = [value for value in index if value.op != "input"]
-    if len(made) > _FEW or any(value.op not in ("add", "sub", "mul") or value.kind != Kind.ELEMENT for value in made):
+def _by_operators(graph: UpdateGraph) -> _Operators | None:
+    """An update by torch's operators, if they are few: they take autograd less time than a kernel and its pull-back take to be called."""
+    inputs = [value for value in graph.values if value.op == "input"]
+    made = [value for value in graph.values if value.op != "input"]
+    if not 0 < len(made) <= _FEW or any(value.op not in ("add", "sub", "mul") or value.kind != Kind.ELEMENT for value in made):
         return None
-    inputs = [value.args[0] for value in index if value.op == "input"]
-    steps = [(getattr(torch, value.op), *(index[arg] for arg in value.args)) for value in made]
-
-    def short(*row: Tensor) -> Tensor:
-        found = [row[i] for i in inputs]
-        for operator, first, second in steps:
-            found.append(operator(found[first], found[second]))
-        return found[-1]
-
-    return short
+    index, dtype = {value: i for i, value in enumerate([*inputs, *made])}, made[-1].dtype
+    steps = [(getattr(torch, value.op), index[value.args[0]], index[value.args[1]]) for value in made]
+    casts = [(index[value], dtype) for value in inputs if value.kind == Kind.NUMBER and value.dtype != dtype]
+    return _Operators([value.args[0] for value in inputs], steps, casts)
 
 
 def _without_zeros(graph: UpdateGraph) -> UpdateGraph:
