@@ -21,18 +21,19 @@ WIDTHS, BATCH = (64, 256, 256, 10), 128
 WARM = WARM_UP + 4  # steps before those that are timed
 RATE = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-7)))
 BOTH = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-7)), weight_decay=hn.learn(1e-2, by=hn.sgd(lr=1e-7)))
+DISCOUNTED, EXACT = hn.Discounted(0.9), hn.Discounted(0.9, curvature="exact")
 PLAIN, ONE_STEP, VALIDATION = "torch.optim.AdamW", "lr learned, one step", "lr learned, one step, from a validation loss"
 
 HORIZONS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     PLAIN: torch.optim.AdamW,
     "nothing learned": lambda params: hn.HyperOptimizer(params, hn.adamw()),
     ONE_STEP: lambda params: hn.HyperOptimizer(params, RATE),
-    "lr learned, discount 0.9": lambda params: hn.HyperOptimizer(params, RATE, discount=0.9),
-    "lr learned, discount 0.9, exact curvature": lambda params: hn.HyperOptimizer(params, RATE, discount=0.9, curvature="exact"),
+    "lr learned, discount 0.9": lambda params: hn.HyperOptimizer(params, RATE, horizon=DISCOUNTED),
+    "lr learned, discount 0.9, exact curvature": lambda params: hn.HyperOptimizer(params, RATE, horizon=EXACT),
     VALIDATION: lambda params: hn.HyperOptimizer(params, RATE, learn_from="validation"),
     "lr and decay learned, one step": lambda params: hn.HyperOptimizer(params, BOTH),
-    "lr and decay learned, discount 0.9": lambda params: hn.HyperOptimizer(params, BOTH, discount=0.9),
-    "lr and decay learned, discount 0.9, exact curvature": lambda params: hn.HyperOptimizer(params, BOTH, discount=0.9, curvature="exact"),
+    "lr and decay learned, discount 0.9": lambda params: hn.HyperOptimizer(params, BOTH, horizon=DISCOUNTED),
+    "lr and decay learned, discount 0.9, exact curvature": lambda params: hn.HyperOptimizer(params, BOTH, horizon=EXACT),
 }
 
 

@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 CNN: Shapes = [(16, 3, 3, 3), (16,), (16,), (32, 16, 3, 3), (32,), (32,), (40, 512), (40,), (10, 40), (10,)]
 MODELS: dict[str, Shapes] = {"CNN": CNN, "MLP": [(64, 64)] * 100}
 TORCH, RATE, FTP = "torch AdamW", "AdamW, lr learned", "AdamP"
-EAGER = "reference, memory='kept'"
+EAGER = "reference, kept memory"
 LR = 1e-3
 AS_IN_TORCH: Make = partial(torch.optim.AdamW, lr=LR)
 STEPS, WARM = 5, WARM_UP + 4  # steps timed at once; steps before that
@@ -68,7 +68,7 @@ def steps(model: str, candidates: dict[str, Make], rounds: int) -> Rows:
 
 def eager_steps(model: str, rounds: int) -> Rows:
     """As `steps`, of what needs no compiler."""
-    return steps(model, {**optimizers("auto"), f"{RATE}, {EAGER}": optimizers("reference", memory="kept")[RATE]}, rounds)
+    return steps(model, {**optimizers("auto"), f"{RATE}, {EAGER}": optimizers("reference", horizon=hn.OneStep("kept"))[RATE]}, rounds)
 
 
 def first_steps(model: str, optimizer: str, backend: str) -> list[float]:

@@ -21,7 +21,11 @@ Tensors = dict[str, torch.Tensor]
 RUNS, AUDITED, BATCH, LR = 16, 100, 32, 0.1
 TRAINED = int(sys.argv[2]) if len(sys.argv) > 2 else 100  # steps
 DECAY = float(sys.argv[3]) if len(sys.argv) > 3 else 1e-3
-DISCOUNTS = (0.0, 0.9, 0.99, 1.0)
+HORIZONS = [
+    hn.OneStep(),
+    *map(hn.Discounted, (0.9, 0.99, 1.0)),
+    *(hn.Discounted(discount, curvature="exact") for discount in (0.9, 0.99, 1.0)),
+]
 
 torch.set_num_threads(1)  # the network is small
 DIGITS = load_digits()
@@ -54,21 +58,17 @@ def outer_loss(params: Tensors, rows: torch.Tensor, hypers: object) -> torch.Ten
 def audit() -> hn.typing.Audit:
     by = hn.sgd()
     optimizer = hn.sgd(lr=hn.learn(LR, by=by, per="tensor"), momentum=0.9, weight_decay=hn.learn(DECAY, by=by))
-
-    def found(curvature: Any, discounts: tuple[float, ...]) -> hn.typing.Audit:
-        how = {"curvature": curvature, "discounts": discounts, "outer_batch": TRAIN, "steps": (1, 3, 10, 30, AUDITED)}
-        return hn.audit(optimizer, START, BATCHES[:AUDITED], train_loss, outer_loss, **how)
-
-    return hn.typing.Audit(found("none", DISCOUNTS).rows + found("exact", DISCOUNTS[1:]).rows)
+    marks = (1, 3, 10, 30, AUDITED)
+    return hn.audit(optimizer, START, BATCHES[:AUDITED], train_loss, outer_loss, outer_batch=TRAIN, horizons=HORIZONS, steps=marks)
 
 
-def train(lr: Any, **horizon: Any) -> tuple[Tensors, torch.Tensor]:
+def train(lr: Any, horizon: hn.typing.Horizon = HORIZONS[0]) -> tuple[Tensors, torch.Tensor]:
     """Each run by itself, with its own learning rate: the tensors, and the learning rates at the end."""
-    nested = hn.Nested(hn.sgd(lr=lr, momentum=0.9, weight_decay=DECAY), **horizon)
+    nested = hn.Nested(hn.sgd(lr=lr, momentum=0.9, weight_decay=DECAY), horizon=horizon)
 
     def step(params: Tensors, st: Any, rows: torch.Tensor) -> Any:
         slope: Callable[[Tensors], Tensors] = grad(lambda params: loss(params, rows))
-        product = (lambda along: jvp(slope, (params,), (along,))[1]) if nested.curvature == "exact" else None
+        product = (lambda along: jvp(slope, (params,), (along,))[1]) if horizon.curvature == "exact" else None
         return nested.step(params, slope(params), st, hessian=product)
 
     params, st = START, vmap(nested.init)(START)
@@ -87,7 +87,7 @@ def main() -> None:
     table = Table("learning rate", "at the end", "training loss", "test loss", title=f"{TRAINED} steps of learning from {LR}, {RUNS} runs")
     learned = hn.learn(LR, by=hn.adam(lr=0.02), via="log")
     trained = {f"constant {lr:g}": train(lr) for lr in (LR, 2 * LR, 3 * LR)}
-    trained |= {row.estimate: train(learned, discount=row.discount, curvature=row.curvature) for row in last[::2]}
+    trained |= {row.estimate: train(learned, row.horizon) for row in last[::2]}
     for name, (params, rates) in trained.items():
         losses = [vmap(loss, (0, None))(params, rows) for rows in (TRAIN, TEST)]
         table.add_row(name, f"{rates.mean():.2f}", *(f"{each.mean():.3f} ± {each.std() / RUNS**0.5:.3f}" for each in losses))

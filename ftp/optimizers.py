@@ -98,7 +98,7 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         anchors = anchor if isinstance(anchor, Mapping) else None
         choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, how)
         self._elsewhere = frozenset() if anchor_device is None else frozenset({"anchor"})
-        kept: dict[str, Any] = {"memory_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
         super().__init__(groups, choose, learn_from=learn_from, backend=backend, **kept)
 
 
@@ -110,6 +110,7 @@ class FTPOptimizer(ProjectedOptimizer):
         base: the optimizer that is projected.
         k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly; with 0 a radius shrinks only with the largest
             row norm, its upper bound.
+        radius_lr: learning rate of the radii, >= 0, or `hn.learn(...)`.
         exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
         anchor: what the weights stay near: None, the values that each tensor has before its first step, so that pre-trained weights may
             also be loaded after construction; a mapping from names to tensors, such as a state dict, which is copied; or "zero", which
@@ -124,8 +125,8 @@ class FTPOptimizer(ProjectedOptimizer):
         anchor_device: where anchors are kept, and fetched from in each step: "cpu" saves a GPU's memory. None is with the parameter.
 
     Raises:
-        ValueError: `k` is outside [0, 1], an entry of `exclude` matches nothing, or an anchor is missing or of another shape.
-            The message names the entry or the tensor.
+        ValueError: `k` or `radius_lr` is outside its domain, an entry of `exclude` matches nothing, or an anchor is missing or of another
+            shape. The message names the entry or the tensor.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class FTPOptimizer(ProjectedOptimizer):
         base: hn.Optimizer,
         *,
         k: float = 1.0,
+        radius_lr: float | hn.Learn = 1e-2,
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.typing.Saturation = "straight-through",
@@ -146,7 +148,7 @@ class FTPOptimizer(ProjectedOptimizer):
         how: dict[str, Any] = {"exclude": exclude, "anchor": anchor, "saturation": saturation, "backend": backend}
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(params, base, ftp_radius(k), onto=hn.mars, **how, **kept)
+        super().__init__(params, base, ftp_radius(k, radius_lr), onto=hn.mars, **how, **kept)
 
 
 class AdamP(FTPOptimizer):
@@ -161,6 +163,7 @@ class AdamP(FTPOptimizer):
         amsgrad: use the largest second moment so far.
         maximize: ascend.
         k: as `FTPOptimizer`.
+        radius_lr: as `FTPOptimizer`.
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
@@ -193,6 +196,7 @@ class AdamP(FTPOptimizer):
         *,
         maximize: bool = False,
         k: float = 1.0,
+        radius_lr: float | hn.Learn = 1e-2,
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.typing.Saturation = "straight-through",
@@ -205,7 +209,9 @@ class AdamP(FTPOptimizer):
         base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
+        super().__init__(
+            params, base, k=k, radius_lr=radius_lr, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept
+        )
 
 
 class SGDP(FTPOptimizer):
@@ -220,6 +226,7 @@ class SGDP(FTPOptimizer):
         nesterov: Nesterov's momentum.
         maximize: ascend.
         k: as `FTPOptimizer`.
+        radius_lr: as `FTPOptimizer`.
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
@@ -250,6 +257,7 @@ class SGDP(FTPOptimizer):
         *,
         maximize: bool = False,
         k: float = 1.0,
+        radius_lr: float | hn.Learn = 1e-2,
         exclude: Exclude = (),
         anchor: Anchors = None,
         saturation: hn.typing.Saturation = "straight-through",
@@ -262,7 +270,9 @@ class SGDP(FTPOptimizer):
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(params, base, k=k, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept)
+        super().__init__(
+            params, base, k=k, radius_lr=radius_lr, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept
+        )
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Fast Trainable Projection (arXiv 2310.19182) as an expression of the engine."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,29 @@ def largest_norm(state: dict[str, Any]) -> Tensor:
     return norm
 
 
-def ftp_radius(k: float = 1.0, lr: float = 1e-2) -> hn.Learn:
-    """A radius as FTP learns it; arguments as of `ftp_rule`."""
+def ftp_radius(k: float = 1.0, lr: float | hn.Learn = 1e-2) -> hn.Learn:
+    """A radius as FTP learns it (arXiv 2310.19182, algorithm 1): one a tensor, by Adam, between `FLOOR` and the largest row norm.
+
+    Args:
+        k: annealing of positive radius gradients, in [0, 1].
+        lr: learning rate of the radius, >= 0, or `hn.learn(...)`.
+
+    Raises:
+        TypeError: `k` or `lr` is no number.
+        ValueError: `k` or `lr` is outside its domain.
+    """
+    if not isinstance(lr, hn.Learn):
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+            raise TypeError(f"radius_lr={lr!r} ({type(lr).__name__}) must be a number >= 0, or hn.learn(...)")
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
     return hn.learn(FLOOR, by=hn.adam(lr=lr), per="tensor", grad=Anneal(k), bounds=(FLOOR, largest_norm))
+
+
+@hn.rule(separable="element")
+def identity(param: Tensor, grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:  # noqa: ARG001
+    """No step: what combinators are put around where another optimizer steps the tensors, as in `optax.identity`."""
+    return param.clone(), state
 
 
 def ftp_rule(

@@ -19,7 +19,9 @@ from hyperopt_nested.combinators import (
 )
 from hyperopt_nested.combinators.base import combinator
 from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
+from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.audit import audit
 from hyperopt_nested.hypergradients.functional import functional
 from hyperopt_nested.hypergradients.sweep import sweep
@@ -58,11 +60,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bijection",
+    "Discounted",
     "HyperOptimizer",
     "Interval",
     "Learn",
     "Nested",
     "NonNegative",
+    "OneStep",
     "Optimizer",
     "Positive",
     "Real",

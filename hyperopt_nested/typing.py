@@ -4,8 +4,9 @@ from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinators import Anchor
 from hyperopt_nested.combinators.base import Combinator, Step
 from hyperopt_nested.domains import Hyper
-from hyperopt_nested.engine.binding import Memory
+from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.discounted import Curvature
+from hyperopt_nested.engine.one_step import Memory
 from hyperopt_nested.hypergradients.audit import Audit, Bias
 from hyperopt_nested.hypergradients.functional import Functional
 from hyperopt_nested.hypergradients.implicit import Solver
@@ -27,6 +28,7 @@ __all__ = [
     "Curvature",
     "FunctionRule",
     "Functional",
+    "Horizon",
     "Hyper",
     "Hypergradients",
     "Memory",

@@ -254,7 +254,7 @@ def test_a_value_that_is_set_is_used(backend: Any, memory: Any) -> None:
     plain, same, other = (models(1)[0] for _ in range(3))
     found = []
     for model, value in ((plain, None), (same, "same"), (other, 0.0)):
-        optimizer = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=learned_lr(0.1)), backend=backend, memory=memory)
+        optimizer = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=learned_lr(0.1)), backend=backend, horizon=hn.OneStep(memory))
         train(model, optimizer, 3)
         before = copy.deepcopy(model)
         if value is not None:

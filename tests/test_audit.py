@@ -22,7 +22,7 @@ def adamw(per: Any = "tensor") -> hn.Optimizer:
 
 
 def test_with_exact_curvature_and_no_discount_there_is_no_bias() -> None:
-    for row in audited(adamw(), discounts=[1.0], curvature="exact").rows:
+    for row in audited(adamw(), horizons=[hn.Discounted(1.0, curvature="exact")]).rows:
         assert (row.cosine, row.magnitude, row.sign) == pytest.approx((1, 1, 1), rel=1e-9)
 
 
@@ -34,7 +34,7 @@ def test_after_one_step_there_is_no_bias_and_later_there_is(per: Any) -> None:
         if row.steps == 1:
             assert (row.cosine, row.magnitude, row.sign) == pytest.approx((1, 1, 1), rel=1e-9)
     assert {row.steps for row in rows} == {1, 2, 5, 10, 12}
-    assert all(row.magnitude < 0.9 for row in rows if row.steps == 12 and not row.discount and row.hyper == "lr")
+    assert all(row.magnitude < 0.9 for row in rows if row.steps == 12 and row.estimate == "one step" and row.hyper == "lr")
 
 
 def test_the_numbers_are_those_of_the_definition() -> None:
@@ -45,8 +45,8 @@ def test_the_numbers_are_those_of_the_definition() -> None:
         return 0.5 * (curve * params["x"].square()).sum()
 
     optimizer = hn.sgd(lr=learned(0.1, "element"))
-    (row,) = hn.audit(optimizer, {"x": torch.ones(2)}, range(8), loss, loss, discounts=[0.0], steps=[8]).rows
-    assert (row.hyper, row.steps, row.discount, row.curvature) == ("lr", 8, 0.0, "none")
+    (row,) = hn.audit(optimizer, {"x": torch.ones(2)}, range(8), loss, loss, horizons=[hn.OneStep()], steps=[8]).rows
+    assert (row.hyper, row.steps, row.horizon) == ("lr", 8, hn.OneStep())
     assert (row.cosine, row.magnitude, row.sign) == pytest.approx((1, 1 / 8, 1), rel=1e-12)
 
 

@@ -106,7 +106,7 @@ def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     assert_same(found, Problem(optimizer, "reference").run(5))
 
 
-@pytest.mark.parametrize("how", [{}, {"memory": "reverse"}], ids=["forward", "reverse"])
+@pytest.mark.parametrize("how", [{}, {"horizon": hn.OneStep("reverse")}], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*((name, "compile") for name in ("adamw", "muon", "ftp")), *((name, "fused") for name in ("adamw", "lamb", "ftp"))],
@@ -129,9 +129,9 @@ def tower(per: Any) -> hn.Optimizer:
     [
         (tower("model"), {}),
         (tower("tensor"), {}),
-        (tower("model"), {"memory": "reverse"}),
-        (tower("tensor"), {"memory": "reverse"}),
-        (tower("model"), {"discount": 0.9}),
+        (tower("model"), {"horizon": hn.OneStep("reverse")}),
+        (tower("tensor"), {"horizon": hn.OneStep("reverse")}),
+        (tower("model"), {"horizon": hn.Discounted(0.9)}),
         (hn.lamb(lr=learned(0.01, "row"), weight_decay=learned(0.1, "element")), {}),
         (hn.project(hn.sgd(lr=0.1), radius=hn.learn(0.1, by=hn.sgd(), bounds=(0.01, ftp.largest_norm))), {}),
     ],
@@ -188,8 +188,8 @@ def test_tensors_of_all_shapes_and_layouts_together(backend: str, dtype: torch.d
 def test_what_is_remembered_is_what_was_before(backend: str) -> None:
     """Reverse memory copies what the same step overwrites."""
     optimizer = hn.adamw(lr=learned(0.05), beta1=learned(0.8))
-    found = Problem(optimizer, backend, (12, 5), memory="reverse").run(5)
-    assert_same(found, Problem(optimizer, "reference", (12, 5), memory="reverse").run(5))
+    found = Problem(optimizer, backend, (12, 5), horizon=hn.OneStep("reverse")).run(5)
+    assert_same(found, Problem(optimizer, "reference", (12, 5), horizon=hn.OneStep("reverse")).run(5))
 
 
 def test_kernels_split_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_tensors_that_are_called_as_parts_of_the_state(backend: str) -> None:
         names = ["rejected", "pinned", "learners", "hypers", "memory"]
         params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for name in names}
         rate = hn.learn(0.01, by=hn.adam(lr=learned(1e-3)), per="tensor")
-        opt = hn.HyperOptimizer(list(params.items()), hn.adamw(lr=rate), memory="reverse", backend=each)  # type: ignore[arg-type]
+        opt = hn.HyperOptimizer(list(params.items()), hn.adamw(lr=rate), horizon=hn.OneStep("reverse"), backend=each)  # type: ignore[arg-type]
         for _ in range(3):
             for param in params.values():
                 param.grad = torch.cos(param.detach())
@@ -379,7 +379,7 @@ def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend='fast' must be one of 'auto', 'reference', 'foreach', 'compile', 'fused'"):
         hn.HyperOptimizer([small], hn.sgd(), backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend='compile' can not be had: curvature='exact'"):
-        hn.HyperOptimizer([small], hn.sgd(lr=learned(0.1)), backend="compile", discount=1.0, curvature="exact")
+        hn.HyperOptimizer([small], hn.sgd(lr=learned(0.1)), backend="compile", horizon=hn.Discounted(1.0, curvature="exact"))
     with pytest.raises(ValueError, match="backend='fused' can not be had: it is for the CPU, and there are tensors on meta"):
         choice.chosen("fused", hn.Nested(hn.sgd()), {"w": torch.empty(1, device="meta"), "v": small})
     monkeypatch.setattr(choice, "compiler_for", lambda device: False)
@@ -446,18 +446,16 @@ def test_anchors_on_a_device_of_their_own_stay_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("make", "message"),
     [
-        ({"memory_dtype": torch.int8}, "memory_dtype=torch.int8 must be a real floating-point dtype"),
-        ({"state_dtype": torch.int8}, "state_dtype=torch.int8 must be a real floating-point dtype"),
-        ({"memory_dtype": torch.bfloat16, "discount": 0.9}, "memory_dtype=torch.bfloat16 is for a horizon of one step, and discount=0.9"),
+        (lambda p: hn.OneStep(dtype=torch.int8), "dtype=torch.int8 must be a real floating-point dtype"),
+        (lambda p: hn.HyperOptimizer([p], hn.sgd(), state_dtype=torch.int8), "state_dtype=torch.int8 must be a real floating-point dtype"),
+        (lambda p: ftp.AdamP([p], anchor_dtype=torch.int8), r"anchor_dtype=torch\.int8 must be a real floating-point dtype"),
     ],
 )
-def test_dtypes_that_can_not_be(given: Any, message: str) -> None:
+def test_dtypes_that_can_not_be(make: Callable[[torch.nn.Parameter], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hn.HyperOptimizer([torch.nn.Parameter(torch.ones(3))], hn.sgd(lr=learned(0.1)), **given)
-    with pytest.raises(ValueError, match=r"anchor_dtype=torch\.int8 must be a real floating-point dtype"):
-        ftp.AdamP([torch.nn.Parameter(torch.ones(3))], anchor_dtype=torch.int8)
+        make(torch.nn.Parameter(torch.ones(3)))
 
 
 def drawn_function(seed: int) -> Callable[..., list[Any]]:
@@ -597,7 +595,7 @@ def test_kernels_find_what_the_maximum_is_of() -> None:
     for backend in ("fused", "reference"):
         param = torch.nn.Parameter(torch.randn(13, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
         optimizer = hn.project(hn.rmsprop(lr=hn.learn(0.01, by=hn.sgd(lr=1e-4))), radius=0.3)
-        opt = hn.HyperOptimizer([("w", param)], optimizer, discount=0.7, backend=backend)  # type: ignore[arg-type]
+        opt = hn.HyperOptimizer([("w", param)], optimizer, horizon=hn.Discounted(0.7), backend=backend)  # type: ignore[arg-type]
         for _ in range(5):
             param.grad = torch.cos(param.detach())
             opt.step()

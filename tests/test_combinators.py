@@ -35,7 +35,7 @@ def errors(optimizer: hn.Optimizer, names: list[str], seed: int, memory: Any = "
 
     Near a kink the extrapolations of finite differences disagree, so that their error estimate is large: such entries are left out.
     """
-    nested = hn.Nested(optimizer, memory=memory)
+    nested = hn.Nested(optimizer, horizon=hn.OneStep(memory))
     params, loss = problem(seed)
     params, state = run(nested, params, loss, 2)
     grads = gradients(loss, params)
@@ -102,7 +102,7 @@ def test_a_hyper_that_enters_the_total_is_learned_per_model_or_refused() -> None
     hn.Nested(chain("model")).init(params)
     for optimizer, memory in ((chain("tensor"), "auto"), (chain("model"), "reverse")):
         with pytest.raises(ValueError, match=r"decay enters the sum over all tensors.*learn it per 'model'"):
-            hn.Nested(optimizer, memory=memory).init(params)  # type: ignore[arg-type]
+            hn.Nested(optimizer, horizon=hn.OneStep(memory)).init(params)  # type: ignore[arg-type]
 
 
 def test_the_total_is_over_all_groups_with_a_gradient() -> None:

@@ -131,7 +131,8 @@ def test_the_rule_is_the_expression_of_the_design() -> None:
 
 def test_forward_and_reverse_memory_train_alike() -> None:
     params, loss = problem(6)
-    found = [run(hn.Nested(ftp_rule(hn.adamw(lr=0.05)), memory=memory), params, loss, 12)[0] for memory in ("forward", "reverse")]  # type: ignore[arg-type]
+    horizons = hn.OneStep("forward"), hn.OneStep("reverse")
+    found = [run(hn.Nested(ftp_rule(hn.adamw(lr=0.05)), horizon=horizon), params, loss, 12)[0] for horizon in horizons]
     assert all(relative_error(found[0][name], found[1][name]) < 1e-10 for name in params)
 
 

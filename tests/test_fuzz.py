@@ -24,6 +24,7 @@ CHUNKS = max(CASES // 10, 1)
 BACKENDS = ("foreach", "fused", "compile")
 GUARD = 12345.0
 STEPS = 5
+HORIZONS = hn.OneStep("kept"), hn.OneStep("reverse"), hn.Discounted(0.7)
 RULES = [name for name in hn.names() if subject(name).template.rule.name == name]
 CHAINS: list[Callable[[hn.Optimizer, random.Random], hn.Optimizer]] = [
     lambda base, draw: hn.project(
@@ -55,7 +56,7 @@ class Case:
         self.layouts = [draw.choice(["plain", "guarded", "guarded", "other order", "gaps"]) for _ in self.shapes]
         self.grads = [draw.choice(["plain", "plain", "other order", "expanded", "own memory"]) for _ in self.shapes]
         self.events = {at: draw.choice(EVENTS) for at in range(1, STEPS) if draw.random() < 0.4}
-        self.how: dict[str, Any] = draw.choice([{}, {}, {"memory": "kept"}, {"memory": "reverse"}, {"discount": 0.7}])
+        self.how: dict[str, Any] = draw.choice([{}, {}, *({"horizon": each} for each in HORIZONS)])
         self.optimizer = self._optimizer(draw)
 
     def _optimizer(self, draw: random.Random) -> hn.Optimizer:
@@ -269,10 +270,11 @@ def test_random_optimizers_on_random_tensors(backend: str, chunk: int, monkeypat
     if backend == "compile":  # programs as they are traced: inductor's code takes a second a tensor
         monkeypatch.setattr("torch._inductor.compile", lambda graph, examples: graph)
     monkeypatch.setattr(step, "WARM_UP", 1)
-    wrong = []
+    wrong, left = [], 0
     for i in range(10 if CASES >= 10 else CASES):
         case = Case(SEED * 1_000_000 + chunk * 10 + i)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             warnings.filterwarnings("ignore", message="the weights of")
             warnings.filterwarnings("ignore", message="the learned")
             try:
@@ -283,6 +285,9 @@ def test_random_optimizers_on_random_tensors(backend: str, chunk: int, monkeypat
                 continue
             except Exception as error:
                 raise AssertionError(f"{case!r}: {type(error).__name__}: {error}") from error
-        if said:
-            wrong.append(f"{case!r}: {said}")
+        refused = [each for each in told if "it deviates from the engine" in str(each.message)]
+        left += bool(refused)
+        if said or len(refused) < len(told):
+            wrong.append(f"{case!r}: {said} {[str(each.message) for each in told]}")
+    assert left <= 1, "programs are refused: rounding explains one of a thousand"
     assert not wrong, "\n".join(wrong)

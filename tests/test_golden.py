@@ -53,6 +53,24 @@ def drop_in(
         yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
 
 
+def wrapped(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """Parameters and radii after each step of FTP around torch's own optimizers."""
+    params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
+    items = list(params.items())
+    groups: Any = [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
+    settings = {"weight_decay": 0.0, **{key: config[key] for key in (*SHARED, "lr") if key in config}}
+    inside = {"adamp": torch.optim.AdamW, "sgdp": torch.optim.SGD}[config["optimizer"]](groups, **settings)
+    opt = ftp.FTP(inside, k=config.get("k", 1.0), exclude=config["exclude"])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
+    for step in range(1, config["steps"] + 1):
+        grads = grads_at(data, step)
+        for name, param in params.items():
+            param.grad = grads.get(name)
+        opt.step()
+        scheduler.step()
+        yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
+
+
 def pure(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     """Parameters and radii after each step of the engine's own expression of FTP."""
     settings = {"weight_decay": 0.0, **{key: config[key] for key in (*SHARED, "lr") if key in config}}
@@ -67,7 +85,12 @@ def pure(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tupl
         yield params, [nested.hypers(st)["radius"][name] for name in config["constrained"]]
 
 
-RUNS = {"reference": drop_in, "pure": pure, **{each: partial(drop_in, backend=each) for each in ("foreach", "compile", "fused")}}
+RUNS = {
+    "reference": drop_in,
+    "pure": pure,
+    "wrapped": wrapped,
+    **{each: partial(drop_in, backend=each) for each in ("foreach", "compile", "fused")},
+}
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)

@@ -23,7 +23,7 @@ def product(loss: Callable[[Tensors], torch.Tensor], at: Tensors) -> Callable[[T
 
 def carried(problem: Problem, optimizer: hn.Optimizer, curvature: Any = "exact", discount: float = 1.0) -> dict[str, Tensors]:
     """Hypergradients of the held-out loss after all batches."""
-    nested = hn.Nested(optimizer, discount=discount, curvature=curvature)
+    nested = hn.Nested(optimizer, horizon=hn.Discounted(discount, curvature))
     params, state = problem.params, nested.init(problem.params)
     for batch in problem.batches:
 
@@ -68,7 +68,7 @@ def test_without_curvature_it_is_exact_where_there_is_none(make: Any, per: Any) 
 
     settings = {"lr": learned(0.05, per), "weight_decay": learned(0.1, per), "momentum": learned(0.8, per)}
     optimizer = make(**{key: value for key, value in settings.items() if key in make.hypers})
-    nested = hn.Nested(optimizer, discount=1.0)
+    nested = hn.Nested(optimizer, horizon=hn.Discounted(1.0))
     now, state = params, nested.init(params)
     for batch in batches[:-1]:
         now, state = nested.step(now, batch, state, learn=False)
@@ -88,7 +88,7 @@ def test_a_total_over_all_tensors_is_looked_through() -> None:
 def test_the_discount_goes_from_one_step_to_all(curvature: Any) -> None:
     """SGD without momentum: S' = -g + z (1 - lr H) S."""
     curve = torch.tensor([0.5, 2.0])
-    nested = hn.Nested(hn.sgd(lr=learned(0.1)), discount=0.7, curvature=curvature)
+    nested = hn.Nested(hn.sgd(lr=learned(0.1)), horizon=hn.Discounted(0.7, curvature))
     params: Tensors = {"x": torch.tensor([1.0, -2.0])}
     state, expected = nested.init(params), torch.zeros(2)
     for _ in range(5):
@@ -104,8 +104,8 @@ def test_a_tiny_discount_is_nearly_one_step() -> None:
     params, loss = problem(0)
     optimizer = hn.adamw(lr=learned(0.05), weight_decay=learned(0.1, "tensor"))
     found = []
-    for discount in (0.0, 1e-13):
-        nested = hn.Nested(optimizer, discount=discount)
+    for horizon in (hn.OneStep(), hn.Discounted(1e-13)):
+        nested = hn.Nested(optimizer, horizon=horizon)
         now, state = params, nested.init(params)
         for _ in range(4):
             now, state = nested.step(now, gradients(loss, now), state, learn=False)
@@ -116,9 +116,9 @@ def test_a_tiny_discount_is_nearly_one_step() -> None:
 def test_learning_with_a_horizon_is_another_trajectory_and_towers_have_one() -> None:
     params, loss = problem(1)
     ends = []
-    for discount in (0.0, 0.5, 1.0):
+    for horizon in (hn.OneStep(), hn.Discounted(0.5), hn.Discounted(1.0)):
         tower = hn.sgd(lr=hn.learn(1e-3, by=hn.sgd(lr=hn.learn(1e-8, by=hn.sgd(lr=1e-16)))))
-        nested = hn.Nested(tower, discount=discount)
+        nested = hn.Nested(tower, horizon=horizon)
         now, state = params, nested.init(params)
         for _ in range(5):
             now, state = nested.step(now, gradients(loss, now), state)
@@ -128,7 +128,7 @@ def test_learning_with_a_horizon_is_another_trajectory_and_towers_have_one() -> 
 
 def test_what_is_not_finite_begins_a_new_horizon() -> None:
     params, loss = problem(2)
-    nested = hn.Nested(hn.sgd(lr=learned(0.01), momentum=0.9), discount=1.0)
+    nested = hn.Nested(hn.sgd(lr=learned(0.01), momentum=0.9), horizon=hn.Discounted(1.0))
     state = nested.init(params)
     params, state = nested.step(params, gradients(loss, params), state, learn=False)
     sensitivity = state["memory"]["bias"]["carried"]["lr"]["model"]["param"]
@@ -143,7 +143,7 @@ def test_what_is_not_finite_begins_a_new_horizon() -> None:
 
 def test_a_tensor_without_gradient_keeps_its_sensitivities() -> None:
     params, loss = problem(3)
-    nested = hn.Nested(hn.adamw(lr=learned(0.01)), discount=0.9)
+    nested = hn.Nested(hn.adamw(lr=learned(0.01)), horizon=hn.Discounted(0.9))
     state = nested.init(params)
     params, state = nested.step(params, gradients(loss, params), state)
     grads = {name: grad for name, grad in gradients(loss, params).items() if name != "bias"}
@@ -166,7 +166,7 @@ def hyper_optimizer(model: torch.nn.Module, **how: Any) -> hn.HyperOptimizer:
 
 
 def train(model: torch.nn.Module, opt: hn.HyperOptimizer, batches: Any) -> None:
-    exact = opt._how["curvature"] == "exact"
+    exact = opt._nested.horizon.curvature == "exact"
     for x, y in batches:
 
         def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> Any:
@@ -179,16 +179,16 @@ def train(model: torch.nn.Module, opt: hn.HyperOptimizer, batches: Any) -> None:
         opt.step(closure)
 
 
-HOW: list[dict[str, Any]] = [{"discount": 0.9}, {"discount": 1.0, "curvature": "exact"}]
+HORIZONS = [hn.Discounted(0.9), hn.Discounted(1.0, curvature="exact")]
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_the_optimizer_is_the_pure_engine(how: Any) -> None:
+@pytest.mark.parametrize("horizon", HORIZONS, ids=str)
+def test_the_optimizer_is_the_pure_engine(horizon: hn.Discounted) -> None:
     model, batches = model_and_data()
-    opt = hyper_optimizer(model, **how)
+    opt = hyper_optimizer(model, horizon=horizon)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     functional = hn.functional(model)
-    nested = hn.Nested(opt._choice, **how)  # type: ignore[arg-type]
+    nested = hn.Nested(opt._choice, horizon=horizon)  # type: ignore[arg-type]
     state = nested.init(params)
     train(model, opt, batches)
     for x, y in batches:
@@ -196,23 +196,23 @@ def test_the_optimizer_is_the_pure_engine(how: Any) -> None:
         def loss(params: Tensors, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
             return (functional(params, x) - y).square().mean()
 
-        hessian = product(loss, params) if "curvature" in how else None
+        hessian = product(loss, params) if horizon.curvature == "exact" else None
         params, state = nested.step(params, gradients(loss, params), state, hessian=hessian)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), params[name], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(opt.hypers()["lr"][name], nested.hypers(state)["lr"][name], rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_the_state_checkpoints_exactly(how: Any) -> None:
+@pytest.mark.parametrize("horizon", HORIZONS, ids=str)
+def test_the_state_checkpoints_exactly(horizon: hn.Discounted) -> None:
     model, batches = model_and_data()
-    opt = hyper_optimizer(model, **how)
+    opt = hyper_optimizer(model, horizon=horizon)
     train(model, opt, batches[:4])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
     file.seek(0)
     other, _ = model_and_data()
-    resumed = hyper_optimizer(other, **how)
+    resumed = hyper_optimizer(other, horizon=horizon)
     saved = torch.load(file)
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["opt"])
@@ -227,21 +227,20 @@ def test_the_state_checkpoints_exactly(how: Any) -> None:
 def test_what_does_not_go_together_is_refused() -> None:
     model, batches = model_and_data()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"discount=1.5 must be in \[0, 1\]"):
-        hyper_optimizer(model, discount=1.5)
-    with pytest.raises(ValueError, match=r"curvature='exact' has no effect on a horizon of one step"):
-        hyper_optimizer(model, curvature="exact")
+    for discount in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"discount={discount} must be in \(0, 1\], .* use hn\.OneStep\(\) for the last alone"):
+            hn.Discounted(discount)
     with pytest.raises(ValueError, match=r"curvature='some' must be one of 'none', 'exact'"):
-        hyper_optimizer(model, discount=1.0, curvature="some")
-    with pytest.raises(ValueError, match=r"memory='reverse' does not remember what discount=0.5 needs"):
-        hyper_optimizer(model, discount=0.5, memory="reverse")
+        hn.Discounted(1.0, "some")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"horizon=0.9 \(float\) must be hn.OneStep\(...\) or hn.Discounted\(...\)"):
+        hyper_optimizer(model, horizon=0.9)
     with pytest.raises(ValueError, match="lr is learned per row, but curvature='exact' keeps a copy"):
-        hn.Nested(hn.sgd(lr=learned(0.1, "row")), discount=1.0, curvature="exact")
+        hn.Nested(hn.sgd(lr=learned(0.1, "row")), horizon=hn.Discounted(1.0, curvature="exact"))
     with pytest.raises(ValueError, match=r"discount=0.5 is not exact for lr learned per row, since muon is separable by tensor"):
-        hn.Nested(hn.muon(lr=learned(0.1, "row")), discount=0.5)
+        hn.Nested(hn.muon(lr=learned(0.1, "row")), horizon=hn.Discounted(0.5))
     with pytest.raises(ValueError, match=r"discount=0.5 is not exact for lr learned per tensor, since clip_by_global_norm"):
-        hn.Nested(hn.clip_by_global_norm(hn.sgd(lr=learned(0.1, "tensor"))), discount=0.5)
-    opt = hyper_optimizer(model, discount=1.0, curvature="exact")
+        hn.Nested(hn.clip_by_global_norm(hn.sgd(lr=learned(0.1, "tensor"))), horizon=hn.Discounted(0.5))
+    opt = hyper_optimizer(model, horizon=HORIZONS[1])
     with pytest.raises(ValueError, match="closure=None, but curvature='exact' needs the loss"):
         opt.step()
     with pytest.raises(ValueError, match=r"closure returned 1\.0: .* it must return a tensor"):
@@ -259,7 +258,7 @@ def test_a_hyper_that_one_step_does_not_feel_can_be_learned_with_a_horizon() -> 
     optimizer = hn.rprop(etaminus=hn.learn(0.5, by=hn.sgd(lr=1e-3)))
     with pytest.raises(ValueError, match="derivative of rprop with respect to it is zero"):
         hn.Nested(optimizer)
-    nested = hn.Nested(optimizer, discount=1.0)
+    nested = hn.Nested(optimizer, horizon=hn.Discounted(1.0))
     now, state = params, nested.init(params)
     for step in range(6):
         grads = {name: grad * (-1) ** step for name, grad in gradients(loss, now).items()}  # signs that change

@@ -43,7 +43,7 @@ def still(value: float, per: Any = "model", **how: Any) -> hn.Learn:
 def errors(optimizer: hn.Optimizer, hyper: str, seed: int, steps: int, memory: Any = "auto", shapes: Any = SMALL) -> dict[str, float]:
     """Relative error of each value's hypergradient, after some steps and one more, of a random smooth loss."""
     params, loss = problem(seed, shapes)
-    nested = hn.Nested(optimizer, memory=memory)
+    nested = hn.Nested(optimizer, horizon=hn.OneStep(memory))
     params, state = run(nested, params, loss, steps)
     grads = gradients(loss, params)
     new, after = nested.step(params, grads, state)
@@ -122,7 +122,7 @@ def test_projected_hypers_finer_than_a_block_are_remembered_in_reverse() -> None
     optimizer = hn.project(hn.sgd(lr=still(0.1, "element")), onto=hn.mars, radius=0.1)
     assert "inputs" in hn.Nested(optimizer).init({"w": torch.ones(2, 2)})["memory"]["w"]
     with pytest.raises(ValueError, match="memory='forward' is not exact for lr learned per element"):
-        hn.Nested(optimizer, memory="forward")
+        hn.Nested(optimizer, horizon=hn.OneStep("forward"))
 
 
 @given(seeds, st.floats(0.05, 0.6))
@@ -177,7 +177,7 @@ def tower(height: int, per: Any = "model") -> hn.Optimizer:
 @examples(3)
 def test_towers_against_the_whole_program(height: int, per: Any, memory: Any, seed: int) -> None:
     """The top hyper-parameter moves the one below, that one the next, and at last the tensors: all in one step of the program."""
-    nested = hn.Nested(tower(height, per), memory=memory)
+    nested = hn.Nested(tower(height, per), horizon=hn.OneStep(memory))
     params, loss = problem(seed, SMALL)
     params, state = run(nested, params, loss, 3)
     grads = gradients(loss, params)

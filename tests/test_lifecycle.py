@@ -853,7 +853,7 @@ def test_an_update_that_does_not_explain_the_weights_teaches_nothing(change: str
         u.copy_(w)
         alone.state[u]["memory.taken"].zero_()
     alone._kept.weights.note({"w"})
-    with pytest.warns(UserWarning, match=r"the weights of 'w' were changed .* combinator such as hn\.project, or use memory='kept'"):
+    with pytest.warns(UserWarning, match=r"the weights of 'w' were changed .* as hn\.project, or use horizon=hn\.OneStep\(memory='kept'\)"):
         step(opt, w, other)
     step(alone, u, v)
     assert repr(opt.hypers()) == repr(alone.hypers())
@@ -884,7 +884,7 @@ def test_without_a_gradient_a_change_is_minded_at_the_next_step_that_has_one() -
 def test_memory_that_does_not_need_the_weights_goes_on_learning(memory: Any) -> None:
     """The hypergradient is the product of the gradient at the weights that there are with the derivative of the last update."""
     w = nn.Parameter(torch.ones(2))
-    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), memory=memory)
+    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), horizon=hn.OneStep(memory))
     step(opt, w, grad=2.0)
     with torch.no_grad():
         w.clamp_(max=0.5)
@@ -896,13 +896,13 @@ def test_memory_that_does_not_need_the_weights_goes_on_learning(memory: Any) -> 
 @every_backend
 def test_a_horizon_begins_anew_when_weights_are_changed(backend: Any) -> None:
     w = nn.Parameter(torch.ones(2))
-    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), discount=0.9, backend=backend)
+    opt = hn.HyperOptimizer([w], hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), horizon=hn.Discounted(0.9), backend=backend)
     for _ in range(3):
         step(opt, w)
     before = float(opt.hypers()["lr"]["group 0"])
     with torch.no_grad():
         w.copy_(OTHER)
-    with pytest.warns(UserWarning, match="or use discount=0"):
+    with pytest.warns(UserWarning, match="or use horizon="):
         step(opt, w)
     assert float(opt.hypers()["lr"]["group 0"]) == before
     step(opt, w)
@@ -963,7 +963,7 @@ def test_the_optimizers_own_writes_are_no_changes_and_raise_versions(backend: An
     assert opt._taken == 2
 
 
-@pytest.mark.parametrize("how", [{}, {"discount": 0.5}, {"memory": "reverse"}, {"backend": "foreach"}])
+@pytest.mark.parametrize("how", [{}, {"horizon": hn.Discounted(0.5)}, {"horizon": hn.OneStep("reverse")}, {"backend": "foreach"}])
 def test_a_step_without_any_gradient_does_nothing(how: dict[str, Any]) -> None:
     model = network()
     opt = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.adam(lr=1e-3))), **how)

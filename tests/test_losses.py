@@ -44,7 +44,7 @@ REST = at_rest()
 
 def call(method: str, train: Any, outer: Any = good, steps: int = 3, **how: Any) -> Any:
     if method == "audit":
-        return hn.audit(rate(), START, range(steps), train, outer, discounts=[0.0], **how)
+        return hn.audit(rate(), START, range(steps), train, outer, horizons=[hn.OneStep()], **how)
     if method == "sweep":
         return hn.sweep(rate(), START, range(steps), train, starts={"lr": torch.tensor([0.1, 0.2])}, **how)
     if method == "implicit":
@@ -171,9 +171,9 @@ def test_global_generators_draw_the_same_in_every_pass(source: str) -> None:
 def test_an_audit_compares_the_same_draws(source: str, curvature: Any) -> None:
     seeded()
     loss = noisy(GLOBAL[source])
-    rows = hn.audit(rate(), START, range(6), loss, loss, discounts=[0.0, 1.0], curvature=curvature, steps=[1, 4, 6]).rows
+    rows = hn.audit(rate(), START, range(6), loss, loss, horizons=[hn.OneStep(), hn.Discounted(1.0, curvature)], steps=[1, 4, 6]).rows
     for row in rows:
-        if row.steps == 1 or (row.curvature == "exact" and row.discount == 1):
+        if row.steps == 1 or row.estimate == "discount 1, exact curvature":
             assert (row.cosine, row.magnitude) == pytest.approx((1, 1), rel=1e-9)
     assert min(row.magnitude for row in rows) < 0.9
 
@@ -273,9 +273,10 @@ def test_a_sweep_leaves_tensors_without_a_gradient_alone() -> None:
 
 @pytest.mark.parametrize("curvature", ["none", "exact"])
 def test_an_audit_leaves_tensors_without_a_gradient_alone(curvature: Any) -> None:
-    rows = hn.audit(momentum(), START, range(6), by_turns, good, discounts=[0.0, 1.0], curvature=curvature, steps=[1, 4, 6]).rows
+    horizons = [hn.OneStep(), hn.Discounted(1.0, curvature)]
+    rows = hn.audit(momentum(), START, range(6), by_turns, good, horizons=horizons, steps=[1, 4, 6]).rows
     for row in rows:
-        if row.steps == 1 or (row.curvature == "exact" and row.discount == 1):
+        if row.steps == 1 or row.estimate == "discount 1, exact curvature":
             assert (row.cosine, row.magnitude) == pytest.approx((1, 1), rel=1e-9), row
 
 

@@ -259,7 +259,7 @@ def test_bad_calls_are_named() -> None:
     with pytest.raises(TypeError, match=r"params\['w'\] has dtype torch.int64"):
         nested.init({"w": torch.ones(1, dtype=torch.int64)})
     with pytest.raises(ValueError, match="memory='backward' must be one of"):
-        hn.Nested(hn.sgd(), memory="backward")  # type: ignore[arg-type]
+        hn.OneStep("backward")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -270,7 +270,7 @@ def test_late_hypers_take_no_memory(dtype: torch.dtype) -> None:
         params, loss = problem(3)
         params = {name: p.to(dtype) for name, p in params.items()}
         lr, decay = (hn.learn(value, by=hn.sgd(lr=1e-3)) for value in (0.05, 0.2))
-        nested = hn.Nested(hn.adamw(lr=lr, weight_decay=decay), memory=memory)  # type: ignore[arg-type]
+        nested = hn.Nested(hn.adamw(lr=lr, weight_decay=decay), horizon=hn.OneStep(memory))  # type: ignore[arg-type]
         st = nested.init(params)
         for _ in range(5):
             grads = {name: g.to(dtype) for name, g in gradients(loss, {name: p.double() for name, p in params.items()}).items()}

@@ -14,8 +14,8 @@ import hyperopt_nested as hn
 from hyperopt_nested import registry
 
 BACKENDS = ["reference"]
-RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp")]
-HOW: dict[str, dict[str, Any]] = {"auto": {}, "kept": {"memory": "kept"}, "reverse": {"memory": "reverse"}, "discount": {"discount": 0.9}}
+RULES = [name for name in hn.names() if registry.origin(name).split(".")[0] in ("hyperopt_nested", "ftp") and name != "identity"]
+HORIZONS = {"discount": hn.Discounted(0.9), **{memory: hn.OneStep(memory) for memory in ("auto", "kept", "reverse")}}  # type: ignore[arg-type]
 BAD = (math.nan, math.inf, -math.inf, 1e30)
 ROWS, STEPS, AT = 5, 6, 2
 
@@ -31,7 +31,7 @@ def tensors() -> Params:
 def fits(optimizer: hn.Optimizer, how: str) -> bool:
     """Whether its hypers can be learned so."""
     try:
-        hn.Nested(optimizer, **HOW[how]).init(dict(tensors()))
+        hn.Nested(optimizer, horizon=HORIZONS[how]).init(dict(tensors()))
     except ValueError:
         return False
     return True
@@ -58,14 +58,14 @@ def learning(name: str, per: Any, how: str) -> hn.Optimizer:
 
 
 def run(
-    optimizer: hn.Optimizer, backend: Any, how: dict[str, Any], bad: float, row: int, noise: float = 0.0
+    optimizer: hn.Optimizer, backend: Any, horizon: hn.typing.Horizon, bad: float, row: int, noise: float = 0.0
 ) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
     """Some steps, in one of which one entry of a gradient is bad; the learned values after each."""
     params, seen = tensors(), []
     with torch.no_grad():
         for p in params.values():
             p.mul_(1 + noise)
-    opt = hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, **how)
+    opt = hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, horizon=horizon)
     for step in range(STEPS):
         for name, p in params.items():
             p.grad = torch.cos(p.detach().nan_to_num(0, 0, 0) + (name == "b"))
@@ -83,7 +83,7 @@ def spoilt(opt: hn.HyperOptimizer) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", HORIZONS)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.filterwarnings("ignore:the learned value")
 def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: str) -> None:
@@ -92,7 +92,7 @@ def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: s
     for i, bad in enumerate(BAD if how in ("auto", "reverse") else BAD[::3], start=RULES.index(name)):  # granularities and rows take turns
         per, row = pers[i % len(pers)], rows[i % len(rows)]
         optimizer = learning(name, per, how)
-        opt, params, seen = run(optimizer, backend, HOW[how], bad, row)
+        opt, params, seen = run(optimizer, backend, HORIZONS[how], bad, row)
         case = f"{per}, {bad}, row {row}"
         assert not spoilt(opt), f"{case}: {spoilt(opt)}"
         lost = int((~torch.isfinite(params["a"])).sum())
@@ -110,7 +110,7 @@ def test_learned_values_stay_finite_and_learn_on(name: str, how: str, backend: s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", HORIZONS)
 @pytest.mark.filterwarnings("ignore:the learned value")
 def test_towers_stay_finite_at_every_height(how: str, backend: str) -> None:
     for bad, per, row in zip(BAD, ("tensor", "model", "row", "element"), (0, 2, 4, 1), strict=True):
@@ -118,7 +118,7 @@ def test_towers_stay_finite_at_every_height(how: str, backend: str) -> None:
             per = "tensor"
         height = hn.learn(1e-4, by=hn.adam(lr=1e-6), per=per)  # type: ignore[arg-type]
         made = hn.adamw(lr=hn.learn(0.01, by=hn.adam(lr=height), per=per), weight_decay=0.1)  # type: ignore[arg-type]
-        opt, _, seen = run(made, backend, HOW[how], bad, row)
+        opt, _, seen = run(made, backend, HORIZONS[how], bad, row)
         assert not spoilt(opt), f"{per}, {bad}: {spoilt(opt)}"
         if not math.isfinite(bad):
             for path in ("lr", "lr.lr"):
@@ -168,11 +168,11 @@ def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -
     optimizer = learning(name, pers[at % len(pers)], "auto")
     if optimizer.rule.reduction or name in ("adafactor", "muon"):
         with pytest.raises(ValueError, match=f"backend={backend!r} can not be had"):
-            run(optimizer, backend, {}, BAD[0], 0)
+            run(optimizer, backend, hn.OneStep(), BAD[0], 0)
         return
     for i, bad in enumerate(BAD, start=at):
         row = (0, ROWS // 2, ROWS - 1)[i % 3]
-        ends = {each: run(optimizer, each, {}, bad, row) for each in (backend, "reference")}
+        ends = {each: run(optimizer, each, hn.OneStep(), bad, row) for each in (backend, "reference")}
         opt, params, _ = ends[backend]
         assert opt.backend == backend
         wanted, expected, _ = ends["reference"]
@@ -181,14 +181,14 @@ def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -
             assert torch.equal(torch.isfinite(p), torch.isfinite(expected[key])), f"{bad}, row {row}: other weights are lost"
         counts = [{key: int(v) for key, v in each.rejected().items()} for each in (opt, wanted)]
         if counts[0] != counts[1]:  # but where products overflow or not by rounding alone
-            moved, _, _ = run(optimizer, "reference", {}, bad, row, noise=1e-6)
+            moved, _, _ = run(optimizer, "reference", hn.OneStep(), bad, row, noise=1e-6)
             assert {key: int(v) for key, v in moved.rejected().items()} != counts[1], f"{bad}, row {row}: {counts}"
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", HORIZONS)
 def test_a_bad_entry_in_memory_is_left_out_and_no_more(how: str) -> None:
     """With a bad element in the last update, the hypergradient is that of the other elements."""
-    nested = hn.Nested(hn.adam(lr=hn.learn(0.1, by=hn.sgd(lr=0.0))), **HOW[how])
+    nested = hn.Nested(hn.adam(lr=hn.learn(0.1, by=hn.sgd(lr=0.0))), horizon=HORIZONS[how])
     grads = {"w": torch.tensor([1.0, -2.0, 3.0])}
     bad = {"w": torch.tensor([1.0, math.nan, 3.0])}
     found = []
@@ -241,7 +241,7 @@ def test_states_do_not_depend_on_the_default_dtype(name: str) -> None:
     found = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
-        nested = hn.Nested(learning(name, "tensor", "auto"), memory="reverse")
+        nested = hn.Nested(learning(name, "tensor", "auto"), horizon=hn.OneStep("reverse"))
         st = nested.init(params)
         new, st = nested.step(params, {"a": torch.full((3, 2), 0.5, dtype=torch.float32)}, st)
         found.append(([(path, leaf.dtype) for path, leaf in leaves(st)], new["a"].dtype))
@@ -264,12 +264,12 @@ def test_a_counter_of_a_scalar_is_not_narrowed() -> None:
     assert st["rule"]["w"]["exp_avg"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("how", [{}, {"discount": 0.5}, {"memory": "reverse"}, {"discount": 0.5, "curvature": "exact"}])
-def test_a_step_without_gradients_does_nothing(how: Any) -> None:
-    nested = hn.Nested(hn.adamw(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))), **how)
+@pytest.mark.parametrize("horizon", [hn.OneStep(), hn.Discounted(0.5), hn.OneStep("reverse"), hn.Discounted(0.5, "exact")])
+def test_a_step_without_gradients_does_nothing(horizon: hn.typing.Horizon) -> None:
+    nested = hn.Nested(hn.adamw(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))), horizon=horizon)
     params = {"w": torch.ones(3)}
     st = nested.init(params)
-    hessian = {"hessian": lambda v: v} if "curvature" in how else {}
+    hessian = {"hessian": lambda v: v} if horizon.curvature == "exact" else {}
     params, st = nested.step(params, {"w": torch.ones(3)}, st, **hessian)
     new, after = nested.step(params, {}, st, **hessian)
     assert torch.equal(new["w"], params["w"])
@@ -282,7 +282,7 @@ def test_a_step_without_gradients_does_nothing(how: Any) -> None:
 @pytest.mark.parametrize("curvature", ["none", "exact"])
 def test_a_horizon_keeps_its_structure(curvature: Any, dtype: torch.dtype) -> None:
     for make in (lambda lr: hn.adamw(lr=lr), lambda lr: hn.sgd(lr=lr, momentum=0.9), lambda lr: hn.schedule_free_sgd(lr=lr)):
-        nested = hn.Nested(make(hn.learn(0.1, by=hn.sgd(lr=1e-3))), discount=0.9, curvature=curvature)
+        nested = hn.Nested(make(hn.learn(0.1, by=hn.sgd(lr=1e-3))), horizon=hn.Discounted(0.9, curvature))
         params = {"w": torch.ones(3, dtype=dtype)}
         st = nested.init(params)
         form = [(path, leaf.dtype, leaf.shape) for path, leaf in leaves(st)]

@@ -108,11 +108,11 @@ def _after_all(beta: torch.Tensor) -> torch.Tensor:
     return _linear(params, BATCHES[-1])
 
 
-@pytest.mark.parametrize("how", [{}, {"memory": "sqrt"}, {"method": "forward"}, {"horizon": 4, "memory": 3}, {"discount": 1.0}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"memory": "sqrt"}, {"method": "forward"}, {"horizon": 4, "memory": 3}, hn.Discounted(1.0)], ids=str)
 def test_integers_and_masks_are_carried_from_step_to_step(how: Any) -> None:
     start, optimizer = {"w": torch.zeros(3)}, integers_and_masks(lr=0.1, beta=hn.learn(0.8, by=hn.sgd(), via="projection"))
-    if "discount" in how:
-        nested = hn.Nested(optimizer, **how)
+    if isinstance(how, hn.Discounted):
+        nested = hn.Nested(optimizer, horizon=how)
         params, state = start, nested.init(start)
         for batch in BATCHES[:-1]:
             params, state = nested.step(params, {"w": batch}, state, learn=False)

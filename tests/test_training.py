@@ -513,7 +513,7 @@ def test_an_audit_of_a_model_with_statistics() -> None:
     loop = statistics(evaluation=False)
     optimizer = RULES["sgd"](hn.learn(0.1, by=hn.sgd()))
     rows = hn.audit(
-        optimizer, loop.training.params, loop.batches, loop.train_loss, loop.outer_loss, discounts=[1.0], curvature="exact"
+        optimizer, loop.training.params, loop.batches, loop.train_loss, loop.outer_loss, horizons=[hn.Discounted(1.0, curvature="exact")]
     ).rows
     assert all((row.cosine, row.magnitude) == pytest.approx((1, 1), rel=1e-9) for row in rows)
 
@@ -594,6 +594,6 @@ def test_weight_norm_outside_of_a_function_is_refused_where_it_would_be_wrong() 
 
     with pytest.raises(NotImplementedError, match="uses WeightNormInterfaceBackward, whose derivative of order 2 is wrong"):
         hn.hypergradient(RULES["sgd"](hn.learn(0.1, by=hn.sgd())), params, range(3), loss, loss)
-    opt = hn.HyperOptimizer(params.items(), RULES["sgd"](hn.learn(0.1, by=hn.sgd())), discount=1.0, curvature="exact")
+    opt = hn.HyperOptimizer(params.items(), RULES["sgd"](hn.learn(0.1, by=hn.sgd())), horizon=hn.Discounted(1.0, curvature="exact"))
     with pytest.raises(NotImplementedError, match="uses WeightNormInterfaceBackward"):
         opt.step(lambda: loss(params, None))

@@ -82,14 +82,14 @@ def test_the_remedy_for_attention_helps() -> None:
 )
 def test_exact_curvature_names_it_too_and_changes_nothing(loss: Any, operation: str) -> None:
     weight = torch.nn.Parameter(weights()["w"])
-    opt = hn.HyperOptimizer([("w", weight)], optimizer(), discount=1.0, curvature="exact")
+    opt = hn.HyperOptimizer([("w", weight)], optimizer(), horizon=hn.Discounted(1.0, curvature="exact"))
     before, state = weight.detach().clone(), {key: leaf.clone() for key, leaf in opt.state[weight].items()}
     with pytest.raises(NotImplementedError, match=operation):
         opt.step(lambda: loss({"w": weight}, 0))
     assert torch.equal(weight.detach(), before)
     assert weight.grad is None
     assert all(torch.equal(leaf, state[key]) for key, leaf in opt.state[weight].items())
-    plain = hn.HyperOptimizer([("w", weight)], optimizer(), discount=1.0)  # the remedy
+    plain = hn.HyperOptimizer([("w", weight)], optimizer(), horizon=hn.Discounted(1.0))  # the remedy
     loss({"w": weight}, 0).backward()
     plain.step()
     assert not torch.equal(weight.detach(), before)

@@ -91,7 +91,7 @@ def test_reverse_forward_differences_and_a_loop_by_hand(name: str, per: Any, see
     optimizer = settings_of(name, per)
     problem = Problem(seed, steps, perceptron if name == "muon" else network)
     reverse, forward = (flat(problem.hypergradient(optimizer, method=method)) for method in ("reverse", "forward"))
-    starts = hn.Nested(optimizer, memory="reverse").init(problem.params)["hypers"]
+    starts = hn.Nested(optimizer, horizon=hn.OneStep("reverse")).init(problem.params)["hypers"]
     by_hand = flat(torch.func.grad(lambda values: problem.by_hand(optimizer, values))(starts))
     assert reverse.keys() == forward.keys() == by_hand.keys()
     largest = max(float(value.abs().amax()) for value in by_hand.values())
@@ -341,7 +341,7 @@ def test_modules_as_functions() -> None:
 def test_a_horizon_looks_through_the_last_steps_only() -> None:
     problem = Problem(5, 7, perceptron)
     optimizer = hn.adamw(lr=learned(0.05), weight_decay=learned(0.1, "tensor"))
-    nested = hn.Nested(optimizer, memory="none")
+    nested = hn.Nested(optimizer, horizon=hn.OneStep("none"))
     params, state = problem.params, nested.init(problem.params)
     for batch in problem.batches[:4]:
         grads = torch.func.grad(problem.loss)(params, batch)
@@ -367,7 +367,7 @@ def test_a_horizon_looks_through_the_last_steps_only() -> None:
 def test_reverse_gives_the_derivative_with_respect_to_the_initial_tensors_too() -> None:
     problem = Problem(6, 5, perceptron)
     optimizer = hn.adamw(lr=learned(0.05))
-    nested = hn.Nested(optimizer, memory="none")
+    nested = hn.Nested(optimizer, horizon=hn.OneStep("none"))
 
     def after(params: Tensors) -> Tensor:
         state = nested.init(params)
@@ -399,7 +399,7 @@ def test_dropout_draws_the_same_masks_with_every_memory_and_method() -> None:
 def test_what_one_step_does_not_feel_has_a_derivative_through_several(method: Any) -> None:
     problem = Problem(8, 5, perceptron)
     optimizer = hn.rprop(lr=0.1, etaminus=learned(0.5))
-    starts = hn.Nested(optimizer, memory="none").init(problem.params)["hypers"]
+    starts = hn.Nested(optimizer, horizon=hn.OneStep("none")).init(problem.params)["hypers"]
     expected = torch.func.grad(lambda values: problem.by_hand(optimizer, values))(starts)["etaminus"]["model"]
     found = problem.hypergradient(optimizer, method=method)["etaminus"]["model"]
     assert relative_error(found, expected) < AGREE

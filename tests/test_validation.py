@@ -20,7 +20,7 @@ def test_a_hyper_step_descends_the_validation_loss_as_a_function_of_the_hypers(p
     """A hyper step of SGD moves each hyper by its rate times the derivative of the validation loss after the last update."""
     params, loss = problem(1)
     _, validation = problem(2)
-    nested = hn.Nested(optimizer(hn.sgd(lr=1e-3), per), memory=memory)
+    nested = hn.Nested(optimizer(hn.sgd(lr=1e-3), per), horizon=hn.OneStep(memory))
     before = nested.init(params)
     for _ in range(3):
         previous, grads = params, gradients(loss, params)

@@ -70,7 +70,7 @@ def _only_by_engine(nested: Nested, params: Tensors) -> str:
     summed = [rule.name for rule in (nested.bindings[name].optimizer.rule for name in params) if rule.reduction]
     if summed:
         return f"{summed[0]} needs a total over all tensors"
-    if nested.curvature == "exact":
+    if nested.horizon.curvature == "exact":
         return "curvature='exact' differentiates the model in each step"
     special = [type(param).__name__ for param in params.values() if type(param) not in PLAIN]
     return f"a parameter is a {special[0]}, whose data the engine alone can reach" if special else ""

@@ -13,8 +13,7 @@ from torch import Tensor
 from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.sensitivity import Raws
 from hyperopt_nested.ops import finite, state_dtype
-from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.signatures import Separable
+from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.trees import State, leaves, map_tree
 
 Tensors = Mapping[str, Tensor]
@@ -23,16 +22,11 @@ Values = Mapping[str, Mapping[str, float | Tensor]]
 Hessian = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Product of the Hessian of the loss that gradients are of with tensors, by name, of the shapes of those that have a gradient."""
 
-Memory = Literal["auto", "kept", "forward", "reverse", "none"]
-"""How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
-hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
-back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers whose effect
-can be worked out from the tensor and the state that the update left, as Adam's learning rate and decoupled weight decay, also where
-combinators change the gradient: these take no memory; tensors have to be left alone between steps. "none" remembers nothing, and
-learns nothing."""
-
 Kind = Literal["late", "forward", "reverse"]
 """How the last update's dependence on one hyper is remembered."""
+
+KindOf = Callable[[Optimizer, str, Per], Kind | None]
+"""That of a hyper of an optimizer, given its name and granularity; None if it is not."""
 
 
 class Binding:
@@ -44,13 +38,12 @@ class Binding:
         memory: the keys of those whose effect on the last update is remembered, by the way in which it is.
     """
 
-    def __init__(self, optimizer: Optimizer, learned: dict[str, LearnedHyper], memory: Memory) -> None:
+    def __init__(self, optimizer: Optimizer, learned: dict[str, LearnedHyper], kind_of: KindOf) -> None:
         self.optimizer, self.learned = optimizer, learned
         self.memory: dict[Kind, list[str]] = {kind: [] for kind in get_args(Kind)}
-        for name, each in learned.items() if memory != "none" else ():
-            late = memory == "auto" and name in optimizer.rule.late
-            forward = memory != "reverse" and forward_is_exact(optimizer, each.learn.per)
-            self.memory["late" if late else "forward" if forward else "reverse"].append(each.key)
+        for name, each in learned.items():
+            if kind := kind_of(optimizer, name, each.learn.per):
+                self.memory[kind].append(each.key)
 
     def raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
         """Raw values that the tensor called `name` uses, by learned hyper."""
@@ -152,12 +145,12 @@ class Bindings:
     Args:
         optimizer: one for all tensors, or a mapping from each tensor's name to its optimizer.
         learned: the learned hypers, by the id of the `learn` that declares them.
-        memory: how last updates are remembered.
+        kind_of: how last updates are remembered.
     """
 
-    def __init__(self, optimizer: Optimizer | Mapping[str, Optimizer], learned: Mapping[int, LearnedHyper], memory: Memory) -> None:
+    def __init__(self, optimizer: Optimizer | Mapping[str, Optimizer], learned: Mapping[int, LearnedHyper], kind_of: KindOf) -> None:
         def bind(one: Optimizer) -> Binding:
-            return Binding(one, {name: learned[id(learn)] for name, learn in one.learned.items()}, memory)
+            return Binding(one, {name: learned[id(learn)] for name, learn in one.learned.items()}, kind_of)
 
         if isinstance(optimizer, Optimizer):
             self._all, self._by_name = bind(optimizer), None
@@ -211,14 +204,6 @@ class Bindings:
                 totals[reduction] = part if before is None else before + part.to(before.device)
         new = {name: each(used[name], totals.get(self[name].optimizer.rule.reduction)) for name, each in updates.items()}
         return {name: param for name, (param, _) in new.items()}, ({name: state for name, (_, state) in new.items()}, totals)
-
-
-def forward_is_exact(optimizer: Optimizer, per: str) -> bool:
-    """Whether the sensitivity to a hyper that is learned so, with a tangent of ones, is exact: each entry touches only its own part."""
-    if per in ("model", "tensor"):
-        return True
-    order = get_args(Separable)
-    return order.index(optimizer.rule.separable) <= order.index(per)
 
 
 _NONE: dict[str, float | Tensor] = {}

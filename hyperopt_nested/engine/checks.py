@@ -1,83 +1,38 @@
-"""What can be learned, with which memory of past updates."""
+"""Checks of what the engine is given: horizons, optimizers, tensors."""
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.checks import check_dtype, check_number, not_an_optimizer
-from hyperopt_nested.engine.binding import Binding, Bindings, Memory, Tensors, Values, forward_is_exact
-from hyperopt_nested.engine.discounted import Curvature
+from hyperopt_nested.checks import not_an_optimizer
+from hyperopt_nested.engine.binding import Binding, Bindings, Tensors, Values
+from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.learned import LearnedHyper
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import unused
-from hyperopt_nested.rule import Learn, Optimizer
+from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State
 
+Horizon = OneStep | Discounted
+"""How many past updates a hypergradient looks through."""
 
-def check_horizon(
-    memory: Memory,
-    discount: float,
-    curvature: Curvature,
-    memory_dtype: torch.dtype | None = None,
-    state_dtype: torch.dtype | None = None,
-) -> None:
-    """Refuse arguments that are none of their choices, or do not go together.
+
+def check_horizon(horizon: Any) -> None:
+    """Refuse what is no horizon.
 
     Raises:
-        TypeError: an argument has another type.
-        ValueError: the message names the argument and the remedy.
+        TypeError: it is none.
     """
-    for name, value, choices in (("memory", memory, get_args(Memory)), ("curvature", curvature, get_args(Curvature))):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-    check_number("discount", discount)
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount={discount!r} must be in [0, 1]: 0 looks through the last update alone, 1 through all")
-    if discount and memory in ("reverse", "none"):
-        raise ValueError(f"memory={memory!r} does not remember what discount={discount!r} needs: use memory='auto'")
-    check_dtype("memory_dtype", memory_dtype)
-    check_dtype("state_dtype", state_dtype)
-    if memory_dtype is not None and discount:
-        raise ValueError(f"memory_dtype={memory_dtype} is for a horizon of one step, and discount={discount!r}: leave one of them out")
-    if curvature == "exact" and not discount:
-        raise ValueError("curvature='exact' has no effect on a horizon of one step: give a discount in (0, 1]")
+    if not isinstance(horizon, Horizon):
+        raise TypeError(f"horizon={horizon!r} ({type(horizon).__name__}) must be hn.OneStep(...) or hn.Discounted(...)")
 
 
-def check_declared(optimizer: Optimizer, name: str, learn: Learn, memory: Memory, discount: float, curvature: Curvature) -> None:
-    """Refuse to learn a hyper that is declared so, where its hypergradient would be zero or wrong.
-
-    Raises:
-        ValueError: the message names the hyper and the remedy.
-    """
-    rule = optimizer.rule
-    if name in rule.nondifferentiable and memory != "none" and not discount:
-        raise ValueError(
-            f"{name} is learned, but the derivative of {rule.name} with respect to it is zero wherever it exists, "
-            f"so it would never move: give {name} a plain value"
-        )
-    if curvature == "exact" and learn.per not in ("model", "tensor"):
-        raise ValueError(
-            f"{name} is learned per {learn.per}, but curvature='exact' keeps a copy of all tensors for each of its entries: "
-            "learn it per 'model' or 'tensor', or use curvature='none'"
-        )
-    if (memory == "forward" or (discount and curvature == "none")) and not forward_is_exact(optimizer, learn.per):
-        argument = f"discount={discount:g}" if discount else "memory='forward'"
-        raise ValueError(
-            f"{argument} is not exact for {name} learned per {learn.per}, since {rule.name} is separable by {rule.separable}: "
-            + ("learn it per 'tensor' or 'model', or use discount=0" if discount else "use memory='auto' or 'reverse'")
-        )
-    if discount and curvature == "none" and rule.reduction and learn.per != "model":
-        raise ValueError(
-            f"discount={discount:g} is not exact for {name} learned per {learn.per}, since {rule.name} needs a sum over all "
-            "tensors: learn it per 'model', or use discount=0"
-        )
-
-
-def check_used(binding: Binding, name: str, param: Tensor, *, one_step: bool) -> None:
+def check_used(binding: Binding, name: str, param: Tensor) -> None:
     """Refuse to learn what the update does not use, tried on a tensor of the parameter's shape (a large one has no values).
 
     Raises:
@@ -100,9 +55,10 @@ def check_used(binding: Binding, name: str, param: Tensor, *, one_step: bool) ->
                 f"{hyper} is learned, but {rule.name} does not use it in the update of {name!r} (settings: "
                 f"{optimizer!r}), so its hypergradient would always be zero: give {hyper} a plain value, or switch on what uses it"
             )
-    for key in in_total if one_step else ():
+    remembered = {key: kind for kind, keys in binding.memory.items() for key in keys}
+    for key in in_total & remembered.keys():
         hyper, each = learned[key]
-        if each.learn.per != "model" or key not in binding.memory["forward"]:
+        if each.learn.per != "model" or remembered[key] != "forward":
             raise ValueError(
                 f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
                 "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"

@@ -3,14 +3,17 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hyperopt_nested.checks import check_number
 from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
-from hyperopt_nested.engine.sensitivity import Raws, pull_forward, pushforward
+from hyperopt_nested.engine.sensitivity import Raws, forward_is_exact, pull_forward, pushforward
 from hyperopt_nested.ops import finite, state_dtype
+from hyperopt_nested.rule import Learn, Optimizer, Per
 from hyperopt_nested.trees import State, map_tree
 
 Curvature = Literal["none", "exact"]
@@ -19,13 +22,87 @@ than the gradient is needed; "exact" takes products with the Hessian of the loss
 exact sensitivities grow with every step: keep the discount well below 1 then."""
 
 
+@dataclass(frozen=True)
+class Discounted:
+    """A horizon of all past updates, discounted: about 1 / (1 - discount) of them count.
+
+    Each step carries the sensitivities of tensors and states to learned hypers on, times the discount. With 1 and exact curvature that is
+    real-time hypergradient descent (Franceschi et al. 2017, arXiv 1703.01785); below 1 it is a discounted horizon, as in MetaOptimize
+    (Sharifnassab et al. 2024, arXiv 2402.02342). It takes memory of the size of tensors and states for each learned hyper.
+
+    Args:
+        discount: in (0, 1]: how much of what earlier updates contributed a hypergradient keeps from step to step.
+        curvature: whether the model's curvature is part of it; see `Curvature`. With "exact", `HyperOptimizer.step` takes a closure that
+            returns the loss, and `Nested.step` takes products with the Hessian.
+
+    Raises:
+        TypeError: `discount` is no number.
+        ValueError: `discount` is outside (0, 1], or `curvature` is none of its choices.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model, optimizer = torch.nn.Linear(2, 1), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
+        >>> opt = hn.HyperOptimizer(model.parameters(), optimizer, horizon=hn.Discounted(0.9))
+    """
+
+    discount: float
+    curvature: Curvature = "none"
+
+    def __post_init__(self) -> None:
+        check_number("discount", self.discount)
+        if not 0 < self.discount <= 1:
+            raise ValueError(
+                f"discount={self.discount!r} must be in (0, 1], where 1 looks through all past updates: use hn.OneStep() for the last alone"
+            )
+        if self.curvature not in get_args(Curvature):
+            raise ValueError(f"curvature={self.curvature!r} must be one of {', '.join(map(repr, get_args(Curvature)))}")
+
+    def __str__(self) -> str:
+        return f"discount {self.discount:g}" + (", exact curvature" if self.curvature == "exact" else "")
+
+    @property
+    def for_learners(self) -> Discounted:
+        """The horizon of what learns the hypers."""
+        return Discounted(self.discount)
+
+    def check(self, optimizer: Optimizer, name: str, learn: Learn) -> None:
+        """Refuse to learn a hyper that is declared so, where its hypergradient would be wrong, or its memory too large.
+
+        Raises:
+            ValueError: the message names the hyper and the remedy.
+        """
+        rule, per = optimizer.rule, learn.per
+        if self.curvature == "exact":
+            if per not in ("model", "tensor"):
+                raise ValueError(
+                    f"{name} is learned per {per}, but curvature='exact' keeps a copy of all tensors for each of its entries: "
+                    "learn it per 'model' or 'tensor', or use curvature='none'"
+                )
+        elif not forward_is_exact(optimizer, per):
+            raise ValueError(
+                f"discount={self.discount:g} is not exact for {name} learned per {per}, since {rule.name} is separable by "
+                f"{rule.separable}: learn it per 'tensor' or 'model', or use horizon=hn.OneStep()"
+            )
+        elif rule.reduction and per != "model":
+            raise ValueError(
+                f"discount={self.discount:g} is not exact for {name} learned per {per}, since {rule.name} needs a sum over all "
+                "tensors: learn it per 'model', or use horizon=hn.OneStep()"
+            )
+
+    def kind_of(self, optimizer: Optimizer, name: str, per: Per) -> None:
+        """How the last update alone is remembered: it is not."""
+
+    def remember(self, bindings: Bindings) -> DiscountedMemory:
+        """The memory of updates."""
+        return DiscountedMemory(bindings, self.discount, self.curvature)
+
+
 class DiscountedMemory:
     """The memory of each tensor's past updates: sensitivities of it and of its rule's state, by learned hyper and by value (`carried`).
 
     With the update (p', s') = U(p, s, g, h) of tensors and states, sensitivities S to a hyper h become
-    S' = dU/d(p, s) z S + dU/dg H z S + dU/dh, where z is the discount, and H the Hessian of the loss, or zero. With z = 1 and exact
-    curvature that is real-time hyper-gradient descent (Franceschi et al. 2017, arXiv 1703.01785, equation 15), with z < 1 a discounted
-    horizon as that of MetaOptimize (Sharifnassab et al. 2024, arXiv 2402.02342).
+    S' = dU/d(p, s) z S + dU/dg H z S + dU/dh, where z is the discount, and H the Hessian of the loss, or zero (Franceschi et al. 2017,
+    arXiv 1703.01785, equation 15, with z = 1).
 
     Args:
         bindings: the updates, bound to their learned hypers.
@@ -52,6 +129,10 @@ class DiscountedMemory:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
+
+        if not hypers:
+            new, (states, _) = self._bindings(params, grads, rule, hypers, values)
+            return new, states, {name: {"carried": {}} for name in grads}
 
         def update(params: Raws, grads: Raws, real: State, hypers: dict[str, Raws]) -> tuple[Any, State]:
             new, (states, _) = self._bindings(params, grads, _joined(real, rule), hypers, values)

@@ -13,19 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.binding import Bindings, Hessian, Memory, Tensors, Values
-from hyperopt_nested.engine.checks import (
-    check_declared,
-    check_horizon,
-    check_shared,
-    check_step,
-    check_tensors,
-    check_used,
-    optimizers_of,
-)
-from hyperopt_nested.engine.discounted import Curvature, DiscountedMemory
+from hyperopt_nested.checks import check_dtype
+from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
+from hyperopt_nested.engine.checks import Horizon, check_horizon, check_shared, check_step, check_tensors, check_used, optimizers_of
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
-from hyperopt_nested.engine.one_step import OneStepMemory
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import Raws
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.signatures import check_form, check_state
@@ -44,13 +36,7 @@ class Nested:
 
     Args:
         optimizer: one optimizer for all tensors, or a mapping from each tensor's name to its optimizer.
-        memory: how the last update is remembered.
-        discount: in [0, 1]; how much of what earlier updates contributed a hypergradient keeps from step to step. 0 looks through the last
-            update alone, 1 through all of them (Franceschi et al. 2017, arXiv 1703.01785); between is a discounted horizon (MetaOptimize,
-            Sharifnassab et al. 2024, arXiv 2402.02342). Takes memory of the size of tensors and states a learned hyper.
-        curvature: what a horizon beyond one step makes of the model's curvature; see `Curvature`.
-        memory_dtype: the dtype of the sensitivities that forward memory keeps, one tensor of the parameter's shape a hyper; such as
-            torch.bfloat16, which rounds them to 8 bits, for half of the memory. None is the parameter's dtype, as of its gradient.
+        horizon: the past updates that hypergradients look through: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         state_dtype: the dtype of what rules keep of a parameter's shape, such as Adam's moments; with torch.bfloat16, what torch.optim does
             with parameters in bfloat16, small updates of a moment are lost. None is the parameter's dtype, or float32 if that is wider; but
             for SGD's momentum, which is soon forgotten, the parameter's.
@@ -75,29 +61,26 @@ class Nested:
         self,
         optimizer: Optimizer | Mapping[str, Optimizer],
         *,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
-        memory_dtype: torch.dtype | None = None,
+        horizon: Horizon = OneStep(),
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        check_horizon(memory, discount, curvature, memory_dtype, state_dtype)
-        self.memory, self.discount, self.curvature, self._state_dtype = memory, discount, curvature, state_dtype
+        check_horizon(horizon)
+        check_dtype("state_dtype", state_dtype)
+        self.horizon, self.state_dtype = horizon, state_dtype
         by_learn: dict[int, LearnedHyper] = {}
         for each in optimizers_of(optimizer):
             for name, learn in each.learned.items():
                 if id(learn) in by_learn:
                     check_shared(by_learn[id(learn)], each, name)
                 else:
-                    check_declared(each, name, learn, memory, discount, curvature)
+                    horizon.check(each, name, learn)
                     same = sum(learned.key.split("#")[0] == name for learned in by_learn.values())
                     key = f"{name}#{same + 1}" if same else name
-                    learner = Nested(learn.by, memory="kept" if memory == "auto" else memory, discount=discount)  # values may be confined
+                    learner = Nested(learn.by, horizon=horizon.for_learners)
                     by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
-        self.bindings = Bindings(optimizer, by_learn, memory)
-        carried = discount and self.learned
-        self._memory = DiscountedMemory(self.bindings, discount, curvature) if carried else OneStepMemory(self.bindings, memory_dtype)
+        self.bindings = Bindings(optimizer, by_learn, horizon.kind_of)
+        self._memory = horizon.remember(self.bindings)
 
     def init(self, params: Tensors, start: Mapping[str, float | Tensor] | None = None) -> State:
         """State before the first step.
@@ -132,10 +115,10 @@ class Nested:
             optimizer = binding.optimizer
             if (id(binding), param.ndim) not in checked:
                 checked.add((id(binding), param.ndim))
-                check_used(binding, name, param, one_step=self.memory != "none" and not self.discount)
+                check_used(binding, name, param)
             start_state = optimizer.rule.init(param, optimizer.settings)
             check_state(optimizer.rule.name, start_state)
-            rule[name] = in_dtype(start_state, param, self._state_dtype)
+            rule[name] = in_dtype(start_state, param, self.state_dtype)
             for learned in binding.learned.values():
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:
@@ -181,10 +164,8 @@ class Nested:
         """
         values = {} if values is None else values
         check_step(params, grads, st, values, learn, self.bindings, self.learned)
-        if (hessian is not None) != (self.curvature == "exact"):
-            raise ValueError(
-                f"hessian={hessian!r}, but curvature={self.curvature!r}: give products with the Hessian if it is 'exact', only"
-            )
+        if (hessian is not None) != ((curvature := self.horizon.curvature) == "exact"):
+            raise ValueError(f"hessian={hessian!r}, but curvature={curvature!r}: give products with the Hessian if it is 'exact', only")
         if not grads:
             return {**params}, {**st}
         grads = self.descended(grads)

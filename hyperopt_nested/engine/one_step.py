@@ -4,15 +4,107 @@ from __future__ import annotations  # torch.compile does not evaluate annotation
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
+from hyperopt_nested.checks import check_dtype
+from hyperopt_nested.engine.binding import Bindings, Hessian, Kind, Tensors, Values
 from hyperopt_nested.engine.learned import number
-from hyperopt_nested.engine.sensitivity import Raws, linearize, nothing_transforms, pull_forward, pull_reverse, pullback
+from hyperopt_nested.engine.sensitivity import (
+    Raws,
+    forward_is_exact,
+    linearize,
+    nothing_transforms,
+    pull_forward,
+    pull_reverse,
+    pullback,
+)
 from hyperopt_nested.ops import finite, state_dtype
+from hyperopt_nested.rule import Learn, Optimizer, Per
 from hyperopt_nested.trees import State, map_tree
+
+Memory = Literal["auto", "kept", "forward", "reverse", "none"]
+"""How the last update is remembered: "forward" keeps its sensitivity to each learned hyper (one tensor of the parameter's shape a
+hyper; exact when an entry of the hyper touches only its own part of the tensor), "reverse" keeps its inputs and pulls the gradient
+back through it (always exact). "kept" is forward wherever that is exact, else reverse. "auto" is that too, but for hypers whose effect
+can be worked out from the tensor and the state that the update left, as Adam's learning rate and decoupled weight decay, also where
+combinators change the gradient: these take no memory; tensors have to be left alone between steps. "none" remembers nothing, and
+learns nothing."""
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A horizon of one step: hypers are learned from the last update alone.
+
+    The hypergradient is that of the next loss, which is greedy: effects on later losses are left out (Wu et al. 2018, arXiv 1803.02021).
+    It costs least, and is the default.
+
+    Args:
+        memory: how the last update is remembered; see `Memory`.
+        dtype: of the sensitivities that forward memory keeps, one tensor of the parameter's shape a hyper. torch.bfloat16 rounds them to
+            8 bits, for half of the memory of float32. None is the parameter's dtype.
+
+    Raises:
+        TypeError: `dtype` is no dtype.
+        ValueError: `memory` is none of its choices, or `dtype` is not real and floating-point.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model, optimizer = torch.nn.Linear(2, 1), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
+        >>> opt = hn.HyperOptimizer(model.parameters(), optimizer, horizon=hn.OneStep(memory="kept", dtype=torch.bfloat16))
+    """
+
+    discount: ClassVar[float] = 0.0
+    curvature: ClassVar[Literal["none"]] = "none"
+
+    memory: Memory = "auto"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory not in get_args(Memory):
+            raise ValueError(f"memory={self.memory!r} must be one of {', '.join(map(repr, get_args(Memory)))}")
+        check_dtype("dtype", self.dtype)
+
+    def __str__(self) -> str:
+        return "one step"
+
+    @property
+    def for_learners(self) -> OneStep:
+        """The horizon of what learns the hypers: their values may be confined after a step, so each step is remembered."""
+        return OneStep("kept" if self.memory == "auto" else self.memory)
+
+    def check(self, optimizer: Optimizer, name: str, learn: Learn) -> None:
+        """Refuse to learn a hyper that is declared so, where its hypergradient would be zero or wrong.
+
+        Raises:
+            ValueError: the message names the hyper and the remedy.
+        """
+        rule = optimizer.rule
+        if name in rule.nondifferentiable and self.memory != "none":
+            raise ValueError(
+                f"{name} is learned, but the derivative of {rule.name} with respect to it is zero wherever it exists, "
+                f"so it would never move: give {name} a plain value"
+            )
+        if self.memory == "forward" and not forward_is_exact(optimizer, learn.per):
+            raise ValueError(
+                f"memory='forward' is not exact for {name} learned per {learn.per}, since {rule.name} is separable by {rule.separable}: "
+                "use memory='auto' or 'reverse'"
+            )
+
+    def kind_of(self, optimizer: Optimizer, name: str, per: Per) -> Kind | None:
+        """How the last update's dependence on a hyper is remembered."""
+        if self.memory == "none":
+            return None
+        if self.memory == "auto" and name in optimizer.rule.late:
+            return "late"
+        return "forward" if self.memory != "reverse" and forward_is_exact(optimizer, per) else "reverse"
+
+    def remember(self, bindings: Bindings) -> OneStepMemory:
+        """The memory of updates."""
+        return OneStepMemory(bindings, self.dtype)
 
 
 class OneStepMemory:

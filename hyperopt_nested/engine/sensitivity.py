@@ -3,12 +3,14 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from hyperopt_nested.rule import Optimizer, Per
+from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import map_tree
 
 Raws = dict[str, Tensor]
@@ -85,6 +87,14 @@ def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[R
     zeros = map_tree(torch.zeros_like, {key: raws[key] for key in keys})
     sensitivities = {key: push({**zeros, key: map_tree(torch.ones_like, raws[key])}) for key in keys}
     return params, states, sensitivities
+
+
+def forward_is_exact(optimizer: Optimizer, per: Per) -> bool:
+    """Whether sensitivities with a tangent of ones are exact for a hyper of this granularity: each entry touches only its own part."""
+    if per in ("model", "tensor"):
+        return True
+    order = get_args(Separable)
+    return order.index(optimizer.rule.separable) <= order.index(per)
 
 
 def pull_forward(grad: Tensor, sensitivity: Tensor, raw: Tensor) -> Tensor:

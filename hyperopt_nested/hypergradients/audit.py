@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hyperopt_nested.checks import extra
-from hyperopt_nested.engine.discounted import Curvature
+from hyperopt_nested.engine.checks import Horizon
+from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.carried import Carried, no_recomputation
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
@@ -35,8 +37,7 @@ class Bias:
     Attributes:
         hyper: the hyper's key.
         steps: how many steps had been done, all of which the exact one looks through.
-        discount: of the online one; 0 looks through one step.
-        curvature: of the online one.
+        horizon: of the online one.
         cosine: of the angle between the two, over the entries of the hyper; of a single number it is 1 or -1.
         magnitude: norm of the online one, over that of the exact one.
         sign: share of entries that have the same sign in both.
@@ -44,8 +45,7 @@ class Bias:
 
     hyper: str
     steps: int
-    discount: float
-    curvature: Curvature
+    horizon: Horizon
     cosine: float
     magnitude: float
     sign: float
@@ -53,9 +53,7 @@ class Bias:
     @property
     def estimate(self) -> str:
         """The online hypergradient, in words."""
-        if not self.discount:
-            return "one step"
-        return f"discount {self.discount:g}" + (", exact curvature" if self.curvature == "exact" else "")
+        return str(self.horizon)
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,15 @@ class Audit:
             from matplotlib.figure import Figure
 
         hypers = list(dict.fromkeys(row.hyper for row in self.rows))
-        discounts = list(dict.fromkeys(row.discount for row in self.rows))
+        discounts = list(dict.fromkeys(row.horizon.discount for row in self.rows))
         made = Figure(figsize=(10, 1 + 2.6 * len(hypers)), layout="constrained")
         grid = made.subplots(len(hypers), 2, squeeze=False, sharex=True)
         for (left, right), hyper in zip(grid, hypers, strict=True):
             for estimate in dict.fromkeys(row.estimate for row in self.rows):
                 rows = [row for row in self.rows if (row.hyper, row.estimate) == (hyper, estimate)]
-                dashed = "--" if any(row.curvature == "exact" for row in rows) else "-"
-                style = {"color": f"C{discounts.index(rows[0].discount)}", "linestyle": dashed, "marker": ".", "label": estimate}
+                horizon = rows[0].horizon
+                line = {"linestyle": "--" if horizon.curvature == "exact" else "-", "marker": ".", "label": estimate}
+                style = {"color": f"C{discounts.index(horizon.discount)}", **line}
                 left.plot([row.steps for row in rows], [row.cosine for row in rows], **style)
                 right.plot([row.steps for row in rows], [row.magnitude for row in rows], **style)
             left.set(title=f"{hyper}: cosine with exact", ylim=(-1.05, 1.05), xscale="log")
@@ -113,15 +112,14 @@ def audit(
     outer_loss: OuterLoss,
     *,
     outer_batch: Any = None,
-    discounts: Sequence[float] = (0.0, 0.9, 0.99, 1.0),
-    curvature: Curvature = "none",
+    horizons: Sequence[Horizon] = (OneStep(), Discounted(0.9), Discounted(0.99), Discounted(1.0)),
     steps: Sequence[int] | None = None,
     has_aux: bool = False,
 ) -> Audit:
     """Measure, on your own model and data, how far online hypergradients are from the exact ones.
 
     The tensors are trained with hypers that stay as declared. After some numbers of steps, the hypergradients that `HyperOptimizer` would
-    learn from, with each discount, are compared with the exact one through all steps so far: the short-horizon bias (Wu et al. 2018,
+    learn from, with each horizon, are compared with the exact one through all steps so far: the short-horizon bias (Wu et al. 2018,
     arXiv 1803.02021). All of them draw the same random numbers, such as dropout's masks, at the same step.
 
     Args:
@@ -131,8 +129,7 @@ def audit(
         train_loss: function of tensors and a batch to a loss of shape ().
         outer_loss: function of the trained tensors, `outer_batch` and the values of hypers to a loss of shape ().
         outer_batch: handed to `outer_loss`.
-        discounts: those of the online hypergradients; 0 looks through one step.
-        curvature: of the online hypergradients.
+        horizons: those of the online hypergradients.
         steps: after which numbers of steps to compare; None: 1, 2, 5, 10, 20, 50, ..., and all.
         has_aux: whether the losses may return a pair of the loss and anything else, which is left out here.
 
@@ -144,7 +141,7 @@ def audit(
         >>> import torch, hyperopt_nested as hn
         >>> loss = lambda params, batch, hypers=None: (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
         >>> optimizer = hn.sgd(lr=hn.learn(0.01, by=hn.sgd()), momentum=0.9)
-        >>> found = hn.audit(optimizer, {"w": torch.ones(2)}, range(10), loss, loss, discounts=[0.0])
+        >>> found = hn.audit(optimizer, {"w": torch.ones(2)}, range(10), loss, loss, horizons=[hn.OneStep()])
         >>> [(row.steps, row.cosine) for row in found.rows]
         [(1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
         >>> found.rows[0].magnitude, found.rows[-1].magnitude < 0.3
@@ -165,13 +162,13 @@ def audit(
     train = functools.partial(evaluate, "train_loss", train_loss, has_aux=has_aux)
     outer = functools.partial(evaluate, "outer_loss", lambda params, hypers: outer_loss(params, outer_batch, hypers), has_aux=has_aux)
     rows = []
-    for discount in dict.fromkeys(discounts):
-        nested = Nested(in_values(optimizer), discount=discount, curvature=curvature if discount else "none")
+    for horizon in dict.fromkeys(horizons):
+        nested = Nested(in_values(optimizer), horizon=horizon)
         with drawn_again(draws):
             online, first = _online(nested, params, batches[: marks[-1]], train, outer, marks)
         for mark, each in zip(marks, exact, strict=True):
             refuse_other([first], each.train_losses[:1], 0)
-            rows += [_bias(hyper, mark, discount, nested.curvature, online[mark][hyper], each[hyper]) for hyper in each]
+            rows += [_bias(hyper, mark, horizon, online[mark][hyper], each[hyper]) for hyper in each]
     return Audit(rows)
 
 
@@ -201,7 +198,7 @@ def _online(
 
         bent = None
         with torch.enable_grad():
-            if nested.curvature == "exact":
+            if nested.horizon.curvature == "exact":
                 value, grads, bent = loss_with_hessian(loss, leaves)
             else:
                 value = loss()
@@ -239,8 +236,8 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _bias(hyper: str, steps: int, discount: float, curvature: Curvature, online: dict[str, Tensor], exact: dict[str, Tensor]) -> Bias:
+def _bias(hyper: str, steps: int, horizon: Horizon, online: dict[str, Tensor], exact: dict[str, Tensor]) -> Bias:
     a, b = (torch.cat([value.flatten().double() for value in values.values()]) for values in (online, exact))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=0, eps=0)
     same = (a.sign() == b.sign()).double().mean()
-    return Bias(hyper, steps, discount, curvature, float(cosine), float(a.norm() / b.norm()), float(same))
+    return Bias(hyper, steps, horizon, float(cosine), float(a.norm() / b.norm()), float(same))

@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperopt_nested.domains import Hyper
 from hyperopt_nested.engine.checks import optimizers_of
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import nothing_transforms
 from hyperopt_nested.hypergradients.carried import no_recomputation
 from hyperopt_nested.hypergradients.implicit import Solver
@@ -106,7 +107,7 @@ def hypergradient(
         raise ValueError(f"create_graph=True needs method='reverse' and memory='full', not {method!r} and {memory!r}")
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
-    nested = Nested(in_values(optimizer), memory="none")
+    nested = Nested(in_values(optimizer), horizon=OneStep(memory="none"))
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
     st = nested.init(params)

@@ -8,7 +8,7 @@ from torch import Tensor, dtype
 from hyperopt_nested.optim.drop_ins import DropIn as DropIn
 from hyperopt_nested.optim.optimizer import HyperOptimizer as HyperOptimizer
 from hyperopt_nested.rule import Learn
-from hyperopt_nested.typing import Backend, Curvature, Memory
+from hyperopt_nested.typing import Backend, Horizon
 
 class ASGD(DropIn):
     r"""Averaged stochastic gradient descent (Polyak and Juditsky 1992), as `torch.optim.ASGD`.
@@ -24,11 +24,8 @@ class ASGD(DropIn):
         t0: the step after which averaging starts; until then, the average is the parameter.
         weight_decay: added to the gradient times the parameter, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -49,11 +46,8 @@ class ASGD(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -71,11 +65,8 @@ class LAMB(DropIn):
         eps: added to the root of the second moment, > 0.
         weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -95,11 +86,8 @@ class LAMB(DropIn):
         weight_decay: float | Learn = 0.01,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -120,11 +108,8 @@ class LARS(DropIn):
         weight_decay: \(\lambda \ge 0\), added to the gradient.
         eps: \(\epsilon > 0\), guards the division.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -145,11 +130,8 @@ class LARS(DropIn):
         eps: float | Learn = 1e-08,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -170,11 +152,8 @@ class SGD(DropIn):
         weight_decay: \(\lambda \ge 0\), added to the gradient.
         nesterov: look ahead by one momentum step; needs momentum and no dampening.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -195,11 +174,8 @@ class SGD(DropIn):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -214,11 +190,8 @@ class SGDHD(DropIn):
         params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
         lr: the learning rate's start, >= 0.
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
@@ -236,11 +209,8 @@ class SGDHD(DropIn):
         lr: float = 0.001,
         hyper_lr: float = 1e-06,
         *,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
         **settings: Any,
@@ -259,11 +229,8 @@ class AdaBelief(DropIn):
         eps: added to the second moment, and to its root, > 0.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -283,11 +250,8 @@ class AdaBelief(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -302,11 +266,8 @@ class Adadelta(DropIn):
         eps: added to both averages before their roots, > 0.
         weight_decay: added to the gradient times the parameter, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -326,11 +287,8 @@ class Adadelta(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -349,11 +307,8 @@ class Adafactor(DropIn):
         d: largest root mean square of the update before the learning rate, >= 1.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -374,11 +329,8 @@ class Adafactor(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -394,11 +346,8 @@ class Adagrad(DropIn):
         initial_accumulator_value: where the sum of squares starts, >= 0. The first update reads it: later ones have no derivative with respect to it.
         eps: added to the root of the sum, > 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -419,11 +368,8 @@ class Adagrad(DropIn):
         eps: float | Learn = 1e-10,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -442,11 +388,8 @@ class Adam(DropIn):
         weight_decay: added to the gradient times the parameter, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -467,11 +410,8 @@ class Adam(DropIn):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -486,11 +426,8 @@ class AdamHD(DropIn):
         params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
         lr: the learning rate's start, >= 0.
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `adam`.
@@ -508,11 +445,8 @@ class AdamHD(DropIn):
         lr: float = 0.001,
         hyper_lr: float = 1e-08,
         *,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
         **settings: Any,
@@ -529,11 +463,8 @@ class AdamW(DropIn):
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         amsgrad: use the largest second moment so far (Reddi et al. 2018).
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -554,11 +485,8 @@ class AdamW(DropIn):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -573,11 +501,8 @@ class Adamax(DropIn):
         eps: added to the gradient's absolute value, > 0.
         weight_decay: added to the gradient times the parameter, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -597,11 +522,8 @@ class Adamax(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -620,11 +542,8 @@ class Adan(DropIn):
         weight_decay: decoupled: the new parameter is divided by `1 + lr * weight_decay` (a proximal step), >= 0.
         no_prox: the old parameter is multiplied by `1 - lr * weight_decay` instead, as in AdamW.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -645,11 +564,8 @@ class Adan(DropIn):
         *,
         no_prox: bool = False,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -663,11 +579,8 @@ class Lion(DropIn):
         betas: share of the momentum in what the sign is taken of, in [0, 1). Cannot be learned: it acts through a sign; decay rate of the momentum, in [0, 1). Cannot be learned, for the same reason.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -686,11 +599,8 @@ class Lion(DropIn):
         weight_decay: float | Learn = 0.0,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -713,11 +623,8 @@ class Muon(DropIn):
         adjust_lr_fn: how the learning rate depends on the shape: None or "original" times sqrt(max(1, rows / columns)), or "match_rms_adamw", times 0.2 sqrt(max(rows, columns)).
         ns_dtype: the dtype of these steps; None for the update's own.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -742,11 +649,8 @@ class Muon(DropIn):
         *,
         ns_dtype: dtype | None = ...,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -765,11 +669,8 @@ class NAdam(DropIn):
         momentum_decay: \(\psi\), how fast the momentum tends to `beta1`, >= 0.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -791,11 +692,8 @@ class NAdam(DropIn):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -813,11 +711,8 @@ class RAdam(DropIn):
         weight_decay: added to the gradient times the parameter, >= 0.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -838,11 +733,8 @@ class RAdam(DropIn):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -861,11 +753,8 @@ class RMSprop(DropIn):
         momentum: >= 0; at 0 and not learned, there is no buffer.
         centered: divide by the root of the gradient's variance, and not of its second moment.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -887,11 +776,8 @@ class RMSprop(DropIn):
         centered: bool = False,
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -908,11 +794,8 @@ class Rprop(DropIn):
         etas: factor of the step size when the sign turns, in (0, 1); factor of the step size when the sign stays, > 1.
         step_sizes: smallest step size, >= 0; largest step size, > 0.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -931,11 +814,8 @@ class Rprop(DropIn):
         step_sizes: tuple[float | Learn, float | Learn] = (1e-06, 50.0),
         *,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -955,11 +835,8 @@ class ScheduleFreeAdamW(DropIn):
         weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
         warmup_steps: steps in which the learning rate grows linearly to `lr`.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -982,11 +859,8 @@ class ScheduleFreeAdamW(DropIn):
         *,
         warmup_steps: int = 0,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1007,11 +881,8 @@ class ScheduleFreeSGD(DropIn):
         weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
         warmup_steps: steps in which the learning rate grows linearly to `lr`.
         maximize: whether gradients are ascended.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1033,11 +904,8 @@ class ScheduleFreeSGD(DropIn):
         *,
         warmup_steps: int = 0,
         maximize: bool = False,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: dtype | None = None,
         state_dtype: dtype | None = None,
         backend: Backend = "auto",
     ) -> None: ...

@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
 from hyperopt_nested.checks import caller_level, not_an_optimizer
-from hyperopt_nested.engine.binding import Hessian, Memory
-from hyperopt_nested.engine.checks import check_horizon
-from hyperopt_nested.engine.discounted import Curvature
+from hyperopt_nested.engine.binding import Hessian
+from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
@@ -47,11 +47,8 @@ class HyperOptimizer(GroupedOptimizer):
             for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
         optimizer: what to run, or a function from a tensor's name and the tensor to what to run on it. Unnamed tensors are called
             `<group>.<index>`.
-        memory: how the last update is remembered; see `Nested`.
-        discount: in [0, 1]: 0 learns from the last update alone, 1 from all; see `Nested`.
-        curvature: "none", or "exact", with which `step` takes a closure that returns the loss; see `Nested`.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
-        memory_dtype: the dtype of what forward memory keeps; see `Nested`.
         state_dtype: the dtype of what rules keep; see `Nested`.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -84,25 +81,20 @@ class HyperOptimizer(GroupedOptimizer):
         params: Params,
         optimizer: Choice,
         *,
-        memory: Memory = "auto",
-        discount: float = 0.0,
-        curvature: Curvature = "none",
+        horizon: Horizon = OneStep(),
         learn_from: Literal["training", "validation"] = "training",
-        memory_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         backend: Backend = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and (not callable(optimizer) or isinstance(optimizer, NO_CHOICES)):
             raise not_an_optimizer("optimizer", optimizer)
         check_params(params)
-        check_horizon(memory, discount, curvature, memory_dtype, state_dtype)
         if learn_from not in ("training", "validation"):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
         self._choice, self._learn_from = optimizer, learn_from
         self._backend: Backend = backend
         self._programs: Programs | None = None
-        dtypes = {"memory_dtype": memory_dtype, "state_dtype": state_dtype}
-        self._how: dict[str, Any] = {"memory": memory, "discount": discount, "curvature": curvature, **dtypes}
+        self._how: dict[str, Any] = {"horizon": horizon, "state_dtype": state_dtype}
         self._program_step: ProgramStep | None = None
         self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
         self.changed: dict[str, int] = {}
@@ -173,7 +165,7 @@ class HyperOptimizer(GroupedOptimizer):
         loss = None
         found: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
-        if self._how["curvature"] == "exact":
+        if self._nested.horizon.curvature == "exact":
             if closure is None:
                 raise ValueError("closure=None, but curvature='exact' needs the loss: give step() a function that returns it")
             self._follow()
@@ -186,6 +178,7 @@ class HyperOptimizer(GroupedOptimizer):
         if not grads:
             return loss
         self._prepare(grads)
+        self._mind_changes(grads.keys())
         learn = self._learn_from == "training"
         kept = cast(ParamState, self._kept)
         if not self._step_by_programs(kept, grads, learn):
@@ -200,6 +193,19 @@ class HyperOptimizer(GroupedOptimizer):
         self._taken = kept.taken
         self._pinned.look(kept.nested, kept.st)
         return loss
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Copy from the weights now what rules keep of them, such as anchors, for tensors that have a gradient and have taken no step.
+
+        `step` does so by itself. This is for what changes weights before that, as another optimizer that steps the same tensors.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        if grads := self._grads():
+            self._prepare(grads)
+            cast(ParamState, self._kept).fresh.difference_update(grads)
 
     def _step_by_programs(self, kept: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
         """Step by programs, if there are any; whether that was done."""
@@ -237,8 +243,7 @@ class HyperOptimizer(GroupedOptimizer):
             kept = cast(ParamState, self._kept)
             first = kept.fresh.intersection(grads)
         if first and self._begins_at_first_step:
-            kept.begin(first, self._how["state_dtype"])
-        self._mind_changes(grads.keys())
+            kept.begin(first)
 
     def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
@@ -248,11 +253,10 @@ class HyperOptimizer(GroupedOptimizer):
         kept.forget(changed, self.state)
         if new := [name for name in changed if name not in self.changed]:
             more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
-            other = "use discount=0" if self._how["discount"] else "use memory='kept'"
             warn(
                 f"the weights of {new[0]!r}{more} were changed after the last step, so learned hypers learn nothing from that step there: "
-                f"put the change into the optimizer, as a combinator such as hn.project, or {other}. This is said once a tensor; "
-                "`changed` counts it",
+                "put the change into the optimizer, as a combinator such as hn.project, or use horizon=hn.OneStep(memory='kept'). This is "
+                "said once a tensor; `changed` counts it",
                 stacklevel=caller_level(),
             )
         for name in changed:

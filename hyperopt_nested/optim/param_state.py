@@ -74,7 +74,7 @@ class ParamState:
         by_ref = {ref: leaves[path] for path, ref in flatten(places).items()}
         self.st = map_tree(by_ref.__getitem__, places)
         self._owners = {name: param for name, param in roster.tensors.items() if name in tracked or name == roster.home}
-        watched = {name: p for name, p in self.params.items() if places["memory"][name].keys() & {"numbers", "carried"}}
+        watched = {name: p for name, p in self.params.items() if any(map(places["memory"][name].get, ("numbers", "carried")))}
         self.weights = Weights(watched, before)
         self.coordinates = _coordinates(nested, "")
         for key, learned in nested.learned.items():
@@ -175,7 +175,7 @@ class ParamState:
         """Whether one of these tensors has another dtype than when its state was made."""
         return any(self.params[name].dtype != self._dtypes[name] for name in names)
 
-    def begin(self, names: Iterable[str], dtype: torch.dtype | None) -> None:
+    def begin(self, names: Iterable[str]) -> None:
         """Set the states of rules, in place, to what they are before the first step from the values that the tensors have now.
 
         Copies of tensors that were given as options, such as anchors, stay.
@@ -183,7 +183,7 @@ class ParamState:
         for name in names:
             optimizer, param = self.nested.bindings[name].optimizer, self.params[name].detach()
             given = _given(optimizer.rule)
-            new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, dtype))
+            new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, self.nested.state_dtype))
             for path, old in flatten(self.st["rule"][name]).items():
                 if path not in given:
                     old.copy_(new[path])

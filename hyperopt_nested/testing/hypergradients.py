@@ -7,8 +7,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.engine.binding import Memory
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import Memory, OneStep
 from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.comparison import EXACT, TOLERANCE, RuleError
 from hyperopt_nested.testing.differences import Difference, Slopes, slopes
@@ -102,7 +102,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
 
 def _by_engine(subject: Subject, case: Case, step: Step, learned: Mapping[str, Per], memory: Memory) -> tuple[Tree, Tree]:
     """Hypergradients by the engine, flattened over tensors, and the size of what each is a sum of."""
-    nested = Nested(subject.learning(case, learned), memory=memory)
+    nested = Nested(subject.learning(case, learned), horizon=OneStep(memory))
     try:
         st = nested.init(step.params)
     except ValueError as error:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.comparison import RuleError, compare, difference
 from hyperopt_nested.testing.strategies import MAX_STEPS, Case
@@ -122,7 +123,7 @@ def check_ends(subject: Subject, case: Case) -> None:
                 continue
             at_end = replace(case, hypers={**case.hypers, name: end})
             learned: dict[str, Per] = {} if name in subject.template.rule.nondifferentiable else {name: "tensor"}
-            nested = Nested(subject.learning(at_end, learned), memory="reverse")  # which hides nothing that is not finite
+            nested = Nested(subject.learning(at_end, learned), horizon=OneStep(memory="reverse"))  # which hides nothing that is not finite
             try:
                 params, st = case.params, nested.init(case.params)
             except ValueError:  # at zero it switches something off that another hyper needs, or that it acts on itself
