@@ -33,7 +33,7 @@ from hyperopt_nested.trees import State, leaves, map_tree
 
 Values = dict[str, Tensors]
 
-_FEW = 256
+_FEW = 32
 """Steps from which on it is tried in the first whether gradients can be differentiated; before, all steps are soon differentiated."""
 
 
