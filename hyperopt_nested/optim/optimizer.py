@@ -121,7 +121,7 @@ class HyperOptimizer(GroupedOptimizer):
         before = {name for name, p in self._kept.params.items() if roster.tensors.get(name) is p} if self._kept else set()
         tracked = {*before, *also, *(name for name, p in roster.tensors.items() if p.requires_grad and not is_lazy(p))}
         nested = Nested(optimizers, **self._how)
-        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._kept, self._elsewhere))
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._kept))
 
     def _take(self, roster: Roster, optimizers: dict[str, Optimizer], kept: ParamState) -> None:
         """Take a state that was made, and what steps it."""
@@ -162,6 +162,10 @@ class HyperOptimizer(GroupedOptimizer):
             NotImplementedError: `curvature="exact"`, and an operation in the loss has no double backward; the message names it.
                 Whatever is raised, nothing has been changed then.
         """
+        return self.update(closure)
+
+    def update(self, closure: Callable[[], float] | None = None) -> float | None:
+        """What `step` does, without the hooks of torch: for subclasses whose own step makes several, under `torch.no_grad`."""
         loss = None
         found: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
@@ -436,15 +440,15 @@ class HyperOptimizer(GroupedOptimizer):
         optimizers = self._switched(groups)
         nested = Nested(optimizers, **self._how)
         tracked = {*cast(ParamState, self._kept).params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
-        start = built(nested, self._roster, tracked, {}, None, self._elsewhere)
-        kept = built(nested, self._roster, tracked, loaded(start, saved), None, self._elsewhere)
+        start = built(nested, self._roster, tracked, {}, None)
+        kept = built(nested, self._roster, tracked, loaded(start, saved), None)
         chosen(self._backend, nested, kept.params)
         self._plan = self._roster, optimizers, kept
         return {**found, "state": {key: entry for key, entry in found["state"].items() if key not in indices}}
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow()
-        own = ("_choice", "_elsewhere", "_how", "_learn_from", "_backend", "_given", "_optimizers", "changed")
+        own = ("_choice", "_how", "_learn_from", "_backend", "_given", "_optimizers", "changed")
         tracked = [*cast(ParamState, self._kept).params]
         own_state = {**{name: getattr(self, name) for name in own}, "_names": self._roster.names, "_tracked": tracked}
         return {**super().__getstate__(), **own_state}  # the rest is made again
@@ -459,4 +463,4 @@ class HyperOptimizer(GroupedOptimizer):
             self._programs, self._kept, self._pinned = None, None, PinnedValues(self._pinned_at_ends)
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
-            self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None, self._elsewhere))
+            self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None))
