@@ -43,6 +43,7 @@ bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
 	run optimizer_steps.py $(PUBLISHED); \
 	run small_models.py; \
+	run wrapped_steps.py; \
 	run launches.py $(PUBLISHED); \
 	run memory.py $(PUBLISHED); \
 	run scaling.py; \
