@@ -418,7 +418,7 @@ def test_state_may_be_moved_to_the_tensor_that_replaces_another() -> None:
     assert float(opt.state[longer]["steps"]) == float(opt.state[longer]["rule.step"]) == 2
 
 
-def test_what_can_not_be_followed_is_named_and_changes_nothing() -> None:
+def test_what_cannot_be_followed_is_named_and_changes_nothing() -> None:
     model = network()
     opt = AdamP(model.named_parameters(), lr=0.1, anchor=model.state_dict())
     train(model, opt, 2)
@@ -449,7 +449,7 @@ def test_a_tensor_that_is_given_twice_is_stepped_once(named: bool, backend: Any)
     assert len(opt.param_groups) == 1
 
 
-def test_a_group_that_can_not_be_learned_is_not_added() -> None:
+def test_a_group_that_cannot_be_learned_is_not_added() -> None:
     w = nn.Parameter(torch.ones(2))
     opt = hn.HyperOptimizer([w], hn.sgd(lr=0.1))
     with pytest.raises(ValueError, match="dampening is learned"):
@@ -495,13 +495,13 @@ def test_weights_may_be_loaded_after_construction(name: str, backend: Any) -> No
     model, early, late = network(), COPIES[name], COPIES[name]
     opt = early(model.named_parameters(), backend)
     model.load_state_dict(pretrained.state_dict())
-    for key, value in opt.evaluated().items():
+    for key, value in opt.eval_params().items():
         assert torch.equal(value, pretrained.state_dict()[key])
     other = late(pretrained.named_parameters(), backend)
     for net, each in ((model, opt), (pretrained, other)):
         train(net, each, 4)
     assert same(model, pretrained)
-    assert all(torch.equal(a, b) for a, b in zip(opt.evaluated().values(), other.evaluated().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(opt.eval_params().values(), other.eval_params().values(), strict=True))
 
 
 @every_backend

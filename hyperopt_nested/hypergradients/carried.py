@@ -67,7 +67,7 @@ class Carried:
         if self.buffers and has_statistics:
             raise ValueError(
                 f"a function made by hn.functional was called with tensors {sorted(given)[:3]} that were computed from params "
-                f"{sorted(self.params)[:3]} under other names: its running statistics can not be told. Keep the names, or make it with "
+                f"{sorted(self.params)[:3]} under other names: its running statistics cannot be told. Keep the names, or make it with "
                 "hn.functional(module, buffers='fixed')"
             )
         return None
@@ -103,7 +103,7 @@ class Carried:
         found = self._outer.get(id(tensor))
         if found is None and self._outer and (tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)):
             raise NotImplementedError(
-                "spectral_norm of a weight that is computed from params can not be differentiated twice: give the function that "
+                "spectral_norm of a weight that is computed from params cannot be differentiated twice: give the function that "
                 "hn.functional made the tensors themselves, or put the module into evaluation mode"
             )
         return found

@@ -138,7 +138,7 @@ def _check_coordinates(kept: ParamState, pool: Mapping[str, Any]) -> None:
         if here != there:
             raise ValueError(
                 f"state_dict has {key!r} learned with via={names.get(there, there)}, and this optimizer with via={names.get(here, here)}: "
-                "their raw values mean other things; declare it as the run that was saved"
+                "their unconstrained values mean other things; declare it as the run that was saved"
             )
 
 

@@ -365,9 +365,9 @@ class HyperOptimizer(GroupedOptimizer):
         rules = listed(dict.fromkeys(optimizer.rule.name for optimizer in self._optimizers.values()))
         return f"{name}(\nrule: {rules}\nbackend: {self.backend}\nlearned: {values}{groups}"
 
-    def rejected(self) -> dict[str, Tensor]:
+    def nonfinite_counts(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
-        return map_tree(torch.clone, self._nested.rejected(self._state()))
+        return map_tree(torch.clone, self._nested.nonfinite_counts(self._state()))
 
     def pinned(self) -> dict[str, Tensor]:
         """How many steps of values of each learned hyper were stopped at an end of what they may be: shape () each.
@@ -377,18 +377,18 @@ class HyperOptimizer(GroupedOptimizer):
         """
         return map_tree(torch.clone, self._nested.pinned(self._state()))
 
-    def evaluated(self) -> dict[str, Tensor]:
+    def eval_params(self) -> dict[str, Tensor]:
         """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.
 
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> model = torch.nn.Linear(2, 1)
             >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
-            >>> prediction = torch.func.functional_call(model, opt.evaluated(), torch.ones(3, 2))
+            >>> prediction = torch.func.functional_call(model, opt.eval_params(), torch.ones(3, 2))
         """
         st, kept = self._state(), cast(ParamState, self._kept)
         params = {name: p.detach() for name, p in kept.params.items()}
-        return {**self._nested.evaluated(params, st), **{name: params[name] for name in kept.fresh if self._begins_at_first_step}}
+        return {**self._nested.eval_params(params, st), **{name: params[name] for name in kept.fresh if self._begins_at_first_step}}
 
     def _state(self) -> State:
         """The engine's state."""

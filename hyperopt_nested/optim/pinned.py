@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_nested.checks import caller_level
 from hyperopt_nested.engine.learned import LearnedHyper, Learner
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.trees import State
 
 _EVERY = 100
@@ -49,8 +49,8 @@ class PinnedValues:
                 warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=caller_level())
 
 
-def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Raws]:
-    """The learned hyper at a path, and its raw values."""
+def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Named]:
+    """The learned hyper at a path, and its unconstrained values."""
     for key, learned in nested.learned.items():
         if path == key:
             return learned, st["hypers"][key]
