@@ -28,7 +28,7 @@ class PinnedValues:
     """
 
     def __init__(self, expected: Collection[str] = ()) -> None:
-        self._told = set(expected)
+        self._reported = set(expected)
         self._steps = 0
 
     def look(self, nested: Nested, st: State) -> None:
@@ -42,10 +42,10 @@ class PinnedValues:
             return
         self._steps += 1
         for path, count in nested.pinned(st).items():
-            if path in self._told or (count.device.type != "cpu" and self._steps % _EVERY):
+            if path in self._reported or (count.device.type != "cpu" and self._steps % _EVERY):
                 continue
             if count.item() > 0:
-                self._told.add(path)
+                self._reported.add(path)
                 warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=caller_level())
 
 
@@ -76,8 +76,8 @@ def _message(path: str, learned: LearnedHyper, raws: Mapping[str, Tensor]) -> st
 def _at_an_end(learned: LearnedHyper, raw: Tensor) -> list[float]:
     """The entries at an end."""
     value, (low, high) = learned.value(raw), learned.ends(raw)
-    found: list[float] = value[(value <= low) | (value >= high)].flatten().tolist()
-    return found
+    entries: list[float] = value[(value <= low) | (value >= high)].flatten().tolist()
+    return entries
 
 
 def _shown(end: Any) -> str:
