@@ -1,8 +1,22 @@
 """Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move."""
 
+from ftp.directional import digrap, directional_projection
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
 from ftp.rule import FLOOR, Anneal, ftp_rule, identity, largest_norm
 from ftp.tpgm import TPGM
 from ftp.wrapper import FTP
 
-__all__ = ["FLOOR", "FTP", "SGDP", "TPGM", "AdamP", "Anneal", "FTPOptimizer", "ftp_rule", "identity", "largest_norm"]
+__all__ = [
+    "FLOOR",
+    "FTP",
+    "SGDP",
+    "TPGM",
+    "AdamP",
+    "Anneal",
+    "FTPOptimizer",
+    "digrap",
+    "directional_projection",
+    "ftp_rule",
+    "identity",
+    "largest_norm",
+]

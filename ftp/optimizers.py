@@ -97,7 +97,6 @@ class ProjectedOptimizer(hn.HyperOptimizer):
         groups = _groups(params)
         anchors = anchor if isinstance(anchor, Mapping) else None
         choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, how)
-        self._elsewhere = frozenset() if anchor_device is None else frozenset({"anchor"})
         kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
         super().__init__(groups, choose, learn_from=learn_from, backend=backend, **kept)
 

@@ -1,6 +1,5 @@
 """`TPGM`: projections whose radii are learned from a validation loss, beside any optimizer."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 import hyperopt_nested as hn
 from ftp.optimizers import Anchors, Exclude, ProjectedOptimizer
-from ftp.rule import largest_norm
+from ftp.rule import identity, largest_norm
 
 _SMALLEST = 1e-8
 _BALLS = {"mars": hn.mars, "l2": hn.frobenius}
@@ -78,7 +77,7 @@ class TPGM(ProjectedOptimizer):
         radius = hn.learn(1.0, by=hn.adam(lr=lr), per="tensor", bounds=(_SMALLEST, largest_norm))
         super().__init__(
             params,
-            hn.sgd(lr=0.0),
+            identity(),
             radius,
             onto=_BALLS[norm],
             exclude=exclude,
@@ -149,12 +148,12 @@ class TPGM(ProjectedOptimizer):
             state["hypers.radius"] = torch.where(state["rule.largest_norm"] == 0, start, radius)
 
     def _project(self, tuned: dict[Tensor, Tensor]) -> None:
-        """Give the tensors the projections of `tuned`, and clear all gradients; the step of the optimizer inside is zero."""
+        """Give the tensors the projections of `tuned`, and clear all gradients."""
         self.zero_grad()
         for p, value in tuned.items():
             p.copy_(value)
             p.grad = torch.zeros_like(p)
-        inspect.unwrap(hn.HyperOptimizer.step)(self)  # without the hooks of torch, which are for the whole step
+        self.update()
         self.zero_grad()
 
     def __getstate__(self) -> dict[str, Any]:

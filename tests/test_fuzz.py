@@ -270,10 +270,11 @@ def test_random_optimizers_on_random_tensors(backend: str, chunk: int, monkeypat
     if backend == "compile":  # programs as they are traced: inductor's code takes a second a tensor
         monkeypatch.setattr("torch._inductor.compile", lambda graph, examples: graph)
     monkeypatch.setattr(step, "WARM_UP", 1)
-    wrong = []
+    wrong, left = [], 0
     for i in range(10 if CASES >= 10 else CASES):
         case = Case(SEED * 1_000_000 + chunk * 10 + i)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             warnings.filterwarnings("ignore", message="the weights of")
             warnings.filterwarnings("ignore", message="the learned")
             try:
@@ -284,6 +285,9 @@ def test_random_optimizers_on_random_tensors(backend: str, chunk: int, monkeypat
                 continue
             except Exception as error:
                 raise AssertionError(f"{case!r}: {type(error).__name__}: {error}") from error
-        if said:
-            wrong.append(f"{case!r}: {said}")
+        refused = [each for each in told if "it deviates from the engine" in str(each.message)]
+        left += bool(refused)
+        if said or len(refused) < len(told):
+            wrong.append(f"{case!r}: {said} {[str(each.message) for each in told]}")
+    assert left <= 1, "programs are refused: rounding explains one of a thousand"
     assert not wrong, "\n".join(wrong)

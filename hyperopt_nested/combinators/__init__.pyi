@@ -11,4 +11,4 @@ from hyperopt_nested.combinators._calls import l2_sp as l2_sp
 from hyperopt_nested.combinators._calls import lookahead as lookahead
 from hyperopt_nested.combinators._calls import project as project
 from hyperopt_nested.combinators._calls import spd as spd
-from hyperopt_nested.combinators.anchor import Anchor as Anchor
+from hyperopt_nested.rules._anchor import Anchor as Anchor

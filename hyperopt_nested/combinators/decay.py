@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinators.anchor import Anchor, displacement, keep_anchor
 from hyperopt_nested.combinators.base import Step, combinator
 from hyperopt_nested.domains import NonNegative
 from hyperopt_nested.ops import kink
 from hyperopt_nested.projections import frobenius
+from hyperopt_nested.rules._anchor import Anchor, displacement, keep_anchor
 from hyperopt_nested.trees import State
 
 

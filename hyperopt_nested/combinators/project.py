@@ -6,11 +6,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from hyperopt_nested.combinators.anchor import Anchor, anchor_of, displacement, keep_anchor
 from hyperopt_nested.combinators.base import Step, combinator
 from hyperopt_nested.domains import NonNegative
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.projections import EPS, Ball, Saturation, largest, mars
+from hyperopt_nested.rules._anchor import Anchor, anchor_of, displacement, keep_anchor
 from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import State
 

@@ -14,7 +14,7 @@ from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
-from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.carried import Carried, no_recomputation
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
 from hyperopt_nested.hypergradients.losses import OuterLoss, Tensors, TrainLoss, detached, evaluate, gradients, refuse_constant
@@ -103,6 +103,7 @@ class Audit:
         return made
 
 
+@no_recomputation()
 def audit(
     optimizer: Optimizer | Mapping[str, Optimizer],
     params: Mapping[str, Tensor],

@@ -1,20 +1,22 @@
 """What goes from step to step besides the tensors that are trained: the buffers of modules.
 
-`hypergradient`, `audit` and `sweep` call losses inside `carrying`, and the functions that `functional` makes read their buffers there
-and leave the new ones there. Outside, there is nothing to read.
+While `hypergradient`, `audit` and `sweep` call losses, the functions that `functional` makes read their buffers in `CARRIED`, and leave the
+new ones there. Outside, there is nothing to read.
 """
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-_NOW: ContextVar["Carried | None"] = ContextVar("carried", default=None)
+CARRIED: ContextVar["Carried | None"] = ContextVar("carried", default=None)
+"""What is carried by the call of a loss that runs now; None outside."""
 
 
 class Carried:
@@ -43,10 +45,16 @@ class Carried:
         unknown: Collection[str] = (),
     ) -> None:
         self.params, self.buffers, self.lift, self.checked, self._apart = params, dict(buffers), lift, checked, apart
-        self._unknown = unknown
-        self._names = {id(p): name for name, p in params.items()}
-        self._outer = {} if outer is None else {id(p): outer[name] for name, p in params.items()}
+        self._unknown, self._twins = unknown, outer
         self.changed: set[str] = set()
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.params.items()}
+
+    @cached_property
+    def _outer(self) -> dict[int, Tensor]:
+        return {} if self._twins is None else {id(p): self._twins[name] for name, p in self.params.items()}
 
     def prefix(self, given: Mapping[str, Tensor], has_statistics: bool) -> str | None:
         """What the names of a module's tensors have before them in `params`; None if `given` is not made of `params`.
@@ -107,22 +115,6 @@ class Carried:
                 "hn.functional made the tensors themselves, or put the module into evaluation mode"
             )
         return found
-
-
-def carried_now() -> Carried | None:
-    """What is carried by the call of a loss that runs now; None outside."""
-    return _NOW.get()
-
-
-@contextmanager
-def carrying(carried: Carried | None) -> Iterator[None]:
-    """Call a loss with what is carried, and without activation checkpointing."""
-    token = _NOW.set(carried)
-    try:
-        with no_recomputation():
-            yield
-    finally:
-        _NOW.reset(token)
 
 
 class _Plain:

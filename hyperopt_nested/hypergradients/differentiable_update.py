@@ -1,9 +1,9 @@
 """The update of tensors with a native pull-back: autograd keeps what an update is given, and nothing that is computed on the way."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
+from functools import cache, partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
-from hyperopt_nested.backends.fused import Kernel, check_layout, sizes
-from hyperopt_nested.backends.graph import UnsupportedError, UpdateGraph, Value, Values, kind_of
-from hyperopt_nested.backends.program import Request
+from hyperopt_nested.backends.fused import PLAIN, Kernel, check_layout, sizes
+from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value, Values, kind_of
+from hyperopt_nested.backends.program import Batch, Engine, Request
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.binding import Tensors
@@ -21,6 +21,12 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Learn
 from hyperopt_nested.trees import State, filled, leaves
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype."""
+
+_FEW = 2
+"""Operators that take autograd less time than a kernel and its pull-back take to be called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,21 +38,42 @@ class _Plan:
     """
 
     update: Kernel
-    pull: Kernel
+    pull: Kernel | None  # None: no derivative has to be computed
     passed: list[int | None]  # by result: the argument that it is, if it is one
+    written: list[int]  # results that are no arguments
     followed: list[int]  # results that depend on wanted arguments
     wanted: list[int]  # arguments that autograd follows
-    written: list[int]  # results that are no arguments
+    handed: dict[int, int]  # wanted arguments whose derivative is the cotangent of a result
     read: frozenset[int]  # arguments that the pull-back reads
-    forms: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = field(default_factory=list)  # of arguments: shape, strides and dtype
+    forms: Sequence[Form] = ()  # of arguments
     sizes: tuple[int, int] = 0, 0  # rows and columns
 
 
-_plans: dict[Hashable, _Plan | None] = {}
+@dataclass(frozen=True, eq=False)
+class _Operators:
+    """One tensor's update by a few operators of torch, which autograd differentiates: a function of its arguments to the new tensor."""
+
+    inputs: list[int]  # indices of the arguments that are used
+    steps: list[tuple[Callable[[Tensor, Tensor], Tensor], int, int]]  # operators, and indices of operands among inputs and results before
+    casts: list[tuple[int, torch.dtype]]  # inputs that are cast
+    last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what was cast last, and to what: most are the same in all steps
+
+    def __call__(self, *row: Tensor) -> Tensor:
+        found = [row[i] for i in self.inputs]
+        for i, dtype in self.casts:
+            if i not in self.last or self.last[i][0] is not found[i]:
+                self.last[i] = found[i], found[i].to(dtype)
+            found[i] = self.last[i][1]
+        for operator, first, second in self.steps:
+            found.append(operator(found[first], found[second]))
+        return found[-1]
+
+
+_plans: dict[Hashable, _Plan | _Operators | None] = {}
 
 
 class DifferentiableUpdate:
-    """`Nested.update`, by kernels that are traced from it and verified against it; by itself, where there are none.
+    """`Nested.update`, by programs that are traced from it and verified against it; by itself, where there are none.
 
     Autograd can differentiate it once.
 
@@ -56,56 +83,66 @@ class DifferentiableUpdate:
 
     def __init__(self, nested: Nested) -> None:
         self._nested = nested
-        self._plans: dict[Hashable, _Plan | None] = {}
+        self._keys = cache(lambda name: [(each.key, each.key_of(name)) for each in nested.bindings[name].learned.values()])
+        self._plans: dict[Hashable, _Plan | _Operators | None] = {}
 
     def __call__(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """New tensors and states; arguments as of `Nested.update`."""
-        rows, plans = list[list[Tensor]](), list[_Plan]()
+        new, states, rows, plans = dict[str, Tensor](), dict(rule), dict[str, list[Tensor]](), list[_Plan]()
         for name, grad in grads.items():
-            raws = (hypers[each.key][each.key_of(name)] for each in self._nested.bindings[name].learned.values())
-            row = [grad, params[name], *leaves(rule[name]), *raws]
-            key = name, *(each.requires_grad for each in row)
+            row = [grad, params[name], *leaves(rule[name]), *[hypers[key][value] for key, value in self._keys(name)]]
+            key = name, *[each.requires_grad for each in row]
             if key not in self._plans:
                 self._plans[key] = self._plan(name, row, rule[name])
             if (plan := self._plans[key]) is None:
                 return self._nested.update(params, grads, rule, hypers)
-            rows.append(row)
-            plans.append(plan)
-        made = iter(_apply(plans, *chain.from_iterable(rows)))
-        new = [[next(made) if i is None else row[i] for i in plan.passed] for plan, row in zip(plans, rows, strict=True)]
-        named = list(zip(grads, new, strict=True))
-        return {name: first for name, (first, *_) in named}, {name: filled(rule[name], state) for name, (_, *state) in named}
+            if isinstance(plan, _Plan):
+                rows[name] = row
+                plans.append(plan)
+            else:
+                new[name] = plan(*row)
+        made = iter(_apply(plans, *chain.from_iterable(rows.values())) if plans else ())
+        for plan, (name, row) in zip(plans, rows.items(), strict=True):
+            new[name], *state = [next(made) if i is None else row[i] for i in plan.passed]
+            states[name] = filled(rule[name], state)
+        return new, states
 
-    def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
+    def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
         """What to do for one tensor; None if the engine has to do it."""
         optimizer, param = self._nested.bindings[name].optimizer, row[1]
+        if any(type(each) not in PLAIN for each in row):
+            return None
         try:
             kinds = tuple(kind_of(each.shape, param.shape) for each in row)
-            check_layout([row[1], *row[1:]], kinds, param)
         except UnsupportedError:
             return None
         fixed = ((hyper, None if isinstance(value, Learn) else value) for hyper, value in optimizer.settings.items())
         followed = ((each.dtype, each.requires_grad) for each in row)
         ones = (size == 1 for size in param.shape)
-        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, *followed, *ones
+        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, param.device, *followed, *ones
         if key not in _plans:
             try:
                 _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
-        found = _plans[key]
-        forms = [(each.shape, each.stride(), each.dtype) for each in [row[1], *row[1:]]]
-        return found and replace(found, forms=forms, sizes=sizes(param))
+        if isinstance(found := _plans[key], _Operators):
+            return replace(found, last={})
+        if found is None:
+            return None
+        try:
+            check_layout([param, *row[1:]], kinds, param)
+        except UnsupportedError:
+            return None
+        return replace(found, forms=[(each.shape, each.stride(), each.dtype) for each in [param, *row[1:]]], sizes=sizes(param))
 
-    def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | None:
+    def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
         count, results = len(row), range(len(leaves(state)) + 1)
-        keys = [(each.key, each.key_of(name)) for each in self._nested.bindings[name].learned.values()]
 
         def update(row: Sequence[Tensor]) -> list[Tensor]:
             grad, param, *rest = row
-            raws = {key: {value: raw} for (key, value), raw in zip(keys, rest[len(results) - 1 :], strict=True)}
+            raws = {key: {value: raw} for (key, value), raw in zip(self._keys(name), rest[len(results) - 1 :], strict=True)}
             new, rule = self._nested.update({name: param}, {name: grad}, {name: filled(state, rest)}, raws)
             return [new[name], *leaves(rule[name])]
 
@@ -148,25 +185,41 @@ class DifferentiableUpdate:
         functions = [updated, pulled]
         arguments = [each.detach() for each in arguments]
         graphs = [_without_zeros(trace(function, arguments, row[1])) for function in functions]
-        compiler.load([code(graph) for graph in graphs])  # side by side
-        kernels = [Kernel(graph) for graph in graphs]
         request = Request((), "", functions, arguments, row[1], (), partial(trials, arguments))
-        if deviation(kernels, request):
+        if len(results) == 1 and (operators := _by_operators(graphs[0])):
+            program = Engine(lambda *given: [*(None for _ in given[1:]), operators(*given)])
+            return None if deviation([program], replace(request, functions=functions[:1])) else operators
+        if row[1].device.type != "cpu":
             return None
-        read = frozenset(value.args[0] for value in graphs[-1].values if value.op == "input")
-        return _Plan(kernels[0], kernels[-1], passed, followed, wanted, written, read)
+        outputs, form = dict(graphs[1].outputs), [(each.shape, each.dtype) for each in arguments]
+        same = {i: value.args[0] for i, value in outputs.items() if value.op == "input" and form[value.args[0]] == form[i]}
+        graphs[1] = UpdateGraph(graphs[1].inputs, tuple((i, value) for i, value in outputs.items() if i not in same))
+        compiler.load([code(graph) for graph in graphs])  # side by side
+        step, pull = Kernel(graphs[0]), Kernel(graphs[1]) if graphs[1].outputs else None
+
+        def completed(*given: Tensor) -> list[Tensor | None]:
+            if pull:
+                pull(Batch([[*given]]))
+            return [given[same[i]] if i in same else None for i in range(len(given))]
+
+        if deviation([step, Engine(completed)], request):
+            return None
+        handed = {wanted[i - count - len(followed)]: followed[at - count] for i, at in same.items()}
+        read = frozenset(value.args[0] for value in graphs[1].values if value.op == "input")
+        return _Plan(step, pull, passed, written, followed, wanted, handed, read)
 
 
 class _Update(torch.autograd.Function):
-    """The updates of many tensors: of the arguments of all, to all results that are no arguments."""
+    """The updates of many tensors by kernels: of the arguments of all, to all results that are no arguments."""
 
     @staticmethod
     def forward(ctx: Any, plans: Sequence[_Plan], *tensors: Tensor) -> Any:
         given, batches = iter(tensors), dict[Kernel, _Batch]()
         results, constant, kept = list[Tensor](), list[Tensor](), list[Tensor | None]()
         for plan in plans:
-            row = [_lying(next(given), *form) for form in plan.forms]
-            new = [_empty(*plan.forms[1 + i]) for i in plan.written]
+            row = [*islice(given, len(plan.forms))]
+            row[0] = _lying(row[0], plan.forms[0])
+            new = [torch.empty_like(row[1 + i]) for i in plan.written]
             results += new
             constant += [each for i, each in zip(plan.written, new, strict=True) if i not in plan.followed]
             kept += [each if i in plan.read else None for i, each in enumerate(row)]
@@ -175,18 +228,21 @@ class _Update(torch.autograd.Function):
         ctx.plans = plans
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         kept, along, batches = iter(ctx.saved_tensors), iter(cotangents), dict[Kernel, _Batch]()
         slopes = list[Tensor | None]()
         for plan in ctx.plans:
-            row, given = [next(kept) for _ in plan.forms], {i: next(along) for i in plan.written}
-            found = {i: _empty(*plan.forms[i]) for i in plan.wanted}
+            row, given = [*islice(kept, len(plan.forms))], {i: next(along) for i in plan.written}
+            found = {i: given[plan.handed[i]] if i in plan.handed else _empty(plan.forms[i]) for i in plan.wanted}
             slopes += [found.get(i) for i in range(len(row))]
-            pulled = [_lying(given[i], *plan.forms[1 + i]) for i in plan.followed]
-            batches.setdefault(plan.pull, []).append((plan.sizes, [*row, *pulled, *found.values(), *(None for _ in given)]))
+            if plan.pull:
+                pulled = [_lying(given[i], plan.forms[1 + i]) for i in plan.followed]
+                results = (None if i in plan.handed else each for i, each in found.items())
+                batches.setdefault(plan.pull, []).append((plan.sizes, [*row, *pulled, *results, *(None for _ in given)]))
         _run(batches)
         return None, *slopes
 
@@ -200,13 +256,28 @@ def _run(batches: Mapping[Kernel, _Batch]) -> None:
         kernel.run(*zip(*batch, strict=True))
 
 
-def _empty(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty(form: Form) -> Tensor:
+    shape, strides, dtype = form
     return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
-def _lying(tensor: Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor, or a copy of it, with these strides."""
-    return tensor if tensor.stride() == strides and not tensor.is_neg() else _empty(shape, strides, dtype).copy_(tensor)
+def _lying(tensor: Tensor | None, form: Form) -> Tensor:
+    """A tensor, or a copy of it, with the strides of a form; None for zeros."""
+    if tensor is None:
+        return _empty(form).zero_()
+    return tensor if tensor.stride() == form[1] and not tensor.is_neg() else _empty(form).copy_(tensor)
+
+
+def _by_operators(graph: UpdateGraph) -> _Operators | None:
+    """An update by torch's operators, if they are few: they take autograd less time than a kernel and its pull-back take to be called."""
+    inputs = [value for value in graph.values if value.op == "input"]
+    made = [value for value in graph.values if value.op != "input"]
+    if not 0 < len(made) <= _FEW or any(value.op not in ("add", "sub", "mul") or value.kind != Kind.ELEMENT for value in made):
+        return None
+    index, dtype = {value: i for i, value in enumerate([*inputs, *made])}, made[-1].dtype
+    steps = [(getattr(torch, value.op), index[value.args[0]], index[value.args[1]]) for value in made]
+    casts = [(index[value], dtype) for value in inputs if value.kind == Kind.NUMBER and value.dtype != dtype]
+    return _Operators([value.args[0] for value in inputs], steps, casts)
 
 
 def _without_zeros(graph: UpdateGraph) -> UpdateGraph:

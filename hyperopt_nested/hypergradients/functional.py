@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hyperopt_nested.hypergradients.carried import Carried, carried_now, no_recomputation
+from hyperopt_nested.hypergradients.carried import CARRIED, Carried, no_recomputation
 from hyperopt_nested.hypergradients.draws import Draws, devices_of, drawn_again
 from hyperopt_nested.hypergradients.layers import FOLLOWING, prepare, statistics_read
 
@@ -38,7 +38,7 @@ class Functional:
 
     def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """What the module returns with these parameters; frozen parameters and buffers stay as they were."""
-        carried = carried_now() if self._carried and self._buffers else None
+        carried = CARRIED.get() if self._carried and self._buffers else None
         prefix = carried.prefix(params, bool(self._statistics)) if carried else None
         if carried is None or prefix is None:
             return self._called(params, self._buffers, args, kwargs)[0]

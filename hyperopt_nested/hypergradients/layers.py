@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hyperopt_nested.hypergradients.carried import carried_now
+from hyperopt_nested.hypergradients.carried import CARRIED
 
 FOLLOWING: ContextVar[bool] = ContextVar("following", default=False)
 """Whether running statistics are followed: whether someone reads the buffers that a call leaves."""
@@ -126,7 +126,7 @@ def _iterated(
     weight: Tensor, matrix_of: Callable[[Tensor], Tensor], u: Tensor, v: Tensor, count: int, eps: float, *, u_first: bool
 ) -> tuple[Tensor, Tensor]:
     """Power iterations. As in torch, gradients take the result for constant; derivatives of gradients do not."""
-    carried = carried_now()
+    carried = CARRIED.get()
     twin = carried.outer(weight) if carried else None
     with torch.no_grad() if twin is None else torch.enable_grad():
         matrix = matrix_of(weight if twin is None else twin)

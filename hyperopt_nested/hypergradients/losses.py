@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from hyperopt_nested.hypergradients.carried import Carried, carrying
+from hyperopt_nested.hypergradients.carried import CARRIED, Carried
 
 Tensors = dict[str, Tensor]
 Hypers = Mapping[str, Mapping[str, Tensor]]
@@ -35,17 +35,20 @@ def evaluate(name: str, function: Callable[..., Loss], carried: Carried, *rest: 
         TypeError: something else than a loss, or a pair that begins with one, was returned.
         ValueError: the loss is no real floating-point tensor of shape ().
     """
-    with carrying(carried):
+    token = CARRIED.set(carried)
+    try:
         returned = function(dict(carried.params), *rest)
+    finally:
+        CARRIED.reset(token)
     pair = has_aux and isinstance(returned, tuple) and len(returned) == 2
     loss, aux = returned if pair else (returned, None)
+    if isinstance(loss, Tensor) and not loss.ndim and loss.is_floating_point():
+        return loss, aux
     wanted = "it must return the loss, a floating-point tensor of shape ()" + (", or a pair (loss, anything else)" if has_aux else "")
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name} returned {_described(returned)}; {wanted}{_remedy(returned)}")
-    if loss.ndim or not loss.is_floating_point():
+    if isinstance(loss, Tensor):
         hint = "compute it in real numbers" if not loss.ndim else "take its mean() or sum()" if loss.numel() > 1 else "take its squeeze()"
         raise ValueError(f"{name} returned {_described(returned)}; {wanted}: {hint}")
-    return loss, aux
+    raise TypeError(f"{name} returned {_described(returned)}; {wanted}{_remedy(returned)}")
 
 
 def _remedy(returned: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.hypergradients.carried import Carried
+from hyperopt_nested.hypergradients.carried import Carried, no_recomputation
 from hyperopt_nested.hypergradients.losses import TrainLoss, detached, evaluate, gradients, is_tensor, parted
 from hyperopt_nested.hypergradients.unrolled import check_values
 from hyperopt_nested.rule import Optimizer
@@ -36,6 +36,7 @@ class Sweep:
     aux: list[Any] = field(default_factory=list)
 
 
+@no_recomputation()
 def sweep(
     optimizer: Optimizer | Mapping[str, Optimizer],
     params: Mapping[str, Tensor],

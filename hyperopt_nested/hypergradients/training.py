@@ -1,13 +1,13 @@
 """Training as a function of the values of hypers, and its derivatives."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.hypergradients.carried import Carried
@@ -29,7 +29,7 @@ from hyperopt_nested.hypergradients.losses import (
     parted,
     refuse_constant,
 )
-from hyperopt_nested.trees import State, map_tree
+from hyperopt_nested.trees import State, leaves, map_tree
 
 Values = dict[str, Tensors]
 
@@ -56,7 +56,7 @@ class Trace:
     def add(self, loss: Tensor, aux: Any) -> None:
         """Take down what `train_loss` returned in a step."""
         self.losses.append(loss.detach())
-        self.aux.append(detached(aux))
+        self.aux.append(None if aux is None else detached(aux))
 
     def end(self, loss: Tensor, aux: Any) -> None:
         """Take down what `outer_loss` returned."""
@@ -68,7 +68,7 @@ class Training:
 
     Args:
         nested: the engine.
-        declared: the values that are declared, which say the shapes.
+        schedules: hyper and key of each value that has an entry a step.
         train_loss: the training loss.
         outer_loss: the outer loss, of tensors and values.
         reverse: whether gradients are differentiated in reverse: what has no such derivative is refused in the first step.
@@ -83,7 +83,7 @@ class Training:
     def __init__(
         self,
         nested: Nested,
-        declared: Hypers,
+        schedules: Collection[tuple[str, str]],
         train_loss: TrainLoss,
         outer_loss: Callable[[Tensors, Hypers], Loss],
         *,
@@ -92,7 +92,7 @@ class Training:
         order: int = 2,
         by_kernels: bool = False,
     ) -> None:
-        self._nested, self._declared, self._train_loss, self._outer_loss = nested, declared, train_loss, outer_loss
+        self._nested, self._schedules, self._train_loss, self._outer_loss = nested, schedules, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
         self._has_aux, self._order, self._tries = has_aux, order, True
         self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
@@ -114,7 +114,7 @@ class Training:
         cotangents: list[Tensor | None] | None = None
         for begin in reversed(starts):
             start, hypers = kept.pop(), map_tree(_differentiable if create_graph else _leaf, values)
-            start = {part: tree_map(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
+            start = {part: map_tree(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
             part, at = batches[begin : begin + segment], first + begin
             with torch.enable_grad(), twice():
                 if cotangents is None:
@@ -123,27 +123,30 @@ class Training:
                     outputs = [loss]
                 else:
                     with drawn_again(draws.pop()):
-                        outputs = tree_leaves(self._run_again(start, hypers, part, at))
+                        outputs = leaves(self._run_again(start, hypers, part, at))
                 pairs = [(each, weight) for each, weight in zip(outputs, cotangents or [None], strict=True) if each.requires_grad]
-                inputs, rebuilt = parted((start, hypers), _is_followed)
+                inputs = {"start": start, "hypers": hypers}
                 found = torch.autograd.grad(
                     [each for each, _ in pairs],
-                    inputs,
+                    [each for each in leaves(inputs) if each.requires_grad],
                     [weight for _, weight in pairs],
                     create_graph=create_graph,
                     allow_unused=True,
                     materialize_grads=True,
                 )
-            before, through = rebuilt(list(found))
-            cotangents = tree_leaves(before)
-            total = map_tree(torch.add, total, through)
+            slopes = iter(found)
+            through = map_tree(lambda leaf: next(slopes) if leaf.requires_grad else leaf, inputs)  # noqa: B023
+            before = through["start"]
+            cotangents = [*leaves(before)]
+            total = map_tree(torch.add, total, through["hypers"])
         return total, before["params"]
 
     def run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
         """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
-        for step, batch in enumerate(batches, start=begin):
-            carry, loss, aux = self._step(carry, values, batch, step, graph)
-            self.trace.add(loss, aux)
+        with torch.enable_grad(), twice():
+            for step, batch in enumerate(batches, start=begin):
+                carry, loss, aux = self._step(carry, values, batch, step, graph)
+                self.trace.add(loss, aux)
         return carry
 
     def _run_again(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int) -> State:
@@ -168,12 +171,11 @@ class Training:
         """One step: what goes on, the loss, and what came with it."""
         params = {name: p.view_as(p) if graph else _leaf(p) for name, p in carry["params"].items()}
         first = self._checked is not None and not self.trace.losses
-        with torch.enable_grad(), twice():
-            carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
-            loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
-            grads = gradients(loss, params, graph=graph or first)
-            if first:
-                check_twice(loss, grads, params, order=self._order, trial=self._tries)
+        carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
+        loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
+        grads = gradients(loss, params, graph=graph or first)
+        if first:
+            check_twice(loss, grads, params, order=self._order, trial=self._tries)
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
@@ -299,25 +301,19 @@ class Training:
 
     def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, differentiable: bool = False) -> State:
         """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone."""
-        now: dict[str, Tensors] = {key: {} for key in values}
-        for key, name, value, scheduled in self._each(values):
-            if scheduled and step >= len(value):
-                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are more batches")
-            now[key][name] = value[step] if scheduled else value
+        now: dict[str, Tensors] = {key: {**by_name} for key, by_name in values.items()}
+        for key, name in self._schedules:
+            if step >= len(schedule := values[key][name]):
+                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(schedule)} steps, but there are more batches")
+            now[key][name] = schedule[step]
         update = self._differentiable if differentiable else self._nested.update
         params, rule = update(carry["params"], grads, carry["rule"], now)
         return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
-    def _each(self, values: Hypers) -> Iterator[tuple[str, str, Tensor, bool]]:
-        """Hyper, key and value of each, and whether it is a schedule."""
-        for key, by_name in values.items():
-            for name, value in by_name.items():
-                yield key, name, value, value.shape != self._declared[key][name].shape
-
     def _check_schedules(self, values: Hypers, steps: int) -> None:
-        for key, name, value, scheduled in self._each(values):
-            if scheduled and len(value) != steps:
-                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(value)} steps, but there are {steps}")
+        for key, name in self._schedules:
+            if (length := len(values[key][name])) != steps:
+                raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {length} steps, but there are {steps}")
 
 
 _JUMP = 100.0  # times the largest difference so far: what rounding becomes in one step
@@ -352,10 +348,6 @@ def other_again(step: int, what: str, before: Tensor) -> RuntimeError:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
-
-
-def _is_followed(leaf: Any) -> bool:
-    return is_tensor(leaf) and leaf.requires_grad
 
 
 def _differentiable(tensor: Tensor) -> Tensor:

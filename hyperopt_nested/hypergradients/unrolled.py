@@ -13,6 +13,7 @@ from hyperopt_nested.engine.checks import optimizers_of
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import nothing_transforms
+from hyperopt_nested.hypergradients.carried import no_recomputation
 from hyperopt_nested.hypergradients.implicit import Solver
 from hyperopt_nested.hypergradients.losses import Hypers, OuterLoss, Tensors, TrainLoss
 from hyperopt_nested.hypergradients.training import Trace, Training
@@ -35,6 +36,7 @@ _MANY = 1 << 19
 """Numbers that are updated, in all steps together, from which on kernels are compiled for them."""
 
 
+@no_recomputation()
 def hypergradient(
     optimizer: Optimizer | Mapping[str, Optimizer],
     params: Mapping[str, Tensor],
@@ -109,7 +111,9 @@ def hypergradient(
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
     st = nested.init(params)
-    values = _started(nested, st["hypers"], hypers or {})
+    declared = st["hypers"]
+    values = _started(nested, declared, hypers or {})
+    schedules = [(key, name) for key, by_name in values.items() for name in by_name if by_name[name].shape != declared[key][name].shape]
     carry = {"params": {name: p.detach().clone() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
     reverse = method != "forward"
     losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
@@ -117,7 +121,7 @@ def hypergradient(
     many = isinstance(steps, list) and len(steps) * sum(p.numel() for p in params.values()) >= _MANY
     by_kernels = method == "reverse" and not create_graph and nothing_transforms() and (backend == "fused" or (backend == "auto" and many))
     order = 3 if create_graph else 2
-    training = Training(nested, st["hypers"], *losses, reverse=reverse, has_aux=has_aux, order=order, by_kernels=by_kernels)
+    training = Training(nested, schedules, *losses, reverse=reverse, has_aux=has_aux, order=order, by_kernels=by_kernels)
     if not isinstance(steps, list):
         return Hypergradients(training.forward(carry, values, steps, 0), trace=training.trace)
     if method == "implicit":

@@ -121,7 +121,7 @@ class HyperOptimizer(GroupedOptimizer):
         before = {name for name, p in self._store.params.items() if roster.tensors.get(name) is p} if self._store else set()
         tracked = {*before, *also, *(name for name, p in roster.tensors.items() if p.requires_grad and not is_lazy(p))}
         nested = Nested(optimizers, **self._how)
-        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store, self._elsewhere))
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store))
 
     def _take(self, roster: Roster, optimizers: dict[str, Optimizer], store: ParamState) -> None:
         """Take a state that was made, and what steps it."""
@@ -162,6 +162,10 @@ class HyperOptimizer(GroupedOptimizer):
             NotImplementedError: `curvature="exact"`, and an operation in the loss has no double backward; the message names it.
                 Whatever is raised, nothing has been changed then.
         """
+        return self.update(closure)
+
+    def update(self, closure: Callable[[], float] | None = None) -> float | None:
+        """What `step` does, without the hooks of torch: for subclasses whose own step makes several, under `torch.no_grad`."""
         loss = None
         exact: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
@@ -433,15 +437,15 @@ class HyperOptimizer(GroupedOptimizer):
         optimizers = self._switched(groups)
         nested = Nested(optimizers, **self._how)
         tracked = {*self._store.params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
-        start = built(nested, self._roster, tracked, {}, None, self._elsewhere)
-        store = built(nested, self._roster, tracked, loaded(start, saved), None, self._elsewhere)
+        start = built(nested, self._roster, tracked, {}, None)
+        store = built(nested, self._roster, tracked, loaded(start, saved), None)
         chosen(self._backend, nested, store.params)
         self._plan = self._roster, optimizers, store
         return {**loadable, "state": {key: entry for key, entry in loadable["state"].items() if key not in indices}}
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow()
-        own = ("_choice", "_elsewhere", "_how", "_learn_from", "_backend", "_overrides", "_optimizers", "changed")
+        own = ("_choice", "_how", "_learn_from", "_backend", "_overrides", "_optimizers", "changed")
         tracked = [*self._store.params]
         own_state = {**{name: getattr(self, name) for name in own}, "_names": self._roster.names, "_tracked": tracked}
         return {**super().__getstate__(), **own_state}  # the rest is made again
@@ -456,4 +460,4 @@ class HyperOptimizer(GroupedOptimizer):
             self._programs, self._store, self._pinned = None, NO_STORE, PinnedValues(self._pinned_at_ends)
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
-            self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None, self._elsewhere))
+            self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None))

@@ -214,7 +214,6 @@ class Numbers:
 class GroupedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose tensors have optimizers of this library: what `HyperOptimizer` makes its state and its steps of."""
 
-    _elsewhere: frozenset[str] = frozenset()  # entries of rules' states that stay on devices of their own
     _choice: Choice
     _optimizers: dict[str, Optimizer]  # also of tensors that are gone: keys of learned hypers go by their order
     _overrides: list[dict[str, Any]]  # values of groups that were arguments
@@ -323,7 +322,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 self._fill(index, group)
         elif store.is_current(self.state):
             return
-        elif store.adopted(self.state, self._elsewhere):
+        elif store.adopted(self.state):
             self._renumber()
         else:
             again = {name: p for name, p in self._roster.tensors.items() if not self._is_known(name, p)}

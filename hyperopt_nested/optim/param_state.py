@@ -129,20 +129,22 @@ class ParamState:
             and [param.shape for param in self.params.values()] == self._shapes
         )
 
-    def adopted(self, state: States, elsewhere: Collection[str]) -> bool:
-        """Take over entries that were replaced by others of the same shape, and move all to where the tensors are.
+    def adopted(self, state: States) -> bool:
+        """Take over entries that were replaced by others of the same shape, and move them to where they are kept.
 
         Returns:
             Whether that is all that has changed.
         """
         if [param.shape for param in self.params.values()] != self._shapes:
             return False
+        if [param.device for param in self._owners.values()] != self._devices:
+            return False
         entries: dict[Ref, Tensor] = {}
         for ref, last in pairs(self.refs, self.st):
-            entry, param = self.entry(state, ref.name, ref.key), self.roster.tensors[ref.name]
+            entry = self.entry(state, ref.name, ref.key)
             if entry is None or entry.shape != last.shape:
                 return False
-            entries[ref] = placed(entry, ref.key, param, elsewhere).to(last.dtype)
+            entries[ref] = entry.to(last.device, last.dtype)
         steps = {name: self.entry(state, name, STEPS) for name in self.steps}
         declared = {key: self.entry(state, self.roster.home, DECLARED + key) for key in self.declared}
         if any(entry is None for entry in chain(steps.values(), declared.values() if self.roster.home else ())):
@@ -214,7 +216,6 @@ def built(
     tracked: Collection[str],
     state: Mapping[Tensor, Mapping[str, Any]],
     before: ParamState | None,
-    elsewhere: Collection[str],
 ) -> ParamState:
     """The state of tensors: what is kept, and, where there is nothing, what it is before the first step.
 
@@ -227,7 +228,6 @@ def built(
         tracked: names of those that have state.
         state: what the optimizer keeps now; it is not changed.
         before: the state until now.
-        elsewhere: last parts of the keys of entries that stay on devices of their own.
 
     Raises:
         ValueError: an entry, or a tensor, has another shape than it had. The message names both, and the remedy.
@@ -272,8 +272,7 @@ def built(
             continue
         if leaf.shape != like.shape:
             raise _misfit(ref, leaf.shape, like.shape)
-        leaf = placed(leaf, ref.key, roster.tensors[ref.name], elsewhere)
-        leaves[path] = leaf.to(last[path].dtype) if path in last else leaf
+        leaves[path] = leaf.to(like.device, last[path].dtype if path in last else leaf.dtype)
     steps = {name: torch.zeros((), dtype=torch.float64) if name in anew else counted(entry(name, STEPS)) for name in params}
     declared = {}
     for key, learned in nested.learned.items():
@@ -296,11 +295,6 @@ def is_declaration(key: Any) -> bool:
 def is_own(key: Any) -> bool:
     """Whether that is the key of an entry that each tensor that trains has of its own."""
     return isinstance(key, str) and (key == STEPS or key.startswith(("rule.", "memory.")))
-
-
-def placed(entry: Tensor, key: str, param: Tensor, elsewhere: Collection[str]) -> Tensor:
-    """An entry where it is kept: with its tensor, unless it has a device of its own."""
-    return entry if key.rpartition(".")[2] in elsewhere else entry.to(param.device)
 
 
 def counted(entry: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.registry import register
+from hyperopt_nested.rules._anchor import anchor_of, displacement, keep_anchor
 from hyperopt_nested.rules._blocks import (
     accumulator,
     average,
@@ -33,6 +34,7 @@ __all__ = [
     "adamax",
     "adamw",
     "adan",
+    "anchor_of",
     "asgd",
     "average",
     "copy_of",
@@ -40,7 +42,9 @@ __all__ = [
     "counter",
     "decayed",
     "direction",
+    "displacement",
     "is_on",
+    "keep_anchor",
     "kink",
     "lamb",
     "larger",
