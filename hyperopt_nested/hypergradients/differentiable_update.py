@@ -90,7 +90,8 @@ class DifferentiableUpdate:
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """New tensors and states; arguments as of `Nested.update`."""
-        new, states, rows, plans = dict[str, Tensor](), dict(rule), dict[str, list[Tensor]](), list[_Plan]()
+        new: dict[str, Tensor] = {}
+        states, rows, plans = {**rule}, {}, []
         for name, grad in grads.items():
             row = [grad, params[name], *leaves(rule[name]), *[hypers[key][value] for key, value in self._keys(name)]]
             key = name, *[each.requires_grad for each in row]
@@ -103,7 +104,9 @@ class DifferentiableUpdate:
                 plans.append(plan)
             else:
                 new[name] = plan(*row)
-        made = iter(_apply(plans, *chain.from_iterable(rows.values())) if plans else ())
+        if not plans:
+            return new, states
+        made = iter(_apply(plans, *chain.from_iterable(rows.values())))
         for plan, (name, row) in zip(plans, rows.items(), strict=True):
             new[name], *state = [next(made) if i is None else row[i] for i in plan.passed]
             states[name] = filled(rule[name], state)
@@ -214,8 +217,8 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plans: Sequence[_Plan], *tensors: Tensor) -> Any:
-        given, batches = iter(tensors), dict[Kernel, _Batch]()
-        results, constant, kept = list[Tensor](), list[Tensor](), list[Tensor | None]()
+        batches: dict[Kernel, _Batch] = {}
+        given, results, constant, kept = iter(tensors), [], [], []
         for plan in plans:
             row = [*islice(given, len(plan.forms))]
             row[0] = _lying(row[0], plan.forms[0])
@@ -233,8 +236,8 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        kept, along, batches = iter(ctx.saved_tensors), iter(cotangents), dict[Kernel, _Batch]()
-        slopes = list[Tensor | None]()
+        batches: dict[Kernel, _Batch] = {}
+        kept, along, slopes = iter(ctx.saved_tensors), iter(cotangents), []
         for plan in ctx.plans:
             row, given = [*islice(kept, len(plan.forms))], {i: next(along) for i in plan.written}
             found = {i: given[plan.handed[i]] if i in plan.handed else _empty(plan.forms[i]) for i in plan.wanted}

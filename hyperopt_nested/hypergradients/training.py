@@ -169,13 +169,15 @@ class Training:
 
     def _step(self, carry: State, values: Hypers, batch: Any, step: int, graph: bool) -> tuple[State, Tensor, Any]:
         """One step: what goes on, the loss, and what came with it."""
-        params = {name: p.view_as(p) if graph else _leaf(p) for name, p in carry["params"].items()}
+        params = carry["params"] if graph else map_tree(_leaf, carry["params"])
+        twins = _Twins(params)
         first = self._checked is not None and not self.trace.losses
-        carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
+        carried = Carried(params, carry["buffers"], twin=twins if graph else None, checked=self._checked, apart=True)
         loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
         grads = gradients(loss, params, graph=graph or first)
         if first:
             check_twice(loss, grads, params, order=self._order, trial=self._tries)
+        twins.open = True
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
@@ -284,7 +286,7 @@ class Training:
         """Training loss and what came with it, gradients, and new buffers; may be differentiated by torch.func and by autograd."""
 
         def inside(params: Tensors) -> tuple[Tensor, Any, Tensors, Tensors]:
-            carried = Carried(params, carry["buffers"], outer=carry["params"], apart=True)
+            carried = Carried(params, carry["buffers"], twin=carry["params"].__getitem__, apart=True)
             loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
             return loss, aux, gradients(loss, params, graph=True), carried.buffers
 
@@ -293,7 +295,7 @@ class Training:
 
     def _outer(self, carry: State, values: Hypers, still: Collection[str] = ()) -> tuple[Tensor, Any]:
         """The outer loss, and what came with it; buffers named in `still` are not known."""
-        carried = Carried(carry["params"], carry["buffers"], outer=carry["params"], checked=self._checked, unknown=still)
+        carried = Carried(carry["params"], carry["buffers"], twin=carry["params"].__getitem__, checked=self._checked, unknown=still)
         loss, aux = evaluate("outer_loss", lambda params: self._outer_loss(params, values), carried, has_aux=self._has_aux)
         if not loss.requires_grad:
             raise refuse_constant("outer_loss", "params or hypers")
@@ -307,8 +309,12 @@ class Training:
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(schedule)} steps, but there are more batches")
             now[key][name] = schedule[step]
         update = self._differentiable if differentiable else self._nested.update
-        params, rule = update(carry["params"], grads, carry["rule"], now)
-        return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
+        before = carry["params"]
+        params, rule = update(before, grads, carry["rule"], now)
+        params = {**before, **params}
+        if differentiable:  # gradients of the next step must not reach this one's tensors, through buffers
+            params = {name: p.view_as(p) if p is before[name] else p for name, p in params.items()}
+        return {"params": params, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
     def _check_schedules(self, values: Hypers, steps: int) -> None:
         for key, name in self._schedules:
@@ -344,6 +350,19 @@ def other_again(step: int, what: str, before: Tensor) -> RuntimeError:
         "generator of its own (torch.Generator, numpy.random.default_rng), a counter, an iterator or a batch that it changes in place, or "
         "it is not deterministic. Use memory='full', which does each step once, or make what changes a part of the batches"
     )
+
+
+class _Twins:
+    """Views of tensors, by name: no derivatives go through them before they are open."""
+
+    def __init__(self, params: Tensors) -> None:
+        self._params, self.open = params, False
+
+    def __call__(self, name: str) -> Tensor:
+        twin = self._params[name].view_as(self._params[name])
+        if twin.requires_grad:
+            twin.register_hook(lambda slope: slope if self.open else torch.zeros_like(slope))  # type: ignore[no-untyped-call]
+        return twin
 
 
 def _leaf(tensor: Tensor) -> Tensor:
