@@ -75,6 +75,7 @@ class Training:
         has_aux: whether the losses may return pairs of a loss and anything else.
         order: how many derivatives of the training loss are taken.
         by_kernels: whether native kernels do and differentiate updates, where there are some, in reverse.
+        wrt_params: whether the derivative with respect to the tensors before the first step is wanted, in reverse.
 
     Attributes:
         trace: what the losses returned.
@@ -91,19 +92,21 @@ class Training:
         has_aux: bool,
         order: int = 2,
         by_kernels: bool = False,
+        wrt_params: bool = True,
     ) -> None:
         self._nested, self._schedules, self._train_loss, self._outer_loss = nested, schedules, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
-        self._has_aux, self._order, self._tries = has_aux, order, True
+        self._has_aux, self._order, self._tries, self._wrt_params = has_aux, order, True, wrt_params
         self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
 
     def reverse(
         self, carry: State, values: Values, batches: Sequence[Any], first: int, segment: int, create_graph: bool
-    ) -> tuple[Values, Tensors]:
+    ) -> tuple[Values, Tensors | None]:
         """By autograd, one segment of steps at a time, the last one first; from step number `first`."""
         self._check_schedules(values, first + len(batches))
         self._tries = len(batches) >= _FEW
+        wanted = ["params"] if self._wrt_params else []
         starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
         devices = devices_of(carry["params"].values())
         draws: list[Draws] = []
@@ -114,7 +117,7 @@ class Training:
         cotangents: list[Tensor | None] | None = None
         for begin in reversed(starts):
             start, hypers = kept.pop(), map_tree(_differentiable if create_graph else _leaf, values)
-            start = {part: map_tree(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
+            start = {part: map_tree(_leaf if begin or part in wanted else torch.Tensor.detach, tree) for part, tree in start.items()}
             part, at = batches[begin : begin + segment], first + begin
             with torch.enable_grad(), twice():
                 if cotangents is None:
@@ -139,7 +142,7 @@ class Training:
             before = through["start"]
             cotangents = [*leaves(before)]
             total = map_tree(torch.add, total, through["hypers"])
-        return total, before["params"]
+        return total, before["params"] if wanted else None
 
     def run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
         """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
@@ -169,7 +172,7 @@ class Training:
 
     def _step(self, carry: State, values: Hypers, batch: Any, step: int, graph: bool) -> tuple[State, Tensor, Any]:
         """One step: what goes on, the loss, and what came with it."""
-        params = carry["params"] if graph else map_tree(_leaf, carry["params"])
+        params = {name: p if graph and p.requires_grad else _leaf(p) for name, p in carry["params"].items()}
         twins = _Twins(params)
         first = self._checked is not None and not self.trace.losses
         carried = Carried(params, carry["buffers"], twin=twins if graph else None, checked=self._checked, apart=True)
