@@ -3,7 +3,9 @@
 from ftp.directional import digrap, directional_projection
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
 from ftp.rule import FLOOR, Anneal, ftp_rule, identity, largest_norm
+from ftp.selective import learned_spd
 from ftp.tpgm import TPGM
+from ftp.wise_ft import WiSEFT, interpolate
 from ftp.wrapper import FTP
 
 __all__ = [
@@ -14,9 +16,12 @@ __all__ = [
     "AdamP",
     "Anneal",
     "FTPOptimizer",
+    "WiSEFT",
     "digrap",
     "directional_projection",
     "ftp_rule",
     "identity",
+    "interpolate",
     "largest_norm",
+    "learned_spd",
 ]

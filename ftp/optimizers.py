@@ -1,107 +1,16 @@
 """`AdamP` and `SGDP`: AdamW and SGD with Fast Trainable Projection, as drop-in optimizers."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import hyperopt_nested as hn
+from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
 from ftp.rule import ftp_radius
 
-Exclude = Iterable[str | nn.Module | Tensor] | str | nn.Module | Tensor
-Anchors = Mapping[str, Tensor] | Literal["zero"] | None
 
-
-@dataclass(frozen=True)
-class _Choose:
-    """The optimizer of a tensor: projected around its anchor, unless it is excluded."""
-
-    base: hn.Optimizer
-    projected: hn.Optimizer
-    names: frozenset[str]
-    patterns: tuple[str, ...]
-    anchors: Mapping[str, Tensor] | None
-    how: Mapping[str, Any]
-
-    def __call__(self, name: str, tensor: Tensor) -> hn.Optimizer:
-        if name in self.names or any(fnmatchcase(name, pattern) for pattern in self.patterns):
-            return self.base
-        if self.anchors is None:
-            return self.projected
-        if name not in self.anchors:
-            raise ValueError(f"anchor has no entry for parameter {name!r}: add one, or exclude the parameter")
-        anchor = self.anchors[name]
-        if not isinstance(anchor, Tensor):
-            raise TypeError(f"anchor[{name!r}] is a {type(anchor).__name__}; it must be a tensor of the parameter's shape")
-        if not bool(torch.isfinite(anchor).all()):
-            raise ValueError(f"anchor[{name!r}] has entries that are not finite: give finite weights, or exclude the parameter")
-        if anchor.shape != tensor.shape:
-            raise ValueError(
-                f"anchor[{name!r}] has shape {tuple(anchor.shape)}, the parameter {tuple(tensor.shape)}: they must be equal; "
-                "exclude a parameter that is new, such as a head"
-            )
-        radius = self.projected.settings["radius"]
-        return hn.project(self.base, radius=radius, anchor=anchor, **self.how)
-
-
-class ProjectedOptimizer(hn.HyperOptimizer):
-    """An optimizer of the engine with a learned projection of every tensor, and exclusions and anchors: what FTP and TPGM share.
-
-    Args:
-        params: as `FTPOptimizer`; so for what is not said here.
-        base: the optimizer that is projected.
-        radius: the radius, learned per tensor.
-        onto: the ball.
-        exclude: what is not projected.
-        anchor: what the weights stay near.
-        saturation: derivative with respect to the radius where the projection is inactive.
-        backend: what runs the steps.
-        learn_from: which loss the radius learns from.
-        displacement_dtype: what the last displacement, scaled, is kept in.
-        state_dtype: what the base keeps its moments in.
-        anchor_dtype: what anchors are kept in.
-        anchor_device: where anchors are kept.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        base: hn.Optimizer,
-        radius: hn.Learn,
-        *,
-        onto: hn.typing.Ball,
-        exclude: Exclude,
-        anchor: Anchors,
-        saturation: hn.typing.Saturation,
-        backend: hn.typing.Backend,
-        learn_from: Literal["training", "validation"] = "training",
-        displacement_dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype | None = None,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: str | torch.device | None = None,
-    ) -> None:
-        if isinstance(anchor, str) and anchor != "zero":
-            raise ValueError(f"anchor={anchor!r} must be None, 'zero', or a mapping from names to tensors")
-        if not (anchor is None or isinstance(anchor, (str, Mapping))):
-            kind = type(anchor).__name__
-            raise TypeError(f"anchor has type {kind}; it must be None, 'zero', or a mapping from names to tensors, such as a state dict")
-        for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
-            if not (dtype is None or isinstance(dtype, torch.dtype)):
-                raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
-        centre: hn.typing.Anchor = "zero" if isinstance(anchor, str) else "start"
-        how: dict[str, Any] = {"onto": onto, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        projected = hn.project(base, radius=radius, anchor=centre, **how)
-        groups = _groups(params)
-        anchors = anchor if isinstance(anchor, Mapping) else None
-        choose = _Choose(base, projected, *_resolve(exclude, list(_named(groups))), anchors, how)
-        kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
-        super().__init__(groups, choose, learn_from=learn_from, backend=backend, **kept)
-
-
-class FTPOptimizer(ProjectedOptimizer):
+class FTPOptimizer(AnchoredOptimizer):
     """FTP around any optimizer of the engine, with exclusions and anchors; `AdamP` and `SGDP` are instances.
 
     Args:
@@ -144,10 +53,13 @@ class FTPOptimizer(ProjectedOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        how: dict[str, Any] = {"exclude": exclude, "anchor": anchor, "saturation": saturation, "backend": backend}
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
-        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(params, base, ftp_radius(k, radius_lr), onto=hn.mars, **how, **kept)
+        for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
+            if not (dtype is None or isinstance(dtype, torch.dtype)):
+                raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
+        how: dict[str, Any] = {"onto": hn.mars, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        around = functools.partial(hn.project, radius=ftp_radius(k, radius_lr), **how)
+        kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
+        super().__init__(params, base, around, exclude=exclude, anchor=anchor, backend=backend, **kept)
 
 
 class AdamP(FTPOptimizer):
@@ -272,59 +184,3 @@ class SGDP(FTPOptimizer):
         super().__init__(
             params, base, k=k, radius_lr=radius_lr, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept
         )
-
-
-def _groups(params: Any) -> list[dict[str, Any]]:
-    """Parameters as a list of groups, iterators read; none where there is nothing, which torch refuses.
-
-    Raises:
-        TypeError: `params` is a tensor, a module or otherwise none.
-    """
-    if isinstance(params, nn.Module):
-        raise TypeError(f"params is a module ({type(params).__name__}): give its parameters, model.named_parameters()")
-    if isinstance(params, Tensor):
-        raise TypeError("params is a tensor; it must be an iterable of tensors, of (name, tensor) pairs or of groups: give [tensor]")
-    if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
-        raise TypeError(f"params={params!r} ({type(params).__name__}) must be an iterable of tensors, (name, tensor) pairs or groups")
-    entries = list(params)
-    if not entries:
-        return []
-    if not isinstance(entries[0], dict):
-        return [{"params": entries}]
-    if odd := [group for group in entries if not isinstance(group, dict) or "params" not in group]:
-        raise ValueError(f"a group must be a dict with 'params', such as {{'params': [...], 'lr': 1e-3}}; {odd[0]!r} is not")
-    return [{**group, "params": [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])} for group in entries]
-
-
-def _named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors with the names that `HyperOptimizer` gives them."""
-    for index, group in enumerate(groups):
-        for i, entry in enumerate(group["params"]):
-            yield entry if isinstance(entry, tuple) else (f"{index}.{i}", entry)
-
-
-def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Names of excluded tensors, and patterns; every entry must match a tensor."""
-    if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
-        kind = type(exclude).__name__
-        raise TypeError(f"exclude={exclude!r} ({kind}) must be names, glob patterns, modules or tensors; () excludes nothing")
-    entries = [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else list(exclude)
-    names: set[str] = set()
-    for entry in entries:
-        if isinstance(entry, str):
-            matched = [name for name, _ in named if fnmatchcase(name, entry)]
-            shown = repr(entry)
-        elif isinstance(entry, (nn.Module, Tensor)):
-            tensors = {id(p) for p in entry.parameters()} if isinstance(entry, nn.Module) else {id(entry)}
-            matched = [name for name, tensor in named if id(tensor) in tensors]
-            shown = f"a {type(entry).__name__}"
-        else:
-            raise TypeError(f"exclude has {entry!r} ({type(entry).__name__}); give names, glob patterns, modules or tensors")
-        if not matched:
-            some = ", ".join(name for name, _ in named[:4])
-            raise ValueError(
-                f"exclude: {shown} matches none of the {len(named)} parameters ({some}, ...); "
-                "to exclude by name, pass model.named_parameters()"
-            )
-        names.update(matched)
-    return frozenset(names), tuple(entry for entry in entries if isinstance(entry, str))

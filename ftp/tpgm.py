@@ -1,20 +1,21 @@
 """`TPGM`: projections whose radii are learned from a validation loss, beside any optimizer."""
 
-from collections.abc import Callable
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import hyperopt_nested as hn
-from ftp.optimizers import Anchors, Exclude, ProjectedOptimizer
-from ftp.rule import identity, largest_norm
+from ftp.anchored import Anchors, Exclude
+from ftp.rule import largest_norm
+from ftp.validated import ValidatedOptimizer
 
 _SMALLEST = 1e-8
 _BALLS = {"mars": hn.mars, "l2": hn.frobenius}
 
 
-class TPGM(ProjectedOptimizer):
+class TPGM(ValidatedOptimizer):
     """Trainable Projected Gradient Method (arXiv 2303.10720, algorithm 1): it stands beside the optimizer that trains the model.
 
     That one trains as ever. Now and then, after each epoch for example, `step` projects every tensor into a ball around its anchor.
@@ -56,7 +57,6 @@ class TPGM(ProjectedOptimizer):
         ['0.bias', '0.weight']
     """
 
-    _begins_at_first_step = False  # its first step comes after training
     _pinned_at_ends = frozenset({"radius"})  # where the validation loss wants the anchor
 
     def __init__(
@@ -71,72 +71,10 @@ class TPGM(ProjectedOptimizer):
     ) -> None:
         if norm not in _BALLS:
             raise ValueError(f"norm={norm!r} must be {' or '.join(map(repr, _BALLS))}")
-        if not isinstance(updates, int) or isinstance(updates, bool) or updates < 1:
-            raise ValueError(f"updates={updates!r} must be a whole number, at least 1: each steps the radii once")
-        self._norm, self._updates = norm, updates
+        self._norm = norm
         radius = hn.learn(1.0, by=hn.adam(lr=lr), per="tensor", bounds=(_SMALLEST, largest_norm))
-        super().__init__(
-            params,
-            identity(),
-            radius,
-            onto=_BALLS[norm],
-            exclude=exclude,
-            anchor=anchor,
-            saturation="exact",
-            learn_from="validation",
-            backend="reference",  # which replaces state, so that `step` can put back what was there
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of tensors to project; other values in it are ignored, since they are meant for the optimizer that trains."""
-        super().add_param_group({"params": param_group["params"]})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Learn the radii from a validation loss, and project the weights with them.
-
-        Each of the `updates` projects the same weights, those that the model had before this call, with the present radii, and
-        steps the radii with the gradient that the validation loss has there. At the end these weights are projected once more.
-        Afterwards no tensor has a gradient. If something raises, weights and radii are what they were before.
-
-        Args:
-            closure: evaluates the validation loss of the model, calls `backward` and returns the loss. Each call may take another
-                batch. It need not clear gradients.
-
-        Returns:
-            The last loss.
-
-        Raises:
-            ValueError: there is no closure.
-        """
-        if closure is None:
-            raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
-        self._follow()
-        tuned = {p: p.detach().clone() for p in self._projected()}
-        before = {  # steps are counted in place
-            p: {key: leaf.clone() if key == "steps" else leaf for key, leaf in state.items()} for p, state in self.state.items()
-        }
-        try:
-            self._start(tuned)
-            for _ in range(self._updates):
-                self._project(tuned)
-                with torch.enable_grad():
-                    loss = closure()
-                self.hyper_step()
-            self._project(tuned)
-        except BaseException:
-            for p, value in tuned.items():
-                p.copy_(value)
-            self.state.update(before)
-            raise
-        finally:
-            self.zero_grad()
-        return loss
-
-    def _projected(self) -> list[Tensor]:
-        """The tensors that are projected: not excluded, not frozen, and not empty."""
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        return [p for p in tensors if p.requires_grad and p.numel() and "rule.largest_norm" in self.state.get(p, {})]
+        around = functools.partial(hn.project, radius=radius, onto=_BALLS[norm], saturation="exact")
+        super().__init__(params, around, updates=updates, exclude=exclude, anchor=anchor)
 
     def _start(self, tuned: dict[Tensor, Tensor]) -> None:
         """Set the radii of tensors that were never projected."""
@@ -147,14 +85,5 @@ class TPGM(ProjectedOptimizer):
             start = (_BALLS[self._norm].norms(moved).amin().to(radius) / 2).clamp(min=_SMALLEST)
             state["hypers.radius"] = torch.where(state["rule.largest_norm"] == 0, start, radius)
 
-    def _project(self, tuned: dict[Tensor, Tensor]) -> None:
-        """Give the tensors the projections of `tuned`, and clear all gradients."""
-        self.zero_grad()
-        for p, value in tuned.items():
-            p.copy_(value)
-            p.grad = torch.zeros_like(p)
-        self.update()
-        self.zero_grad()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_norm": self._norm, "_updates": self._updates}
+        return {**super().__getstate__(), "_norm": self._norm}

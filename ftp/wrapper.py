@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import hyperopt_nested as hn
-from ftp.optimizers import Anchors, Exclude, ProjectedOptimizer
-from ftp.rule import ftp_radius, identity
+from ftp.anchored import Anchors, Exclude
+from ftp.optimizers import FTPOptimizer
+from ftp.rule import identity
 
 _PREFIX = "ftp."
 """Of the entries of a state dict that FTP adds to those of the optimizer inside."""
@@ -67,7 +68,7 @@ class FTP(torch.optim.Optimizer):
     """
 
     optimizer: torch.optim.Optimizer
-    projection: ProjectedOptimizer
+    projection: FTPOptimizer
     _step_supports_amp_scaling = False  # what a scaler knows of the gradients, it tells by leaving out the step
 
     def __init__(
@@ -88,14 +89,14 @@ class FTP(torch.optim.Optimizer):
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer has type {kind}; it must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters())")
-        if isinstance(optimizer, (FTP, ProjectedOptimizer)):
+        if isinstance(optimizer, (FTP, FTPOptimizer)):
             raise ValueError(f"optimizer is {type(optimizer).__name__}, which projects already: use it alone, or give what is inside")
         names = {} if named_parameters is None else {id(p): name for name, p in named_parameters}
-        projection = ProjectedOptimizer(
+        projection = FTPOptimizer(
             [{"params": _named(index, group, names)} for index, group in enumerate(optimizer.param_groups)],
             identity(),
-            ftp_radius(k, radius_lr),
-            onto=hn.mars,
+            k=k,
+            radius_lr=radius_lr,
             exclude=exclude,
             anchor=anchor,
             saturation=saturation,

@@ -71,7 +71,7 @@ class Carried:
         if self.buffers and has_statistics:
             raise ValueError(
                 f"a function made by hn.functional was called with tensors {sorted(given)[:3]} that were computed from params "
-                f"{sorted(self.params)[:3]} under other names: its running statistics can not be told. Keep the names, or make it with "
+                f"{sorted(self.params)[:3]} under other names: its running statistics cannot be told. Keep the names, or make it with "
                 "hn.functional(module, buffers='fixed')"
             )
         return None
@@ -109,7 +109,7 @@ class Carried:
         name = self._names.get(id(tensor))
         if name is None and (tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)):
             raise NotImplementedError(
-                "spectral_norm of a weight that is computed from params can not be differentiated twice: give the function that "
+                "spectral_norm of a weight that is computed from params cannot be differentiated twice: give the function that "
                 "hn.functional made the tensors themselves, or put the module into evaluation mode"
             )
         return None if name is None else self._twin(name)

@@ -18,7 +18,7 @@ from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Learn
 from hyperopt_nested.trees import State, filled, leaves
 
@@ -28,7 +28,7 @@ Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Kernels of one tensor's update. Its arguments are the gradient, the tensor, leaves of the state and raw values; results come after.
+    """Kernels of one tensor's update. Its arguments: gradient, tensor, leaves of the state, unconstrained values. Results come after.
 
     Arguments of both kernels are these, a cotangent of each result that is followed, and what the kernels write: a derivative for each
     argument that is wanted, and each result that is no argument.
@@ -79,7 +79,7 @@ class DifferentiableUpdate:
         self._plans: dict[Hashable, _Plan | _Descent | None] = {}
 
     def __call__(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """New tensors and states; arguments as of `Nested.update`."""
         new: dict[str, Tensor] = {}
