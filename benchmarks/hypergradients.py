@@ -170,8 +170,8 @@ def with_torchopt(rule: str, params: Tensors, batches: Sequence[Batch], held_out
 
 
 PROGRAMS: dict[str, Callable[..., Tensor]] = {
-    OURS: partial(with_ours, memory="full"),
-    "ours, reverse, sqrt": partial(with_ours, memory="sqrt"),
+    OURS: partial(with_ours, memory="full", wrt_params=False),
+    "ours, reverse, sqrt": partial(with_ours, memory="sqrt", wrt_params=False),
     "ours, forward": partial(with_ours, method="forward"),
     "higher": with_higher,
     "torchopt": with_torchopt,

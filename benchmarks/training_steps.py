@@ -27,7 +27,7 @@ PUBLISHED = "gradient-descent-the-ultimate-optimizer"
 try:
     from gradient_descent_the_ultimate_optimizer import gdtuo
 except ImportError as error:
-    gdtuo, missing = None, f"{PUBLISHED} can not be imported ({error})"
+    gdtuo, missing = None, f"{PUBLISHED} cannot be imported ({error})"
 
 WIDTHS, BATCH = (784, 1024, 1024, 10), 256
 SMALL, FEW, STEPS, EXACT = (8, 16, 16, 4), 32, 20, 1e-12

@@ -23,10 +23,10 @@ def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None)
     Args:
         name: the entry's name.
         factory: called with hyper-parameters, returns an `Optimizer`.
-        check_with: arguments with which `hyperopt_nested.testing` calls it, where its defaults can not be checked.
+        check_with: arguments with which `hyperopt_nested.testing` calls it, where its defaults cannot be checked.
 
     Raises:
-        TypeError: `name` is no string, or `factory` can not be called.
+        TypeError: `name` is no string, or `factory` cannot be called.
         ValueError: another definition has that name.
     """
     if not isinstance(name, str) or not callable(factory):

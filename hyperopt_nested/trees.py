@@ -42,12 +42,12 @@ def filled(tree: State, leaves: Iterable[Any]) -> State:
     return map_tree(lambda _: next(given), tree)
 
 
-def evaluated(param: Tensor, state: State) -> Tensor:
+def eval_params(param: Tensor, state: State) -> Tensor:
     """The weights to evaluate a model with, given a rule's state: what the outermost average in it holds, else the parameter."""
-    if "evaluated" in state:
-        found: Tensor = state["evaluated"]
+    if "eval_params" in state:
+        found: Tensor = state["eval_params"]
         return found.to(param.dtype)
-    return evaluated(param, state["base"]) if "base" in state else param
+    return eval_params(param, state["base"]) if "base" in state else param
 
 
 def in_dtype(state: State, param: Tensor, dtype: torch.dtype | None) -> State:

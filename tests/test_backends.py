@@ -90,15 +90,15 @@ def assert_same(found: Problem, expected: Problem) -> None:
 def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     optimizer = all_learned(name)
     if optimizer.rule.reduction:
-        with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: .* needs a total over all tensors"):
+        with pytest.raises(ValueError, match=rf"backend='{backend}' cannot be used: .* needs a total over all tensors"):
             Problem(optimizer, backend)
         return
     if backend == "fused" and name in ROWLESS:
-        with pytest.raises(ValueError, match=r"backend='fused' can not be had for \w+: an update (makes a tensor of shape|calls)"):
+        with pytest.raises(ValueError, match=r"backend='fused' cannot be used for \w+: an update (makes a tensor of shape|calls)"):
             Problem(optimizer, backend).run(1)
         return
     if backend == "foreach" and name in ROWLESS:
-        with pytest.raises(ValueError, match=r"backend='foreach' can not be had for \w+: an update (makes a tensor of shape|calls)"):
+        with pytest.raises(ValueError, match=r"backend='foreach' cannot be used for \w+: an update (makes a tensor of shape|calls)"):
             Problem(optimizer, backend).run(1)
         return
     found = Problem(optimizer, backend).run(5)
@@ -309,7 +309,7 @@ def test_tensors_that_are_called_as_parts_of_the_state(backend: str) -> None:
     """What is counted is found by where it is, not by how a tensor is called."""
     ends = []
     for each in (backend, "reference"):
-        names = ["rejected", "pinned", "learners", "hypers", "memory"]
+        names = ["nonfinite", "pinned", "learners", "hypers", "memory"]
         params = {name: torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for name in names}
         rate = hn.learn(0.01, by=hn.adam(lr=learned(1e-3)), per="tensor")
         opt = hn.HyperOptimizer(list(params.items()), hn.adamw(lr=rate), horizon=hn.OneStep("reverse"), backend=each)  # type: ignore[arg-type]
@@ -326,13 +326,13 @@ def test_tensors_that_are_called_as_parts_of_the_state(backend: str) -> None:
 def test_values_that_were_read_stay(backend: str) -> None:
     problem = Problem(hn.sgd(lr=learned(0.01, "model")), backend).run(1)
     problem.schedule = None
-    lr, rejected = problem.opt.hypers()["lr"]["group 0"], problem.opt.rejected()["lr"]
+    lr, rejected = problem.opt.hypers()["lr"]["group 0"], problem.opt.nonfinite_counts()["lr"]
     before = float(lr)
     problem.run(1)
     assert float(lr) == before != float(problem.opt.hypers()["lr"]["group 0"])
     problem.params["a"].grad = torch.full((4, 3), float("nan"))
     problem.opt.step()
-    assert (float(rejected), float(problem.opt.rejected()["lr"])) == (0, 1)
+    assert (float(rejected), float(problem.opt.nonfinite_counts()["lr"])) == (0, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -345,7 +345,7 @@ def test_nan_is_skipped_and_counted(backend: str) -> None:
         problem.params["a"].grad[0, 0] = float("nan")  # type: ignore[index]
         problem.opt.step()
         ends.append(problem)
-        assert {key: float(count) for key, count in problem.opt.rejected().items()} == {"lr": 1, "weight_decay": 1}
+        assert {key: float(count) for key, count in problem.opt.nonfinite_counts().items()} == {"lr": 1, "weight_decay": 1}
     assert torch.equal(ends[0].opt.hypers()["lr"]["group 0"], ends[1].opt.hypers()["lr"]["group 0"])
 
 
@@ -378,15 +378,15 @@ def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hn.HyperOptimizer([large], hn.clip_by_global_norm(hn.sgd())).backend == "reference"
     with pytest.raises(ValueError, match="backend='fast' must be one of 'auto', 'reference', 'foreach', 'compile', 'fused'"):
         hn.HyperOptimizer([small], hn.sgd(), backend="fast")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend='compile' can not be had: curvature='exact'"):
+    with pytest.raises(ValueError, match="backend='compile' cannot be used: curvature='exact'"):
         hn.HyperOptimizer([small], hn.sgd(lr=learned(0.1)), backend="compile", horizon=hn.Discounted(1.0, curvature="exact"))
-    with pytest.raises(ValueError, match="backend='fused' can not be had: it is for the CPU, and there are tensors on meta"):
+    with pytest.raises(ValueError, match="backend='fused' cannot be used: it is for the CPU, and there are tensors on meta"):
         choice.chosen("fused", hn.Nested(hn.sgd()), {"w": torch.empty(1, device="meta"), "v": small})
     monkeypatch.setattr(choice, "compiler_for", lambda device: False)
     monkeypatch.setattr(compiler, "compiler", lambda: None)
     assert hn.HyperOptimizer([large], hn.sgd()).backend == "foreach"
     for backend in ("compile", "fused"):
-        with pytest.raises(ValueError, match=rf"backend='{backend}' can not be had: there is no .*compiler .*here; install one"):
+        with pytest.raises(ValueError, match=rf"backend='{backend}' cannot be used: there is no .*compiler .*here; install one"):
             hn.HyperOptimizer([small], hn.sgd(), backend=backend)  # type: ignore[arg-type]
 
 
@@ -402,7 +402,7 @@ def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
         opt = hn.HyperOptimizer([param], hn.sgd(lr=0.5), backend=backend)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"backend='{backend}' can not be had for sgd: out of order. Use backend='auto'"):
+        with pytest.raises(ValueError, match=f"backend='{backend}' cannot be used for sgd: out of order. Use backend='auto'"):
             opt.step()
         assert torch.equal(param.detach(), torch.ones(3))
     monkeypatch.setattr(step, "WARM_UP", 0)
@@ -453,7 +453,7 @@ def test_anchors_on_a_device_of_their_own_stay_there() -> None:
         (lambda p: ftp.AdamP([p], anchor_dtype=torch.int8), r"anchor_dtype=torch\.int8 must be a real floating-point dtype"),
     ],
 )
-def test_dtypes_that_can_not_be(make: Callable[[torch.nn.Parameter], object], message: str) -> None:
+def test_dtypes_that_cannot_be(make: Callable[[torch.nn.Parameter], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(torch.nn.Parameter(torch.ones(3)))
 

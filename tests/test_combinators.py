@@ -145,8 +145,8 @@ def test_the_outermost_average_is_evaluated() -> None:
     for fast, average in ((-1.0, -0.25), (-1.0, -0.4375), (-2.0, -0.828125)):
         params, state = nested.step(params, grads, state)
         assert torch.equal(params["w"], torch.full((2,), fast))
-        assert torch.equal(nested.evaluated(params, state)["w"], torch.full((2,), average))
-        assert nested.evaluated(params, state)["bias"] is params["bias"]
+        assert torch.equal(nested.eval_params(params, state)["w"], torch.full((2,), average))
+        assert nested.eval_params(params, state)["bias"] is params["bias"]
 
 
 def test_evaluated_weights_of_an_optimizer_have_the_parameters_dtype() -> None:
@@ -155,7 +155,7 @@ def test_evaluated_weights_of_an_optimizer_have_the_parameters_dtype() -> None:
     start = model.weight.detach().clone()
     model.weight.grad = torch.ones_like(model.weight)
     opt.step()
-    found = opt.evaluated()
+    found = opt.eval_params()
     assert found["weight"].dtype == torch.bfloat16
     assert torch.allclose(found["weight"], start - 0.5, atol=0.02)
     assert found.keys() == {"weight", "bias"}

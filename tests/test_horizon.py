@@ -137,7 +137,7 @@ def test_what_is_not_finite_begins_a_new_horizon() -> None:
     before = nested.hypers(state)["lr"]["model"]
     params, state = nested.step(params, gradients(loss, params), state)
     assert nested.hypers(state)["lr"]["model"] == before
-    assert float(nested.rejected(state)["lr"]) == 1
+    assert float(nested.nonfinite_counts(state)["lr"]) == 1
     assert nested.hypergradients(params, gradients(loss, params), state)["lr"]["model"].isfinite()
 
 

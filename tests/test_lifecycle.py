@@ -166,10 +166,10 @@ def test_learned_values_and_their_learners_outlive_a_reset(how: str, backend: An
     opt = hn.HyperOptimizer(model.named_parameters(), learned_adamw(), backend=backend)
     train(model, opt, 4)
     before = repr(opt.hypers())
-    assert opt._taken == 4
+    assert opt._store.taken == 4
     RESETS[how](opt)
     assert repr(opt.hypers()) == before
-    assert opt._taken == 0
+    assert opt._store.taken == 0
     assert not any(entry.any() for entry in kept(opt, "rule.").values())
     train(model, opt, 1, 4)
     assert repr(opt.hypers()) == before  # there is no last update to learn from
@@ -289,7 +289,7 @@ def test_a_replaced_tensor_has_its_name_new_state_and_what_was_learned(popped: b
     assert lr != before["lr"]["group 0"]
     torch.testing.assert_close(grown.detach(), start * (1 - lr * decay) - lr, rtol=1e-7, atol=0)
     assert opt.state[grown]["rule.exp_avg"].shape == (5,)
-    assert (float(opt.state[grown]["steps"]), float(opt.state[other]["steps"]), opt._taken) == (1, 4, 4)
+    assert (float(opt.state[grown]["steps"]), float(opt.state[other]["steps"]), opt._store.taken) == (1, 4, 4)
 
 
 def test_learned_values_of_a_replaced_tensor_that_do_not_fit_begin_anew_with_their_learner() -> None:
@@ -418,7 +418,7 @@ def test_state_may_be_moved_to_the_tensor_that_replaces_another() -> None:
     assert float(opt.state[longer]["steps"]) == float(opt.state[longer]["rule.step"]) == 2
 
 
-def test_what_can_not_be_followed_is_named_and_changes_nothing() -> None:
+def test_what_cannot_be_followed_is_named_and_changes_nothing() -> None:
     model = network()
     opt = AdamP(model.named_parameters(), lr=0.1, anchor=model.state_dict())
     train(model, opt, 2)
@@ -449,7 +449,7 @@ def test_a_tensor_that_is_given_twice_is_stepped_once(named: bool, backend: Any)
     assert len(opt.param_groups) == 1
 
 
-def test_a_group_that_can_not_be_learned_is_not_added() -> None:
+def test_a_group_that_cannot_be_learned_is_not_added() -> None:
     w = nn.Parameter(torch.ones(2))
     opt = hn.HyperOptimizer([w], hn.sgd(lr=0.1))
     with pytest.raises(ValueError, match="dampening is learned"):
@@ -495,13 +495,13 @@ def test_weights_may_be_loaded_after_construction(name: str, backend: Any) -> No
     model, early, late = network(), COPIES[name], COPIES[name]
     opt = early(model.named_parameters(), backend)
     model.load_state_dict(pretrained.state_dict())
-    for key, value in opt.evaluated().items():
+    for key, value in opt.eval_params().items():
         assert torch.equal(value, pretrained.state_dict()[key])
     other = late(pretrained.named_parameters(), backend)
     for net, each in ((model, opt), (pretrained, other)):
         train(net, each, 4)
     assert same(model, pretrained)
-    assert all(torch.equal(a, b) for a, b in zip(opt.evaluated().values(), other.evaluated().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(opt.eval_params().values(), other.eval_params().values(), strict=True))
 
 
 @every_backend
@@ -530,7 +530,7 @@ def test_each_tensor_has_a_first_step_of_its_own() -> None:
     train(model, opt, 2)
     assert torch.equal(opt.state[model[0].weight]["rule.anchor"], before)
     assert torch.equal(opt.state[model[2].weight]["rule.anchor"], anchor)
-    assert opt._taken == 4
+    assert opt._store.taken == 4
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -544,7 +544,7 @@ def test_a_state_that_was_saved_before_the_first_step_has_it_still_before_it(ste
     train(resumed_model, resumed, 1)
     expected = (network() if steps else network(3))[0].weight
     assert torch.equal(resumed.state[resumed_model[0].weight]["rule.anchor"], expected)
-    assert resumed._taken == steps + 1
+    assert resumed._store.taken == steps + 1
 
 
 def test_anchors_that_were_given_stay_what_they_were() -> None:
@@ -566,7 +566,7 @@ def test_tpgm_keeps_the_weights_of_its_construction() -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.5), 3)
     tpgm.step(lambda: (model(torch.ones(2, 4)) - 2).square().mean().backward())
     assert all(torch.equal(tpgm.state[p]["rule.anchor"], q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
-    assert tpgm._taken == 2
+    assert tpgm._store.taken == 2
 
 
 # Going on with what was saved
@@ -809,13 +809,13 @@ def test_counts_are_numbers_of_their_own_kind() -> None:
     train(model, opt, 1)
     steps = [opt.state[p]["steps"] for p in model.parameters()]
     assert all(each.dtype == torch.float64 and each.shape == () and float(each) == 301 for each in steps)
-    assert opt._taken == 301
+    assert opt._store.taken == 301
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
     opt.load_state_dict(torch.load(file))
-    assert opt._taken == 301
-    assert copy.deepcopy(opt)._taken == pickle.loads(pickle.dumps(opt))._taken == 301
+    assert opt._store.taken == 301
+    assert copy.deepcopy(opt)._store.taken == pickle.loads(pickle.dumps(opt))._store.taken == 301
 
 
 # Weights that were changed between steps
@@ -852,7 +852,7 @@ def test_an_update_that_does_not_explain_the_weights_teaches_nothing(change: str
         WEIGHT_CHANGES[change](w)
         u.copy_(w)
         alone.state[u]["memory.taken"].zero_()
-    alone._kept.weights.note({"w"})
+    alone._store.weights.note({"w"})
     with pytest.warns(UserWarning, match=r"the weights of 'w' were changed .* as hn\.project, or use horizon=hn\.OneStep\(memory='kept'\)"):
         step(opt, w, other)
     step(alone, u, v)
@@ -960,7 +960,7 @@ def test_the_optimizers_own_writes_are_no_changes_and_raise_versions(backend: An
     step(opt, w, other)
     assert w._version > version
     assert opt.changed == {}
-    assert opt._taken == 2
+    assert opt._store.taken == 2
 
 
 @pytest.mark.parametrize("how", [{}, {"horizon": hn.Discounted(0.5)}, {"horizon": hn.OneStep("reverse")}, {"backend": "foreach"}])
@@ -973,7 +973,7 @@ def test_a_step_without_any_gradient_does_nothing(how: dict[str, Any]) -> None:
     opt.step()
     assert repr(opt.state_dict()) == before[0]
     assert same(model, before[1])
-    assert opt._taken == 2
+    assert opt._store.taken == 2
 
 
 def test_a_step_in_a_compiled_function_is_the_step() -> None:
@@ -986,7 +986,7 @@ def test_a_step_in_a_compiled_function_is_the_step() -> None:
             model(torch.full((2, 4), 0.1 * count)).square().mean().backward()
             call()
     assert same(*models)
-    assert opts[1]._taken == 3
+    assert opts[1]._store.taken == 3
 
 
 def test_groups_that_come_after_others_went_have_names_of_their_own() -> None:

@@ -171,7 +171,7 @@ CASES: list[Case] = [
     (lambda: ftp.FTPOptimizer(PARAMS, hn.sgd), TypeError, "optimizer=<rule sgd> (FunctionRule) must be an optimizer of this"),
     (lambda: ftp.TPGM(PARAMS, lr="x"), TypeError, "adam: lr='x' (str) must be a number, or learn(<number>,"),
     (lambda: ftp.TPGM(PARAMS, norm=5), ValueError, "norm=5 must be 'mars' or 'l2'"),
-    (lambda: ftp.TPGM(PARAMS, updates=True), ValueError, "updates=True must be a whole number, at least 1: each steps the radii"),
+    (lambda: ftp.TPGM(PARAMS, updates=True), ValueError, "updates=True must be a whole number, at least 1: each steps what is learned"),
     (lambda: ftp.ftp_rule(hn.sgd), TypeError, "optimizer=<rule sgd> (FunctionRule) must be an optimizer of this"),
     (lambda: ftp.ftp_rule(hn.sgd(), k="a"), TypeError, "k='a' (str) must be a number in [0, 1]"),
     (lambda: hn.lookahead(hn.sgd(), k=2.5), TypeError, "lookahead: k=2.5 (float) must be an integer"),

@@ -139,7 +139,7 @@ def test_a_hypergradient_that_is_not_finite_is_skipped_and_counted(per: Any, bad
     _, after = nested.step(params, {"w": torch.tensor([1.0, bad, 1.0])}, state)
     key = "model" if per == "model" else "w"
     old, new = state["hypers"]["lr"][key], after["hypers"]["lr"][key]
-    assert float(after["rejected"]["lr"]) == 1
+    assert float(after["nonfinite"]["lr"]) == 1
     assert bool(torch.isfinite(new).all())
     moments = after["learners"]["lr"]["rule"][key]
     if per == "model":
@@ -170,7 +170,7 @@ def test_a_schedule_scales_what_is_learned_and_replaces_what_is_not() -> None:
     new, _ = nested.step(params, {"w": torch.tensor([1.0])}, nested.init(params, {"lr": 0.3}), {"w": {"lr": 0.05, "weight_decay": 0.25}})
     assert float(new["w"]) == pytest.approx(2.0 - 0.3 * 0.5 * (1 + 0.25 * 2))
     zero = hn.Nested(hn.sgd(lr=hn.learn(0.0, by=hn.sgd(lr=0.1))))
-    with pytest.raises(ValueError, match=r"lr was declared as learn\(0.0, ...\), which can not be scaled"):
+    with pytest.raises(ValueError, match=r"lr was declared as learn\(0.0, ...\), which cannot be scaled"):
         zero.step(params, params, zero.init(params), {"w": {"lr": 0.5}})
 
 
@@ -232,7 +232,7 @@ def test_values_of_tensors_learn_together_as_each_alone() -> None:
         assert torch.equal(st["hypers"]["lr"][name], own["hypers"]["lr"][name])
         states = [leaves(each["learners"]["lr"]["rule"][name]) for each in (st, own)]
         assert all(torch.equal(leaf, states[1][path]) for path, leaf in states[0].items())
-    for part in ("rejected", "pinned"):
+    for part in ("nonfinite", "pinned"):
         assert st[part]["lr"] == sum(own[part]["lr"] for _, own in alone.values())
 
 

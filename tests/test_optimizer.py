@@ -227,7 +227,7 @@ def test_tensors_without_gradients_frozen_ones_and_empty_ones() -> None:
         "learners.lr.rule.step",
         "learners.lr.rule.exp_avg",
         "learners.lr.rule.exp_avg_sq",
-        "rejected.lr",
+        "nonfinite.lr",
         "pinned.lr",
         "declared.lr",
     }
@@ -359,7 +359,7 @@ def test_rejected_hypergradients_are_counted() -> None:
     for value in (1.0, float("nan")):
         weight.grad = torch.tensor([value, 1.0])
         opt.step()
-    assert {key: float(count) for key, count in opt.rejected().items()} == {"lr": 1, "lr.lr": 0}
+    assert {key: float(count) for key, count in opt.nonfinite_counts().items()} == {"lr": 1, "lr.lr": 0}
     assert float(opt.hypers()["lr"]["group 0"]) == 0.1
 
 

@@ -234,7 +234,7 @@ def compare(pair: Pair, settings: Settings, seed: int) -> float:
         reference.step(rate)
         found = [(ours, [p.detach() for p in theirs.values()])]
         if reference.evaluated is not None and step % 5 == 0:
-            found.append((nested.evaluated(ours, state), reference.evaluated()))
+            found.append((nested.eval_params(ours, state), reference.evaluated()))
         for own, other in found:
             for (key, size), expected in zip(largest.items(), other, strict=True):
                 largest[key] = max(size, expected.abs().amax().item() if expected.numel() else 0.0)

@@ -196,7 +196,7 @@ def test_what_a_backend_does_and_does_not_serve_is_reported(monkeypatch: pytest.
     assert "backend 'foreach': agrees with 'reference' in 8 settings, largest relative difference" in str(report)
     refused = testing.check_rule("clip_by_global_norm", examples=5, backends=("foreach",))
     assert not refused.backends["foreach"].largest
-    assert "backend 'foreach': not served: backend='foreach' can not be " in str(refused)
+    assert "backend 'foreach': not served: backend='foreach' cannot be " in str(refused)
     for names in ("foreach", ("reference",), ("auto",), ("fussed",)):
         with pytest.raises(ValueError, match=r"backends=.* must be a sequence of '\w+', '\w+', '\w+'"):
             testing.check_rule(plain_average, backends=names)
@@ -243,7 +243,7 @@ def test_flat_hypers_are_verified_to_be_flat_and_kinks_are_counted() -> None:
     assert f"{left_out.kinks} derivatives beside a kink were left out" in str(left_out)
 
 
-def test_what_can_not_be_checked_is_refused() -> None:
+def test_what_cannot_be_checked_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a rule, a combinator, an optimizer, or a registered name"):
         testing.check_rule(lambda: None)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no rule is registered as 'right_'; did you mean right"):

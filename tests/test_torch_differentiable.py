@@ -184,7 +184,7 @@ def test_torch_where_an_entry_has_no_gradient(name: str, hyper: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if "weight_decay" in RULES[name][0] and name not in ("Adafactor", "Muon")])
-def test_torch_can_not_learn_weight_decay_from_zero(name: str) -> None:
+def test_torch_cannot_learn_weight_decay_from_zero(name: str) -> None:
     found = theirs(name, "weight_decay", ONE_IS_ZERO)
     assert found == NO_GRAPH, changed(name, "weight_decay=0", found, NO_GRAPH)
     assert abs(ours(name, "weight_decay", ONE_IS_ZERO)) > 1e-3

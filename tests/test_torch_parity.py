@@ -138,7 +138,7 @@ def compare(
         for key, theirs_now in theirs.items():
             largest[key] = max(largest[key], theirs_now.detach().abs().amax().item() if theirs_now.numel() else 0.0)
             errors.append(relative_error(params[key].detach(), theirs_now.detach(), largest[key]))
-    evaluated = opt.evaluated()
+    evaluated = opt.eval_params()
     for key, theirs_now in theirs.items():
         average = reference.state[theirs_now].get("ax", theirs_now).detach()
         errors.append(relative_error(evaluated[key], average, largest[key]))

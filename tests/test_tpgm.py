@@ -211,7 +211,7 @@ def test_validation_gradients_that_are_not_finite_are_skipped_and_counted() -> N
 
     tpgm.step(closure)
     assert repr(tpgm.hypers()["radius"]) == repr(seen[0])
-    assert int(tpgm.rejected()["radius"]) == 4
+    assert int(tpgm.nonfinite_counts()["radius"]) == 4
     assert all(p.isfinite().all() for p in model.parameters())
     train(model, torch.optim.SGD(model.parameters(), lr=0.5))
     tpgm.step(validation(model))

@@ -261,7 +261,7 @@ def test_running_statistics_reach_functions_by_the_tensors_that_they_are_called_
         assert found.item() == pytest.approx(right, rel=AGREE), how
 
 
-def test_statistics_that_can_not_be_told_are_refused() -> None:
+def test_statistics_that_cannot_be_told_are_refused() -> None:
     loop = statistics()
     params = {f"net.{name}": p for name, p in loop.training.params.items()}
 

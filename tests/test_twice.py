@@ -12,7 +12,7 @@ import hyperopt_nested as hn
 
 
 class Squared(torch.autograd.Function):
-    """A function that can not be differentiated twice; torch would take its second derivative for zero, without a word."""
+    """A function that cannot be differentiated twice; torch would take its second derivative for zero, without a word."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -242,13 +242,11 @@ def test_implicit_refuses_what_does_not_move_the_point_of_rest() -> None:
         ridge.hypergradient(hn.sgd(weight_decay=learned(0.3)), torch.tensor(0.3), solver="gmres")
 
 
-@pytest.mark.parametrize("method", ["reverse", "forward"])
-def test_a_schedule_has_a_derivative_in_each_step(method: Any) -> None:
+@pytest.mark.parametrize("how", [{"backend": "reference"}, {"backend": "fused"}, {"method": "forward"}])
+def test_a_schedule_has_a_derivative_in_each_step(how: Any) -> None:
     rates = torch.tensor([0.1, 0.3, 0.2, 0.05])
     optimizer = hn.sgd(lr=learned(0.1))
-    found = hn.hypergradient(optimizer, {"x": X0}, range(4), quadratic, quadratic, method=method, hypers={"lr": {"model": rates}})["lr"][
-        "model"
-    ]
+    found = hn.hypergradient(optimizer, {"x": X0}, range(4), quadratic, quadratic, hypers={"lr": {"model": rates}}, **how)["lr"]["model"]
 
     def loss(rates: Tensor) -> Tensor:
         return quadratic({"x": X0 * torch.stack([1 - rate * CURVATURE for rate in rates]).prod(0)}, None)
@@ -380,6 +378,10 @@ def test_reverse_gives_the_derivative_with_respect_to_the_initial_tensors_too() 
         found = problem.hypergradient(optimizer, memory=memory).params
         assert all(relative_error(found[name], value) < AGREE for name, value in expected.items())
     assert problem.hypergradient(optimizer, method="forward").params is None
+    for memory in ("full", "sqrt"):
+        without, found = (problem.hypergradient(optimizer, memory=memory, wrt_params=wrt) for wrt in (False, True))
+        assert without.params is None
+        assert torch.equal(without["lr"]["model"], found["lr"]["model"])
 
 
 def test_dropout_draws_the_same_masks_with_every_memory_and_method() -> None:

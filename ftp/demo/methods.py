@@ -5,7 +5,7 @@ in-distribution validation images, over seeds that the demo does not use; of equ
 part. SGD and SGDP are exempt: they run at a learning rate that is too high on purpose, to show what the projection does about it.
 
 The network and the length of pre-training were chosen before, on validation images too, so that a linear probe is robust: what
-pre-training has not given, fine-tuning can not keep. It matters: on a first, shallower network, whose probe failed under inversion, SGDP
+pre-training has not given, fine-tuning cannot keep. It matters: on a first, shallower network, whose probe failed under inversion, SGDP
 was 3 points above SGD on shifted validation images; on this one it was 10.
 """
 

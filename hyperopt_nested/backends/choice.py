@@ -47,7 +47,7 @@ MANY = 1_000_000
 
 
 def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
-    """What runs the steps, if not for some tensors that it does not serve; raises ValueError if it is not known, or can not be had."""
+    """What runs the steps, if not for some tensors that it does not serve; raises ValueError if it is not known, or cannot be used."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
     if backend == "reference":
@@ -56,7 +56,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
     why = _only_by_engine(nested, params)
     if backend != "auto":
         if why := why or _missing(backend, devices):
-            raise ValueError(f"backend={backend!r} can not be had: {why}. Use backend='auto'")
+            raise ValueError(f"backend={backend!r} cannot be used: {why}. Use backend='auto'")
         return backend
     if why:
         return "reference"
@@ -155,7 +155,7 @@ class Programs:
                     continue
                 why = " ".join(str(error).split())[:200] or type(error).__name__
             if self.strict:
-                raise ValueError(f"backend={sort!r} can not be had for {request.rule}: {why}. Use backend='auto'")
+                raise ValueError(f"backend={sort!r} cannot be used for {request.rule}: {why}. Use backend='auto'")
             if (sort + why) not in self._said:
                 self._said.add(sort + why)
                 warn(f"backend={sort!r} is not used for {request.rule}: {why}", stacklevel=2)

@@ -36,7 +36,7 @@ stopping = threading.Event()
 
 
 class CompileError(Exception):
-    """A library can not be compiled or loaded; the message is one line that says why."""
+    """A library cannot be compiled or loaded; the message is one line that says why."""
 
 
 def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
@@ -56,7 +56,7 @@ def load(sources: Sequence[str]) -> list[ctypes.CDLL]:
         try:
             _libraries.update({key: ctypes.CDLL(str(where / f"{key}.so")) for key in new})
         except OSError as error:
-            raise CompileError(f"a compiled kernel can not be loaded: {_line(str(error))}") from error
+            raise CompileError(f"a compiled kernel cannot be loaded: {_line(str(error))}") from error
         return [_libraries[key] for key in keys]
 
 
@@ -124,7 +124,7 @@ def _compile(command: tuple[str, ...], where: Path, sources: Mapping[str, str]) 
                 for path, process in started.items():
                     _finish(command[0], process.returncode, path, where / f"{path.name}.so")
     except OSError as error:
-        raise CompileError(f"kernels can not be compiled: {_line(str(error))}") from error
+        raise CompileError(f"kernels cannot be compiled: {_line(str(error))}") from error
 
 
 def _started(command: tuple[str, ...], path: Path, source: str) -> subprocess.Popen[bytes]:

@@ -23,7 +23,7 @@ PLAIN = frozenset([Tensor, torch.nn.Parameter])
 
 
 class LayoutError(UnsupportedError):
-    """A program of some sort can not take these tensors, as they lie in memory; the message says why."""
+    """A program of some sort cannot take these tensors, as they lie in memory; the message says why."""
 
 
 class Kernel:

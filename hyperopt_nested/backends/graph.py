@@ -10,7 +10,7 @@ import torch
 
 
 class UnsupportedError(Exception):
-    """A function can not be made into a program of some sort; the message says why."""
+    """A function cannot be made into a program of some sort; the message says why."""
 
 
 class Kind(IntEnum):

@@ -69,8 +69,8 @@ def examples(
     """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
-    The argument at `point` is the tensor, and those at the indices of `hypers` are raw values. If `whole`, examples have the sizes and
-    strides of the arguments; else they are small, and smaller by `less`.
+    The argument at `point` is the tensor, and those at the indices of `hypers` are unconstrained values. If `whole`, examples have the
+    sizes and strides of the arguments; else they are small, and smaller by `less`.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = zip(param.shape, _SIZES.get(param.ndim, (3,) * param.ndim), strict=True)

@@ -7,7 +7,7 @@ from hyperopt_nested.typing import Anchor, Ball, Combinator, Saturation
 
 class _ema(Combinator):
     def __call__(self, optimizer: Optimizer, /, *, decay: float = 0.999) -> Optimizer:
-        r"""The optimizer, with an exponential moving average of its weights, which is what `evaluated` returns.
+        r"""The optimizer, with an exponential moving average of its weights, which is what `eval_params` returns.
 
         Args:
             decay: decay rate of the average, in [0, 1]; an option, since no training gradient depends on it.
@@ -19,7 +19,7 @@ class _lookahead(Combinator):
     def __call__(self, optimizer: Optimizer, /, alpha: float | Learn = 0.5, *, k: int = 5) -> Optimizer:
         r"""Lookahead (Zhang et al. 2019, arXiv 1907.08610, algorithm 1): every `k` steps the slow weights go a part of the way to the fast.
 
-        The parameters are the fast weights; the slow ones are what `evaluated` returns.
+        The parameters are the fast weights; the slow ones are what `eval_params` returns.
 
         Args:
             alpha: that part, in [0, 1]. Its hypergradient is zero on the other steps.

@@ -1,4 +1,4 @@
-"""Updates of one tensor, and of all, as functions of tensors, gradients, states and raw values of learned hypers."""
+"""Updates of one tensor, and of all, as functions of tensors, gradients, states and unconstrained values of learned hypers."""
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.engine.learned import LearnedHyper, number
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.trees import State, leaves, map_tree
@@ -45,25 +45,25 @@ class Binding:
             if kind := kind_of(optimizer, name, each.learn.per):
                 self.memory[kind].append(each.key)
 
-    def raws(self, name: str, hypers: Mapping[str, Raws]) -> Raws:
-        """Raw values that the tensor called `name` uses, by learned hyper."""
+    def unconstrained(self, name: str, hypers: Mapping[str, Named]) -> Named:
+        """Unconstrained values that the tensor called `name` uses, by learned hyper."""
         return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned.values()}
 
-    def numbers(self, values: Mapping[str, float | Tensor], device: torch.device) -> Raws:
+    def numbers(self, values: Mapping[str, float | Tensor], device: torch.device) -> Named:
         """Values of the hypers that are not learned, shape () each, given what a schedule has made of declared values."""
         return {
             name: number(values.get(name, value), device) for name, value in self.optimizer.declared.items() if name not in self.learned
         }
 
     def update(
-        self, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor], numbers: Raws | None = None
+        self, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor], numbers: Named | None = None
     ) -> TensorUpdate:
         """The update of one tensor; `numbers`, if they are known, are those of `values`."""
         return TensorUpdate(self, param, grad, state, values, self.numbers(values, param.device) if numbers is None else numbers)
 
 
 class TensorUpdate:
-    """The update of one tensor as a function of the raw values that it uses, by learned hyper, and of the total if it needs one.
+    """The update of one tensor as a function of the unconstrained values that it uses, by learned hyper, and of the total if it needs one.
 
     Args:
         binding: what steps the tensor.
@@ -75,7 +75,7 @@ class TensorUpdate:
     """
 
     def __init__(
-        self, binding: Binding, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor], numbers: Raws
+        self, binding: Binding, param: Tensor, grad: Tensor, state: State, values: Mapping[str, float | Tensor], numbers: Named
     ) -> None:
         self._binding, self._rule = binding, binding.optimizer.rule
         self._values, self._numbers, self._device, self._dtype = values, numbers, param.device, state_dtype(param)
@@ -86,7 +86,7 @@ class TensorUpdate:
             return tensor
         return tensor.to(torch.promote_types(tensor.dtype, self._dtype))
 
-    def _hypers(self, raws: Raws) -> dict[str, Tensor]:
+    def _hypers(self, raws: Named) -> dict[str, Tensor]:
         learned = self._binding.learned
         return {
             name: learned[name].value(raws[learned[name].key].to(self._device), self._values.get(name))
@@ -95,20 +95,20 @@ class TensorUpdate:
             for name in self._binding.optimizer.settings
         }
 
-    def reduced(self, raws: Raws) -> Tensor:
+    def reduced(self, raws: Named) -> Tensor:
         """What the tensor adds to the total over all tensors."""
         return self._rule.global_reduce(self._param, self._grad, self._state, self._hypers(raws))
 
-    def __call__(self, raws: Raws, total: Tensor | None = None) -> tuple[Tensor, State]:
+    def __call__(self, raws: Named, total: Tensor | None = None) -> tuple[Tensor, State]:
         total = None if total is None else total.to(self._device)
         new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), total)
         return new.to(self._dtype), state
 
-    def param(self, raws: Raws, total: Tensor | None) -> Tensor:
+    def param(self, raws: Named, total: Tensor | None) -> Tensor:
         """The new tensor."""
         return self(raws, total)[0]
 
-    def finish(self, param: Tensor, raws: Raws) -> Tensor:
+    def finish(self, param: Tensor, raws: Named) -> Tensor:
         """The last part of the update, `Rule.finish`, given the new state."""
         return self._rule.finish(param, self._state, self._hypers(raws))
 
@@ -173,9 +173,9 @@ class Bindings:
             if name not in known:
                 raise ValueError(f"optimizer has no entry for the tensor {name!r}; it has {', '.join(map(repr, known))}: add one")
 
-    def used(self, names: Iterable[str], hypers: Mapping[str, Raws]) -> dict[str, Raws]:
-        """Of all raw values, those that these tensors use."""
-        result: dict[str, Raws] = {key: {} for key in hypers}
+    def used(self, names: Iterable[str], hypers: Mapping[str, Named]) -> dict[str, Named]:
+        """Of all unconstrained values, those that these tensors use."""
+        result: dict[str, Named] = {key: {} for key in hypers}
         for name in names:
             for each in self[name].learned.values():
                 result[each.key][each.key_of(name)] = hypers[each.key][each.key_of(name)]
@@ -185,19 +185,19 @@ class Bindings:
         """The update of each tensor in `states`; arguments as of `Nested.step`, and the states of rules."""
         result, last = {}, None
         for name, state in states.items():
-            binding, given, device = self[name], values.get(name, _NONE), params[name].device
-            if last is None or last[0] is not binding or last[1] is not given or last[2] != device:  # tensors of a group share numbers
-                last = binding, given, device, binding.numbers(given, device)
-            result[name] = binding.update(params[name], grads[name], state, given, last[3])
+            binding, scheduled, device = self[name], values.get(name, _NONE), params[name].device
+            if last is None or last[0] is not binding or last[1] is not scheduled or last[2] != device:  # tensors of a group share numbers
+                last = binding, scheduled, device, binding.numbers(scheduled, device)
+            result[name] = binding.update(params[name], grads[name], state, scheduled, last[3])
         return result
 
     def __call__(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Raws], values: Values
-    ) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Named], values: Values
+    ) -> tuple[Named, tuple[dict[str, State], Named]]:
         """New tensors; and new states of their rules, and the totals of what is measured. Arguments as of `Nested.step`."""
         updates = self.updates(params, grads, {name: rule[name] for name in grads}, values)
-        used = {name: self[name].raws(name, raws) for name in grads}
-        totals: Raws = {}
+        used = {name: self[name].unconstrained(name, raws) for name in grads}
+        totals: Named = {}
         for name, each in updates.items():
             if reduction := self[name].optimizer.rule.reduction:
                 part, before = each.reduced(used[name]), totals.get(reduction)

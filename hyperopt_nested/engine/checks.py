@@ -65,20 +65,20 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
             )
 
 
-def optimizers_of(given: Any) -> list[Optimizer]:
+def optimizers_of(optimizer: Any) -> list[Optimizer]:
     """The optimizers that an engine is made of.
 
     Raises:
         TypeError: there is something else.
     """
-    if isinstance(given, Optimizer):
-        return [given]
-    if not isinstance(given, Mapping):
-        raise not_an_optimizer("optimizer", given)
-    for name, each in given.items():
+    if isinstance(optimizer, Optimizer):
+        return [optimizer]
+    if not isinstance(optimizer, Mapping):
+        raise not_an_optimizer("optimizer", optimizer)
+    for name, each in optimizer.items():
         if not isinstance(each, Optimizer):
             raise not_an_optimizer(f"optimizer[{name!r}]", each)
-    return list(given.values())
+    return list(optimizer.values())
 
 
 def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None:
@@ -95,17 +95,17 @@ def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None
         )
 
 
-def check_tensors(argument: str, given: Any) -> None:
+def check_tensors(argument: str, tensors: Any) -> None:
     """Refuse what maps no names to tensors.
 
     Raises:
         TypeError: it does not.
     """
-    if not isinstance(given, Mapping):
+    if not isinstance(tensors, Mapping):
         raise TypeError(
-            f"{argument} is a {type(given).__name__}; it must be a mapping from names to tensors: dict(model.named_parameters())"
+            f"{argument} is a {type(tensors).__name__}; it must be a mapping from names to tensors: dict(model.named_parameters())"
         )
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument}[{name!r}]={tensor!r} ({type(tensor).__name__}) must be a tensor")
 
@@ -141,16 +141,16 @@ def check_step(
         if grad.shape != params[name].shape:
             raise ValueError(f"grads[{name!r}] has shape {tuple(grad.shape)}, the tensor {tuple(params[name].shape)}: they must be equal")
     last = None
-    for name, given in values.items():
-        if given is last and name in st["rule"]:
+    for name, scheduled in values.items():
+        if scheduled is last and name in st["rule"]:
             continue  # tensors of a group share them
-        last = given
+        last = scheduled
         if name not in st["rule"]:
             raise ValueError(f"values has {name!r}, which is no tensor; there are: {_listed(st['rule'])}")
-        if not isinstance(given, Mapping):
-            raise TypeError(f"values[{name!r}]={given!r} ({type(given).__name__}) must be a mapping from hypers to numbers")
+        if not isinstance(scheduled, Mapping):
+            raise TypeError(f"values[{name!r}]={scheduled!r} ({type(scheduled).__name__}) must be a mapping from hypers to numbers")
         optimizer = bindings[name].optimizer
-        for hyper, value in given.items():
+        for hyper, value in scheduled.items():
             if hyper not in optimizer.settings:
                 raise ValueError(f"values[{name!r}] has {hyper!r}, which is no hyper of {optimizer!r}")
             if not isinstance(value, Tensor):

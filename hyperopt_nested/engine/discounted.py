@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperopt_nested.checks import check_number
 from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
-from hyperopt_nested.engine.sensitivity import Raws, forward_is_exact, pull_forward, pushforward
+from hyperopt_nested.engine.sensitivity import Named, forward_is_exact, pull_forward, pushforward
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.rule import Learn, Optimizer, Per
 from hyperopt_nested.trees import State, map_tree
@@ -113,19 +113,19 @@ class DiscountedMemory:
     def __init__(self, bindings: Bindings, discount: float, curvature: Curvature) -> None:
         self._bindings, self._discount, self._exact = bindings, discount, curvature == "exact"
 
-    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]) -> State:
         """Memory before the first update: zero. With exact curvature every value moves all tensors, else those that use it."""
-        found = {}
+        memory = {}
         for name, param in params.items():
             values = hypers if self._exact else self._bindings.used([name], hypers)
             zero = {"param": torch.zeros_like(_widened(param)), "state": map_tree(_zeros, _real(rule[name]))}
             carried = {key: {value: map_tree(torch.clone, zero) for value in raws} for key, raws in values.items() if raws}
-            found[name] = {"carried": carried}
-        return found
+            memory[name] = {"carried": carried}
+        return memory
 
     def step(
-        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Raws], values: Values, hessian: Hessian | None
-    ) -> tuple[Raws, dict[str, State], State]:
+        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Named], values: Values, hessian: Hessian | None
+    ) -> tuple[Named, dict[str, State], State]:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
@@ -134,32 +134,32 @@ class DiscountedMemory:
             new, (states, _) = self._bindings(params, grads, rule, hypers, values)
             return new, states, {name: {"carried": {}} for name in grads}
 
-        def update(params: Raws, grads: Raws, real: State, hypers: dict[str, Raws]) -> tuple[Any, State]:
+        def update(params: Named, grads: Named, real: State, hypers: dict[str, Named]) -> tuple[Any, State]:
             new, (states, _) = self._bindings(params, grads, _joined(real, rule), hypers, values)
             return (new, _real(states)), states
 
         at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, _real(rule)), hypers
         (new, real), states, push = pushforward(update, *at)
         states = _joined(real, states)
-        found: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
+        after: dict[str, State] = {name: {"carried": {key: {} for key in carried}} for name, carried in memory.items()}
         for key, moved in self._directions(hypers):
             before = {name: self._before(carried.get(key, {}), moved, here[name], rule[name]) for name, carried in memory.items()}
             along = {name: each["param"] for name, each in before.items()}
-            bent = hessian(map_tree(lambda s, p: s.to(p.dtype), along, here)) if hessian else map_tree(torch.zeros_like, along)
+            grad_tangents = hessian(map_tree(lambda s, p: s.to(p.dtype), along, here)) if hessian else map_tree(torch.zeros_like, along)
             ones = {
                 other: {value: torch.full_like(raw, float(other == key and value in moved)) for value, raw in raws.items()}
                 for other, raws in hypers.items()
             }
             moved_states = {name: each["state"] for name, each in before.items()}
-            pushed = push(along, {name: _widened(bent[name]) for name in grads}, moved_states, ones)
+            pushed = push(along, {name: _widened(grad_tangents[name]) for name in grads}, moved_states, ones)
             for name, carried in memory.items():
                 for value in moved & carried.get(key, {}).keys():
                     moved_by = {"param": pushed[0][name], "state": pushed[1][name]}
-                    found[name]["carried"][key][value] = map_tree(_kept, moved_by, before[name])
-        return new, states, found
+                    after[name]["carried"][key][value] = map_tree(_sensitivity, moved_by, before[name])
+        return new, states, after
 
     def pull(
-        self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
+        self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> Iterator[tuple[str, str, Tensor]]:
         """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `OneStepMemory.pull`."""
         for name, grad in grads.items():
@@ -167,7 +167,7 @@ class DiscountedMemory:
                 for value, each in by_value.items():
                     yield key, value, pull_forward(grad, each["param"], hypers[key][value])
 
-    def _directions(self, hypers: Mapping[str, Raws]) -> Iterator[tuple[str, set[str]]]:
+    def _directions(self, hypers: Mapping[str, Named]) -> Iterator[tuple[str, set[str]]]:
         """Values that are moved at a time: all of a hyper, since each acts on its own part; with exact curvature, one."""
         for key, raws in hypers.items():
             yield from ((key, {value}) for value in raws) if self._exact else [(key, set(raws))]
@@ -194,7 +194,7 @@ def _joined(real: State, tree: State) -> State:
     return {key: _joined(real[key], leaf) if isinstance(leaf, dict) else real.get(key, leaf) for key, leaf in tree.items()}
 
 
-def _kept(new: Tensor, old: Tensor) -> Tensor:
+def _sensitivity(new: Tensor, old: Tensor) -> Tensor:
     """A new sensitivity, in the dtype of the old one; where it is not finite, a new horizon begins."""
     return finite(new.to(old.dtype))
 

@@ -1,4 +1,4 @@
-"""One learned hyper-parameter: where its raw values start, what they mean, and how its learner moves them."""
+"""One learned hyper-parameter: where its unconstrained values start, what they mean, and how its learner moves them."""
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import Bijection, Hyper
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.ops import number_dtype, state_dtype
 from hyperopt_nested.rule import Bound, Learn
 from hyperopt_nested.trees import State, leaves, map_tree
@@ -21,9 +21,9 @@ MODEL = "model"
 """Key of a learned value that all tensors share."""
 
 Counts = dict[str, Tensor]
-"""What is counted of a learned hyper, shape () each: hypergradient entries that were `rejected`, and values that were `pinned`."""
+"""What is counted of a learned hyper, shape () each: hypergradient entries that were `nonfinite`, and values that were `pinned`."""
 
-COUNTED = ("rejected", "pinned")
+COUNTED = ("nonfinite", "pinned")
 """The names of these counts, which are parts of an engine's state."""
 
 
@@ -76,7 +76,7 @@ class LearnedHyper:
         return MODEL if self.learn.per == "model" else tensor_name
 
     def start(self, param: Tensor, value: float | Tensor) -> Tensor:
-        """Raw coordinates at the start: shape () for per model and tensor, else broadcastable against the parameter.
+        """Unconstrained coordinates at the start: shape () for per model and tensor, else broadcastable against the parameter.
 
         Single numbers are kept in float64 (float32 where the device has no float64), others in `state_dtype(param)`.
         """
@@ -95,7 +95,7 @@ class LearnedHyper:
         declared = self.declared
         if scheduled is None or (not isinstance(scheduled, Tensor) and scheduled == declared):
             return value
-        if declared == 0:  # of a tensor we can not ask, without a sync, whether it is zero too
+        if declared == 0:  # of a tensor we cannot ask, without a sync, whether it is zero too
             if not isinstance(scheduled, Tensor):
                 self.check_scheduled(scheduled)
             return value
@@ -109,14 +109,14 @@ class LearnedHyper:
         """
         if self.declared == 0 and scheduled != 0:
             raise ValueError(
-                f"{self.key} was declared as learn(0.0, ...), which can not be scaled to {scheduled!r}: "
+                f"{self.key} was declared as learn(0.0, ...), which cannot be scaled to {scheduled!r}: "
                 "declare a value that is not zero, or do not schedule it"
             )
 
-    def step(self, raws: Raws, grads: Raws, st: State, counts: Counts) -> tuple[Raws, State, Counts]:
-        """Step the raw values with their hypergradients.
+    def step(self, raws: Named, grads: Named, st: State, counts: Counts) -> tuple[Named, State, Counts]:
+        """Step the unconstrained values with their hypergradients.
 
-        Entries that are not finite, or that would make the value or the state of the learner so, are skipped, and counted as rejected.
+        Entries that are not finite, or that would make the value or the state of the learner so, are skipped, and counted as nonfinite.
         Entries that the learner would take beyond a fixed end (of the domain, of what the dtype holds, or a bound that is a number) are
         counted as pinned, but for an end where they start.
         """
@@ -133,44 +133,44 @@ class LearnedHyper:
         rule = {key: map_tree(operator.itemgetter(i), new["rule"][MODEL]) for i, key in enumerate(grads)}
         return {**raws, **dict(zip(grads, new_raws[MODEL].unbind(), strict=True))}, {**st, "rule": {**st["rule"], **rule}}, counts
 
-    def _step(self, raws: Raws, grads: Raws, st: State, counts: Counts) -> tuple[Raws, State, Counts]:
+    def _step(self, raws: Named, grads: Named, st: State, counts: Counts) -> tuple[Named, State, Counts]:
         finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
         usable = {key: torch.where(finite[key], grad, 0) for key, grad in grads.items()}
         stepped, new = self.learner.step(raws, usable, st)
         new = {part: dict(tree) if part in ("rule", "memory") else tree for part, tree in new.items()}
         stepped = dict(stepped)
-        rejected, pinned = counts["rejected"], counts["pinned"]
+        nonfinite, pinned = counts["nonfinite"], counts["pinned"]
         for key, fine in finite.items():
             wanted = stepped[key]
             left = [leaf for leaf in leaves(new["rule"][key]) if leaf.shape == fine.shape and leaf.is_floating_point()]
             ok = fine & torch.isfinite(functools.reduce(torch.add, left, wanted))
-            kept = self.bounded(self.hyper.confine(wanted, self.via))
-            stepped[key] = torch.where(ok, kept, raws[key])
+            confined = self.bounded(self.hyper.confine(wanted, self.via))
+            stepped[key] = torch.where(ok, confined, raws[key])
             for part in ("rule", "memory"):
                 new[part][key] = map_tree(_keep_where(ok), new[part][key], st[part][key])
-            rejected = rejected + (~ok).sum()
+            nonfinite = nonfinite + (~ok).sum()
             if self._below or self._above:
-                pinned = pinned + (ok & self._stopped(wanted, kept)).sum()
-        return stepped, new, {"rejected": rejected, "pinned": pinned}
+                pinned = pinned + (ok & self._stopped(wanted, confined)).sum()
+        return stepped, new, {"nonfinite": nonfinite, "pinned": pinned}
 
     def _transformed(self, grad: Tensor) -> Tensor:
         """What the declared transform makes of a hypergradient."""
-        found = cast(Callable[[Tensor], Any], self.learn.grad)(grad)
-        if not isinstance(found, Tensor) or found.shape != grad.shape:
-            shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        result = cast(Callable[[Tensor], Any], self.learn.grad)(grad)
+        if not isinstance(result, Tensor) or result.shape != grad.shape:
+            shown = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)
             raise ValueError(
                 f"learn(grad=...) of {self.key} made {shown} of a hypergradient of shape {tuple(grad.shape)}: it must return a tensor of "
                 "that shape"
             )
-        return found
+        return result
 
-    def _stopped(self, wanted: Tensor, kept: Tensor) -> Tensor:
+    def _stopped(self, wanted: Tensor, confined: Tensor) -> Tensor:
         """Which entries were stopped at a fixed end that they do not start at."""
         if self._below and self._above:
-            return kept != wanted
+            return confined != wanted
         if self.via is not None and self.via.even:
-            wanted, kept = wanted.abs(), kept.abs()
-        return kept > wanted if self._below else kept < wanted
+            wanted, confined = wanted.abs(), confined.abs()
+        return confined > wanted if self._below else confined < wanted
 
     def ends(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The fixed ends of the value, of the shape of `raw`: of the domain, of what the dtype holds, and bounds that are numbers."""
@@ -179,7 +179,7 @@ class LearnedHyper:
         return self.hyper.to_value(low, self.via), self.hyper.to_value(high, self.via)
 
     def bounded(self, raw: Tensor, states: list[State] | None = None) -> Tensor:
-        """Raw value after the declared bounds: numbers, or, given the new rule states of its tensors, those that read the state.
+        """Unconstrained value after the declared bounds: numbers, or, given the new rule states of its tensors, those that read the state.
 
         Of a value that several tensors share, the widest of their bounds. A bound that is not finite is none.
         """
@@ -194,8 +194,8 @@ class LearnedHyper:
 def _widest(end: Bound, wider: Callable[[Tensor, Tensor], Tensor], none: float, states: list[State], raw: Tensor) -> Tensor | None:
     if not callable(end):
         return None
-    found = [end(state).to(raw) for state in states]
-    return functools.reduce(wider, [torch.where(torch.isfinite(each), each, none) for each in found])
+    ends = [end(state).to(raw) for state in states]
+    return functools.reduce(wider, [torch.where(torch.isfinite(each), each, none) for each in ends])
 
 
 def number(value: float | Tensor, device: torch.device) -> Tensor:

@@ -18,18 +18,18 @@ from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
 from hyperopt_nested.engine.checks import Horizon, check_horizon, check_shared, check_step, check_tensors, check_used, optimizers_of
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.engine.one_step import OneStep
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.signatures import check_form, check_state
-from hyperopt_nested.trees import State, evaluated, in_dtype, map_tree
+from hyperopt_nested.trees import State, eval_params, in_dtype, map_tree
 
 
 class Nested:
     """An optimizer, its learners, their learners, and so on: one pure `step`.
 
-    The state is a dict of nested dicts of tensors, of constant structure: `rule` (each tensor's rule state), `hypers` (learned values
-    in raw coordinates), `learners` (the state of the optimizers that learn them: the same structure again), `memory` (each tensor's
-    last update), `rejected` (how many hypergradient entries were not finite, and so not used) and `pinned` (how many steps of values ended
+    The state is a dict of nested dicts of tensors, of constant structure: `rule` (each tensor's rule state), `hypers` (unconstrained
+    values of learned hypers), `learners` (the state of the optimizers that learn them: the same structure again), `memory` (each tensor's
+    last update), `nonfinite` (how many hypergradient entries were not finite, and not used) and `pinned` (how many steps of values ended
     at an end of what they may be).
 
     A learned hyper goes by its name; where several `learn(...)` declarations have one name, the second is `name#2`, and so on.
@@ -92,7 +92,7 @@ class Nested:
 
         Raises:
             TypeError: `params` maps no names to tensors, or a tensor is not of a real floating-point dtype.
-            ValueError: a learned hyper is not used by the update, or enters a total over all tensors in a way that can not be
+            ValueError: a learned hyper is not used by the update, or enters a total over all tensors in a way that cannot be
                 differentiated; `start` names no learned hyper, or a number in it is outside its domain; a tensor has no optimizer.
         """
         check_tensors("params", params)
@@ -105,7 +105,7 @@ class Nested:
                 raise ValueError(f"start names {key!r}, which is not learned; learned are: {', '.join(self.learned) or 'none'}")
             if not isinstance(value, Tensor):
                 self.learned[key].hyper.check(f"start: {key}", value, self.learned[key].via)
-        hypers: dict[str, Raws] = {key: {} for key in self.learned}
+        hypers: dict[str, Named] = {key: {} for key in self.learned}
         rule: State = {}
         checked: set[tuple[int, int]] = set()
         for name, param in params.items():
@@ -171,8 +171,8 @@ class Nested:
         grads = self.descended(grads)
         learned = self._learn(params, grads, st, learn)
         hypers = learned["hypers"]
-        bent = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
-        new, rule, memory = self._memory.step(params, grads, st, hypers, values, bent)
+        product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
+        new, rule, memory = self._memory.step(params, grads, st, hypers, values, product)
         new, rule = _in_dtypes_of(params, st["rule"], new, rule)
         rule = {**st["rule"], **rule}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
@@ -217,7 +217,7 @@ class Nested:
         return new
 
     def update(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """One step of the tensors alone, with given hypers: nothing is learned, and nothing remembered.
 
@@ -225,7 +225,7 @@ class Nested:
             params: the tensors, by name.
             grads: the gradient of each.
             rule: the rule states, `st["rule"]`.
-            hypers: raw values of the learned hypers, `st["hypers"]`.
+            hypers: unconstrained values of the learned hypers, `st["hypers"]`.
 
         Returns:
             The new tensors, and the new rule states.
@@ -233,8 +233,8 @@ class Nested:
         new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, {})
         return _in_dtypes_of(params, rule, new, states)
 
-    def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Raws]:
-        """Gradients pulled back through the last update onto the learned hypers, in raw coordinates; zero before the first update.
+    def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Named]:
+        """Gradients pulled back through the last update onto unconstrained values of learned hypers; zero before the first update.
 
         Args:
             params: the tensors that the last update made, by name.
@@ -244,24 +244,24 @@ class Nested:
         Returns:
             By learned hyper, by key of its values; only values that some gradient reaches are there.
         """
-        found: dict[str, Raws] = {key: {} for key in self.learned}
+        result: dict[str, Named] = {key: {} for key in self.learned}
         for key, value, contribution in self._memory.pull(params, grads, st["rule"], st["memory"], st["hypers"]):
-            before = found[key].get(value)
-            found[key][value] = contribution if before is None else before + contribution.to(before.device)
-        return {key: raws for key, raws in found.items() if raws}
+            before = result[key].get(value)
+            result[key][value] = contribution if before is None else before + contribution.to(before.device)
+        return {key: raws for key, raws in result.items() if raws}
 
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
         """Learned values at every height of the tower: `{"lr": {"model": ...}, "lr.lr": {"model": ...}}`, schedules apart."""
-        found = {}
+        result = {}
         for key, learned in self.learned.items():
-            found[key] = {name: learned.value(raw) for name, raw in st["hypers"][key].items()}
+            result[key] = {name: learned.value(raw) for name, raw in st["hypers"][key].items()}
             inner = learned.learner.hypers(st["learners"][key])
-            found |= {f"{key}.{below}": values for below, values in inner.items()}
-        return found
+            result |= {f"{key}.{below}": values for below, values in inner.items()}
+        return result
 
-    def rejected(self, st: State) -> dict[str, Tensor]:
+    def nonfinite_counts(self, st: State) -> dict[str, Tensor]:
         """How many hypergradient entries were NaN or infinite, and so not used, at every height of the tower: shape () each."""
-        return self.counted("rejected", st)
+        return self.counted("nonfinite", st)
 
     def pinned(self, st: State) -> dict[str, Tensor]:
         """How many steps of learned values were stopped at an end of what these may be, at every height of the tower: shape () each.
@@ -271,18 +271,18 @@ class Nested:
         return self.counted("pinned", st)
 
     def counted(self, part: str, st: State) -> dict[str, Any]:
-        """One part of the state that counts, "rejected" or "pinned", at every height of the tower."""
-        found = dict(st[part])
+        """One part of the state that counts, "nonfinite" or "pinned", at every height of the tower."""
+        counts = dict(st[part])
         for key, learned in self.learned.items():
-            found |= {f"{key}.{below}": count for below, count in learned.learner.counted(part, st["learners"][key]).items()}
-        return found
+            counts |= {f"{key}.{below}": count for below, count in learned.learner.counted(part, st["learners"][key]).items()}
+        return counts
 
-    def evaluated(self, params: Tensors, st: State) -> dict[str, Tensor]:
+    def eval_params(self, params: Tensors, st: State) -> dict[str, Tensor]:
         """The weights to evaluate the model with: those that the rules keep for it (averages of some kind), else the tensors."""
-        return {name: evaluated(param, st["rule"][name]) for name, param in params.items()}
+        return {name: eval_params(param, st["rule"][name]) for name, param in params.items()}
 
-    def bounded(self, key: str, raws: Raws, rule: State, grads: Tensors) -> Raws:
-        """Raw values of a learned hyper inside the bounds that read new states of rules; of tensors without a gradient, as they are."""
+    def bounded(self, key: str, raws: Named, rule: State, grads: Tensors) -> Named:
+        """Unconstrained values inside the bounds that read new states of rules; those of tensors without a gradient as they are."""
         learned = self.learned[key]
         if not any(map(callable, learned.learn.bounds)):
             return raws
@@ -299,8 +299,8 @@ def _in_dtypes_of(
     """New tensors and states in the dtypes of the old ones: updates are computed in wider ones."""
     for name, state in states.items():
         check_form(name, new[name], state, params[name], rule[name])
-    kept = {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
-    return {name: param.to(params[name].dtype) for name, param in new.items()}, kept
+    new_params = {name: param.to(params[name].dtype) for name, param in new.items()}
+    return new_params, {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
 
 
 def _chosen(names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:

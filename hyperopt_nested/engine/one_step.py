@@ -14,7 +14,7 @@ from hyperopt_nested.checks import check_dtype
 from hyperopt_nested.engine.binding import Bindings, Hessian, Kind, Tensors, Values
 from hyperopt_nested.engine.learned import number
 from hyperopt_nested.engine.sensitivity import (
-    Raws,
+    Named,
     forward_is_exact,
     linearize,
     nothing_transforms,
@@ -120,26 +120,26 @@ class OneStepMemory:
     def __init__(self, bindings: Bindings, dtype: torch.dtype | None = None) -> None:
         self._bindings, self._dtype = bindings, dtype
 
-    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]) -> State:
+    def init(self, params: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]) -> State:
         """Memory before the first update: of the structure that later ones have, with no effect."""
-        found = {}
+        memory = {}
         for name, param in params.items():
             none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._bindings[name].memory["forward"]}
             totals = {self._bindings[name].optimizer.rule.reduction: torch.zeros((), dtype=state_dtype(param), device=param.device)}
-            raws = self._bindings[name].raws(name, hypers)
-            found[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
-        return found
+            raws = self._bindings[name].unconstrained(name, hypers)
+            memory[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
+        return memory
 
     def step(
-        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Raws], values: Values, hessian: Hessian | None = None
-    ) -> tuple[Raws, dict[str, State], State]:
+        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Named], values: Values, hessian: Hessian | None = None
+    ) -> tuple[Named, dict[str, State], State]:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         del hessian  # one step looks through no gradient
         rule = st["rule"]
         forward = {key for name in grads for key in self._bindings[name].memory["forward"]}
         used = self._bindings.used(grads, hypers)
 
-        def update(raws: dict[str, Raws]) -> tuple[Raws, tuple[dict[str, State], Raws]]:
+        def update(raws: dict[str, Named]) -> tuple[Named, tuple[dict[str, State], Named]]:
             return self._bindings(params, grads, rule, raws, values)
 
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
@@ -147,12 +147,12 @@ class OneStepMemory:
         for name in grads:
             dtype = self._dtype or params[name].dtype
             sensitivity = {key: finite(sensitivities[key][name].to(dtype)) for key in self._bindings[name].memory["forward"]}
-            inputs = params[name], grads[name], rule[name], self._bindings[name].raws(name, hypers), values.get(name, {}), totals
+            inputs = params[name], grads[name], rule[name], self._bindings[name].unconstrained(name, hypers), values.get(name, {}), totals
             memory[name] = self._remembered(name, 1.0, sensitivity, *inputs)
         return new, states, memory
 
     def pull(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Raws]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> Iterator[tuple[str, str, Tensor]]:
         """What the gradient of each tensor adds to hypergradients: by learned hyper and by value.
 
@@ -163,7 +163,7 @@ class OneStepMemory:
             grads: their gradients.
             rule: the states of rules that the last update made.
             memory: as the last step made it.
-            hypers: raw values now.
+            hypers: unconstrained values now.
         """
         remembered = {name: grad for name, grad in grads.items() if not _is_empty(memory[name])}
         reverse = self._pull_reverse(remembered, memory)
@@ -172,17 +172,17 @@ class OneStepMemory:
             value = {each.key: each.key_of(name) for each in self._bindings[name].learned.values()}
             for key, sensitivity in memory[name]["sensitivity"].items():
                 yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
-            kept = {
+            others = {
                 **dict.fromkeys(self._bindings[name].memory["reverse"], reverse),
                 **dict.fromkeys(self._bindings[name].memory["late"], late),
             }
-            for key, found in kept.items():
-                if name in found:
-                    yield key, value[key], torch.where(memory[name]["taken"] > 0, found[name][key], 0)
+            for key, hypergrads in others.items():
+                if name in hypergrads:
+                    yield key, value[key], torch.where(memory[name]["taken"] > 0, hypergrads[name][key], 0)
                 else:
                     yield key, value[key], torch.zeros_like(hypers[key][value[key]])
 
-    def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Raws]:
+    def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Named]:
         """Pull gradients back through the remembered updates."""
         inputs = {name: memory[name]["inputs"] for name in grads if "inputs" in memory[name]}
         if not inputs:
@@ -194,12 +194,12 @@ class OneStepMemory:
         along = {name: update.cleaned(grads[name]) for name, update in updates.items()}
         totals = {name: finite(each["total"]) if "total" in each else None for name, each in inputs.items()}
 
-        def new(raws: dict[str, Raws]) -> Raws:
+        def new(raws: dict[str, Named]) -> Named:
             return {name: update.param(raws[name], totals[name]) for name, update in updates.items()}
 
-        return pull_reverse(along, new, {name: each["raws"] for name, each in inputs.items()})
+        return pull_reverse(along, new, {name: each["unconstrained"] for name, each in inputs.items()})
 
-    def _pull_late(self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State]) -> dict[str, Raws]:
+    def _pull_late(self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State]) -> dict[str, Named]:
         """Pull gradients back through the last part of each update, `Rule.finish`, given the tensors and the states that they left.
 
         The tensors before it are worked out: `finish` is affine in them.
@@ -212,9 +212,9 @@ class OneStepMemory:
         after, along = {}, {}
         for name, update in updates.items():
             after[name], along[name] = update.left(grads[name])
-        raws = {name: each["raws"] for name, each in numbers.items()}
+        raws = {name: each["unconstrained"] for name, each in numbers.items()}
 
-        def finish(params: Raws, raws: dict[str, Raws]) -> Raws:
+        def finish(params: Named, raws: dict[str, Named]) -> Named:
             return {name: update.finish(params[name], raws[name]) for name, update in updates.items()}
 
         at_zero, _, pull = pullback(lambda params: (finish(params, raws), ()), map_tree(torch.zeros_like, after))
@@ -226,33 +226,33 @@ class OneStepMemory:
         self,
         name: str,
         taken: float,
-        sensitivity: Raws,
+        sensitivity: Named,
         param: Tensor,
         grad: Tensor,
         state: State,
-        raws: Raws,
+        raws: Named,
         values: Mapping[str, float | Tensor],
-        totals: Raws,
+        totals: Named,
     ) -> State:
         """Memory of one tensor's update: sensitivities, and what hypers need of its inputs.
 
         They are copies: the caller may overwrite tensors, and torch.compile tells shared ones from others.
         """
-        found: State = {"sensitivity": sensitivity}
+        memory: State = {"sensitivity": sensitivity}
         late, reverse = self._bindings[name].memory["late"], self._bindings[name].memory["reverse"]
         optimizer = self._bindings[name].optimizer
         if not late and not reverse:
-            return found
-        given = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
-        numbers: State = {"raws": raws, "values": given}
+            return memory
+        scheduled = {hyper: number(values.get(hyper, value), param.device) for hyper, value in optimizer.declared.items()}
+        numbers: State = {"unconstrained": raws, "values": scheduled}
         if late:
-            found["numbers"] = map_tree(torch.clone, numbers)
+            memory["numbers"] = map_tree(torch.clone, numbers)
         if reverse:
             inputs = {"param": param, "grad": grad, "state": state, **numbers}
             if optimizer.rule.reduction:
                 inputs["total"] = totals[optimizer.rule.reduction].to(param.device, state_dtype(param))
-            found["inputs"] = map_tree(torch.clone, inputs)
-        return {**found, "taken": torch.full((), taken, dtype=torch.float32, device=param.device)}
+            memory["inputs"] = map_tree(torch.clone, inputs)
+        return {**memory, "taken": torch.full((), taken, dtype=torch.float32, device=param.device)}
 
 
 def _is_empty(memory: State) -> bool:

@@ -1,4 +1,4 @@
-"""Derivatives of an update with respect to learned hypers, seen as a function of their raw coordinates alone."""
+"""Derivatives of an update with respect to learned hypers, as a function of their unconstrained values."""
 
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
@@ -13,8 +13,10 @@ from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.signatures import Separable
 from hyperopt_nested.trees import map_tree
 
-Raws = dict[str, Tensor]
-Update = Callable[[dict[str, Raws]], tuple[Raws, Any]]
+Named = dict[str, Tensor]
+"""Tensors by name: parameters, their gradients, or unconstrained values of learned hypers."""
+
+Update = Callable[[dict[str, Named]], tuple[Named, Any]]
 
 
 def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:
@@ -33,8 +35,8 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
     reached = [i for i, output in enumerate(outputs) if output.requires_grad]
 
     def pull(cotangent: Any) -> Any:
-        given, _ = tree_flatten(cotangent)
-        along = [given[i] for i in reached]
+        cotangents, _ = tree_flatten(cotangent)
+        along = [cotangents[i] for i in reached]
         if not reached:
             return tree_unflatten([torch.zeros_like(leaf) for leaf in leaves], spec)
         how: dict[str, bool] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
@@ -69,11 +71,11 @@ def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any
     return value, aux, lambda *tangents: push(tangents)[0]
 
 
-def linearize(update: Update, raws: dict[str, Raws], keys: list[str]) -> tuple[Raws, Any, dict[str, Raws]]:
+def linearize(update: Update, raws: dict[str, Named], keys: list[str]) -> tuple[Named, Any, dict[str, Named]]:
     """Do an update of many tensors, and differentiate them with respect to each learned hyper in `keys`, with a tangent of ones.
 
     Args:
-        update: from raw values, by learned hyper and key, to new tensors, by tensor, and anything else (states).
+        update: from unconstrained values, by learned hyper and key, to new tensors, by tensor, and anything else (states).
         raws: its argument.
         keys: learned hypers to differentiate with respect to.
 
@@ -105,19 +107,19 @@ def pull_forward(grad: Tensor, sensitivity: Tensor, raw: Tensor) -> Tensor:
     return total.to(raw)
 
 
-def pull_reverse(grads: Raws, params_of: Callable[[dict[str, Raws]], Raws], raws: dict[str, Raws]) -> dict[str, Raws]:
+def pull_reverse(grads: Named, params_of: Callable[[dict[str, Named]], Named], raws: dict[str, Named]) -> dict[str, Named]:
     """Hypergradients of every hyper in `raws`, tensor by tensor, by the vector-Jacobian product of remembered updates."""
     params, _, pull = pullback(lambda raws: (params_of(raws), ()), raws)
-    found: dict[str, Raws] = pull({name: grads[name].to(param) for name, param in params.items()})[0]
-    return found
+    result: dict[str, Named] = pull({name: grads[name].to(param) for name, param in params.items()})[0]
+    return result
 
 
-def unused(function: Callable[[Raws], Tensor], raws: Mapping[str, Tensor]) -> list[str]:
+def unused(function: Callable[[Named], Tensor], raws: Mapping[str, Tensor]) -> list[str]:
     """Names of the hypers that the function's value does not depend on at all."""
-    leaves: Raws = {name: torch.nn.Parameter(raw.detach().clone()) for name, raw in raws.items()}  # a leaf under functorch transforms too
+    leaves: Named = {name: torch.nn.Parameter(raw.detach().clone()) for name, raw in raws.items()}  # a leaf under functorch transforms too
     with torch.enable_grad():
         total = function(leaves).sum()
     if not total.requires_grad:
         return list(leaves)
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return [name for name, grad in zip(leaves, found, strict=True) if grad is None]
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return [name for name, grad in zip(leaves, grads, strict=True) if grad is None]

@@ -25,8 +25,8 @@ class Carried:
     Args:
         params: the tensors that the loss is called with.
         buffers: the buffers before the step; those that no step has changed yet are missing.
-        outer: tensors of the same values, by name, through which what modules compute under `torch.no_grad` (such as a power iteration)
-            is differentiated; None: it is not.
+        twin: by name, a tensor of the same value through which what modules compute under `torch.no_grad` (such as a power iteration) is
+            differentiated; None: it is not.
         lift: makes a start value of a buffer one of many runs under `torch.func.vmap`.
         checked: names of buffers that were found not to depend on `params`, to be added to; None: nothing is differentiated in reverse.
         apart: whether running statistics must not be used by the call that changes them.
@@ -38,23 +38,19 @@ class Carried:
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         *,
-        outer: Mapping[str, Tensor] | None = None,
+        twin: Callable[[str], Tensor] | None = None,
         lift: Callable[[Tensor], Tensor] | None = None,
         checked: set[str] | None = None,
         apart: bool = False,
         unknown: Collection[str] = (),
     ) -> None:
         self.params, self.buffers, self.lift, self.checked, self._apart = params, dict(buffers), lift, checked, apart
-        self._unknown, self._twins = unknown, outer
+        self._unknown, self._twin = unknown, twin
         self.changed: set[str] = set()
 
     @cached_property
     def _names(self) -> dict[int, str]:
         return {id(p): name for name, p in self.params.items()}
-
-    @cached_property
-    def _outer(self) -> dict[int, Tensor]:
-        return {} if self._twins is None else {id(p): self._twins[name] for name, p in self.params.items()}
 
     def prefix(self, given: Mapping[str, Tensor], has_statistics: bool) -> str | None:
         """What the names of a module's tensors have before them in `params`; None if `given` is not made of `params`.
@@ -75,7 +71,7 @@ class Carried:
         if self.buffers and has_statistics:
             raise ValueError(
                 f"a function made by hn.functional was called with tensors {sorted(given)[:3]} that were computed from params "
-                f"{sorted(self.params)[:3]} under other names: its running statistics can not be told. Keep the names, or make it with "
+                f"{sorted(self.params)[:3]} under other names: its running statistics cannot be told. Keep the names, or make it with "
                 "hn.functional(module, buffers='fixed')"
             )
         return None
@@ -102,19 +98,21 @@ class Carried:
                 "hn.functional(module, buffers='fixed') for the second"
             )
 
-    def outer(self, tensor: Tensor) -> Tensor | None:
+    def twin(self, tensor: Tensor) -> Tensor | None:
         """The tensor of the same value through which a power iteration on `tensor` is differentiated; None: it is not.
 
         Raises:
             NotImplementedError: it must be, but `tensor` is computed from `params`.
         """
-        found = self._outer.get(id(tensor))
-        if found is None and self._outer and (tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)):
+        if self._twin is None:
+            return None
+        name = self._names.get(id(tensor))
+        if name is None and (tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)):
             raise NotImplementedError(
-                "spectral_norm of a weight that is computed from params can not be differentiated twice: give the function that "
+                "spectral_norm of a weight that is computed from params cannot be differentiated twice: give the function that "
                 "hn.functional made the tensors themselves, or put the module into evaluation mode"
             )
-        return found
+        return None if name is None else self._twin(name)
 
 
 class _Plain:

@@ -1,7 +1,7 @@
 """The update of tensors with a native pull-back: autograd keeps what an update is given, and nothing that is computed on the way."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, islice
 from typing import Any
@@ -18,20 +18,17 @@ from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Learn
 from hyperopt_nested.trees import State, filled, leaves
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype."""
 
-_FEW = 2
-"""Operators that take autograd less time than a kernel and its pull-back take to be called."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Kernels of one tensor's update. Its arguments are the gradient, the tensor, leaves of the state and raw values; results come after.
+    """Kernels of one tensor's update. Its arguments: gradient, tensor, leaves of the state, unconstrained values. Results come after.
 
     Arguments of both kernels are these, a cotangent of each result that is followed, and what the kernels write: a derivative for each
     argument that is wanted, and each result that is no argument.
@@ -49,27 +46,22 @@ class _Plan:
     sizes: tuple[int, int] = 0, 0  # rows and columns
 
 
-@dataclass(frozen=True, eq=False)
-class _Operators:
-    """One tensor's update by a few operators of torch, which autograd differentiates: a function of its arguments to the new tensor."""
+@dataclass(eq=False)
+class _Descent:
+    """Descent by a learned rate alone, by operators of torch: autograd takes less time for these than for a kernel and its pull-back."""
 
-    inputs: list[int]  # indices of the arguments that are used
-    steps: list[tuple[Callable[[Tensor, Tensor], Tensor], int, int]]  # operators, and indices of operands among inputs and results before
-    casts: list[tuple[int, torch.dtype]]  # inputs that are cast
-    last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what was cast last, and to what: most are the same in all steps
+    rate: int  # the argument that is the rate
+    last: tuple[Tensor | None, Tensor | None] = None, None  # the rate in the last step, and what it was cast to
 
-    def __call__(self, *row: Tensor) -> Tensor:
-        found = [row[i] for i in self.inputs]
-        for i, dtype in self.casts:
-            if i not in self.last or self.last[i][0] is not found[i]:
-                self.last[i] = found[i], found[i].to(dtype)
-            found[i] = self.last[i][1]
-        for operator, first, second in self.steps:
-            found.append(operator(found[first], found[second]))
-        return found[-1]
+    def __call__(self, grad: Tensor, param: Tensor, *rest: Tensor) -> Tensor:
+        rate, factor = rest[self.rate - 2], self.last[1]
+        if factor is None or self.last[0] is not rate:
+            factor = -rate.to(param.dtype)
+            self.last = rate, factor
+        return param + factor * grad  # a difference would negate cotangents
 
 
-_plans: dict[Hashable, _Plan | _Operators | None] = {}
+_plans: dict[Hashable, _Plan | _Descent | None] = {}
 
 
 class DifferentiableUpdate:
@@ -84,13 +76,14 @@ class DifferentiableUpdate:
     def __init__(self, nested: Nested) -> None:
         self._nested = nested
         self._keys = cache(lambda name: [(each.key, each.key_of(name)) for each in nested.bindings[name].learned.values()])
-        self._plans: dict[Hashable, _Plan | _Operators | None] = {}
+        self._plans: dict[Hashable, _Plan | _Descent | None] = {}
 
     def __call__(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Raws]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """New tensors and states; arguments as of `Nested.update`."""
-        new, states, rows, plans = dict[str, Tensor](), dict(rule), dict[str, list[Tensor]](), list[_Plan]()
+        new: dict[str, Tensor] = {}
+        states, rows, plans = {**rule}, {}, []
         for name, grad in grads.items():
             row = [grad, params[name], *leaves(rule[name]), *[hypers[key][value] for key, value in self._keys(name)]]
             key = name, *[each.requires_grad for each in row]
@@ -103,13 +96,15 @@ class DifferentiableUpdate:
                 plans.append(plan)
             else:
                 new[name] = plan(*row)
-        made = iter(_apply(plans, *chain.from_iterable(rows.values())) if plans else ())
+        if not plans:
+            return new, states
+        made = iter(_apply(plans, *chain.from_iterable(rows.values())))
         for plan, (name, row) in zip(plans, rows.items(), strict=True):
             new[name], *state = [next(made) if i is None else row[i] for i in plan.passed]
             states[name] = filled(rule[name], state)
         return new, states
 
-    def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
+    def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Descent | None:
         """What to do for one tensor; None if the engine has to do it."""
         optimizer, param = self._nested.bindings[name].optimizer, row[1]
         if any(type(each) not in PLAIN for each in row):
@@ -127,8 +122,8 @@ class DifferentiableUpdate:
                 _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
-        if isinstance(found := _plans[key], _Operators):
-            return replace(found, last={})
+        if isinstance(found := _plans[key], _Descent):
+            return _Descent(found.rate)
         if found is None:
             return None
         try:
@@ -137,7 +132,7 @@ class DifferentiableUpdate:
             return None
         return replace(found, forms=[(each.shape, each.stride(), each.dtype) for each in [param, *row[1:]]], sizes=sizes(param))
 
-    def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Operators | None:
+    def _made(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Descent | None:
         count, results = len(row), range(len(leaves(state)) + 1)
 
         def update(row: Sequence[Tensor]) -> list[Tensor]:
@@ -186,9 +181,9 @@ class DifferentiableUpdate:
         arguments = [each.detach() for each in arguments]
         graphs = [_without_zeros(trace(function, arguments, row[1])) for function in functions]
         request = Request((), "", functions, arguments, row[1], (), partial(trials, arguments))
-        if len(results) == 1 and (operators := _by_operators(graphs[0])):
-            program = Engine(lambda *given: [*(None for _ in given[1:]), operators(*given)])
-            return None if deviation([program], replace(request, functions=functions[:1])) else operators
+        if len(results) == 1 and (descent := _descent(graphs[0])):
+            program = Engine(lambda *given: [*(None for _ in given[1:]), descent(*given)])
+            return None if deviation([program], replace(request, functions=functions[:1])) else descent
         if row[1].device.type != "cpu":
             return None
         outputs, form = dict(graphs[1].outputs), [(each.shape, each.dtype) for each in arguments]
@@ -214,8 +209,8 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plans: Sequence[_Plan], *tensors: Tensor) -> Any:
-        given, batches = iter(tensors), dict[Kernel, _Batch]()
-        results, constant, kept = list[Tensor](), list[Tensor](), list[Tensor | None]()
+        batches: dict[Kernel, _Batch] = {}
+        given, results, constant, kept = iter(tensors), [], [], []
         for plan in plans:
             row = [*islice(given, len(plan.forms))]
             row[0] = _lying(row[0], plan.forms[0])
@@ -233,8 +228,8 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        kept, along, batches = iter(ctx.saved_tensors), iter(cotangents), dict[Kernel, _Batch]()
-        slopes = list[Tensor | None]()
+        batches: dict[Kernel, _Batch] = {}
+        kept, along, slopes = iter(ctx.saved_tensors), iter(cotangents), []
         for plan in ctx.plans:
             row, given = [*islice(kept, len(plan.forms))], {i: next(along) for i in plan.written}
             found = {i: given[plan.handed[i]] if i in plan.handed else _empty(plan.forms[i]) for i in plan.wanted}
@@ -268,16 +263,14 @@ def _lying(tensor: Tensor | None, form: Form) -> Tensor:
     return tensor if tensor.stride() == form[1] and not tensor.is_neg() else _empty(form).copy_(tensor)
 
 
-def _by_operators(graph: UpdateGraph) -> _Operators | None:
-    """An update by torch's operators, if they are few: they take autograd less time than a kernel and its pull-back take to be called."""
-    inputs = [value for value in graph.values if value.op == "input"]
-    made = [value for value in graph.values if value.op != "input"]
-    if not 0 < len(made) <= _FEW or any(value.op not in ("add", "sub", "mul") or value.kind != Kind.ELEMENT for value in made):
-        return None
-    index, dtype = {value: i for i, value in enumerate([*inputs, *made])}, made[-1].dtype
-    steps = [(getattr(torch, value.op), index[value.args[0]], index[value.args[1]]) for value in made]
-    casts = [(index[value], dtype) for value in inputs if value.kind == Kind.NUMBER and value.dtype != dtype]
-    return _Operators([value.args[0] for value in inputs], steps, casts)
+def _descent(graph: UpdateGraph) -> _Descent | None:
+    """Descent by a rate, if that is what a graph does."""
+    match [(value.op, *value.args) for _, value in graph.outputs]:
+        case [("sub", Value(op="input", args=(1,)), Value(op="mul", args=factors))]:
+            match sorted(factors, key=lambda value: value.kind):
+                case [Value(op="input", args=(rate,), kind=Kind.NUMBER), Value(op="input", args=(0,))]:
+                    return _Descent(rate)
+    return None
 
 
 def _without_zeros(graph: UpdateGraph) -> UpdateGraph:

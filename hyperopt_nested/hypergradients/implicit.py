@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.trees import map_tree
 
 Solver = Literal["cg", "neumann"]
@@ -15,13 +15,13 @@ Solver = Literal["cg", "neumann"]
 fixed point a minimum, as with SGD; "neumann", the series, with as many terms as there are iterations, where the update contracts."""
 
 Values = dict[str, dict[str, Tensor]]
-Update = Callable[[Raws, Values], Raws]
+Update = Callable[[Named, Values], Named]
 
 _MOVES = 10.0  # times the update itself: a smaller derivative with respect to a hyper vanishes with it at the fixed point
 
 
 def implicit(
-    update: Update, slope: Raws, direct: Values, params: Raws, values: Values, solver: Solver, iterations: int
+    update: Update, slope: Named, direct: Values, params: Named, values: Values, solver: Solver, iterations: int
 ) -> tuple[Values, Tensor]:
     """Derivative of an outer loss, at the fixed point of an update, with respect to the values of hypers.
 
@@ -47,7 +47,7 @@ def implicit(
     through: Any = torch.func.vjp(update, params, values)
     pull = through[1]
 
-    def system(u: Raws) -> Raws:
+    def system(u: Named) -> Named:
         return map_tree(torch.sub, u, pull(u)[0])
 
     solution = (_conjugate_gradients if solver == "cg" else _neumann)(system, slope, iterations)
@@ -57,7 +57,7 @@ def implicit(
     return found, torch.where(size > 0, _dot(left, left) / torch.where(size > 0, size, 1), 0).sqrt()
 
 
-def _conjugate_gradients(system: Callable[[Raws], Raws], right: Raws, iterations: int) -> Raws:
+def _conjugate_gradients(system: Callable[[Named], Named], right: Named, iterations: int) -> Named:
     """Solution of a symmetric positive definite system (Hestenes and Stiefel 1952); what is solved exactly stays as it is."""
     x, left, direction = map_tree(torch.zeros_like, right), right, right
     size = start = _dot(left, left)
@@ -71,7 +71,7 @@ def _conjugate_gradients(system: Callable[[Raws], Raws], right: Raws, iterations
     return x
 
 
-def _neumann(system: Callable[[Raws], Raws], right: Raws, iterations: int) -> Raws:
+def _neumann(system: Callable[[Named], Named], right: Named, iterations: int) -> Named:
     """Sum of the first terms of the Neumann series: each takes the residual that is left."""
     x = map_tree(torch.zeros_like, right)
     for _ in range(iterations):
@@ -79,10 +79,10 @@ def _neumann(system: Callable[[Raws], Raws], right: Raws, iterations: int) -> Ra
     return x
 
 
-def _refuse_still(update: Update, params: Raws, values: Values) -> None:
+def _refuse_still(update: Update, params: Named, values: Values) -> None:
     """Raise if the fixed point does not depend on a hyper, as on a learning rate, or if the tensors are not near it."""
 
-    def move(scales: Values) -> Raws:
+    def move(scales: Values) -> Named:
         return update(params, map_tree(torch.mul, values, scales))
 
     ones = map_tree(torch.ones_like, values)
@@ -101,9 +101,9 @@ def _refuse_still(update: Update, params: Raws, values: Values) -> None:
             )
 
 
-def _dot(a: Raws, b: Raws) -> Tensor:
+def _dot(a: Named, b: Named) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]).sum()
 
 
-def _moved(a: Raws, step: Tensor, b: Raws) -> Raws:
+def _moved(a: Named, step: Tensor, b: Named) -> Named:
     return map_tree(lambda x, y: x + step * y, a, b)

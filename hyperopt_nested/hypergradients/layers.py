@@ -127,7 +127,7 @@ def _iterated(
 ) -> tuple[Tensor, Tensor]:
     """Power iterations. As in torch, gradients take the result for constant; derivatives of gradients do not."""
     carried = CARRIED.get()
-    twin = carried.outer(weight) if carried else None
+    twin = carried.twin(weight) if carried else None
     with torch.no_grad() if twin is None else torch.enable_grad():
         matrix = matrix_of(weight if twin is None else twin)
         for _ in range(count):

@@ -75,6 +75,7 @@ class Training:
         has_aux: whether the losses may return pairs of a loss and anything else.
         order: how many derivatives of the training loss are taken.
         by_kernels: whether native kernels do and differentiate updates, where there are some, in reverse.
+        wrt_params: whether the derivative with respect to the tensors before the first step is wanted, in reverse.
 
     Attributes:
         trace: what the losses returned.
@@ -91,19 +92,21 @@ class Training:
         has_aux: bool,
         order: int = 2,
         by_kernels: bool = False,
+        wrt_params: bool = True,
     ) -> None:
         self._nested, self._schedules, self._train_loss, self._outer_loss = nested, schedules, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
-        self._has_aux, self._order, self._tries = has_aux, order, True
+        self._has_aux, self._order, self._tries, self._wrt_params = has_aux, order, True, wrt_params
         self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
 
     def reverse(
         self, carry: State, values: Values, batches: Sequence[Any], first: int, segment: int, create_graph: bool
-    ) -> tuple[Values, Tensors]:
+    ) -> tuple[Values, Tensors | None]:
         """By autograd, one segment of steps at a time, the last one first; from step number `first`."""
         self._check_schedules(values, first + len(batches))
         self._tries = len(batches) >= _FEW
+        wanted = ["params"] if self._wrt_params else []
         starts, kept = list(range(0, len(batches), segment)) or [0], [carry]
         devices = devices_of(carry["params"].values())
         draws: list[Draws] = []
@@ -114,7 +117,7 @@ class Training:
         cotangents: list[Tensor | None] | None = None
         for begin in reversed(starts):
             start, hypers = kept.pop(), map_tree(_differentiable if create_graph else _leaf, values)
-            start = {part: map_tree(_leaf if begin or part == "params" else torch.Tensor.detach, tree) for part, tree in start.items()}
+            start = {part: map_tree(_leaf if begin or part in wanted else torch.Tensor.detach, tree) for part, tree in start.items()}
             part, at = batches[begin : begin + segment], first + begin
             with torch.enable_grad(), twice():
                 if cotangents is None:
@@ -139,7 +142,7 @@ class Training:
             before = through["start"]
             cotangents = [*leaves(before)]
             total = map_tree(torch.add, total, through["hypers"])
-        return total, before["params"]
+        return total, before["params"] if wanted else None
 
     def run(self, carry: State, values: Hypers, batches: Sequence[Any], begin: int, *, graph: bool) -> State:
         """Some steps of training, from step number `begin`; with `graph`, autograd can differentiate them."""
@@ -169,13 +172,15 @@ class Training:
 
     def _step(self, carry: State, values: Hypers, batch: Any, step: int, graph: bool) -> tuple[State, Tensor, Any]:
         """One step: what goes on, the loss, and what came with it."""
-        params = {name: p.view_as(p) if graph else _leaf(p) for name, p in carry["params"].items()}
+        params = {name: p if graph and p.requires_grad else _leaf(p) for name, p in carry["params"].items()}
+        twins = _Twins(params)
         first = self._checked is not None and not self.trace.losses
-        carried = Carried(params, carry["buffers"], outer=carry["params"] if graph else None, checked=self._checked, apart=True)
+        carried = Carried(params, carry["buffers"], twin=twins if graph else None, checked=self._checked, apart=True)
         loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
         grads = gradients(loss, params, graph=graph or first)
         if first:
             check_twice(loss, grads, params, order=self._order, trial=self._tries)
+        twins.open = True
         with torch.set_grad_enabled(graph):
             buffers = carried.buffers if graph else detached(carried.buffers)
             return self._update(carry, grads, buffers, values, step, differentiable=graph), loss, aux
@@ -284,7 +289,7 @@ class Training:
         """Training loss and what came with it, gradients, and new buffers; may be differentiated by torch.func and by autograd."""
 
         def inside(params: Tensors) -> tuple[Tensor, Any, Tensors, Tensors]:
-            carried = Carried(params, carry["buffers"], outer=carry["params"], apart=True)
+            carried = Carried(params, carry["buffers"], twin=carry["params"].__getitem__, apart=True)
             loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
             return loss, aux, gradients(loss, params, graph=True), carried.buffers
 
@@ -293,7 +298,7 @@ class Training:
 
     def _outer(self, carry: State, values: Hypers, still: Collection[str] = ()) -> tuple[Tensor, Any]:
         """The outer loss, and what came with it; buffers named in `still` are not known."""
-        carried = Carried(carry["params"], carry["buffers"], outer=carry["params"], checked=self._checked, unknown=still)
+        carried = Carried(carry["params"], carry["buffers"], twin=carry["params"].__getitem__, checked=self._checked, unknown=still)
         loss, aux = evaluate("outer_loss", lambda params: self._outer_loss(params, values), carried, has_aux=self._has_aux)
         if not loss.requires_grad:
             raise refuse_constant("outer_loss", "params or hypers")
@@ -307,8 +312,12 @@ class Training:
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(schedule)} steps, but there are more batches")
             now[key][name] = schedule[step]
         update = self._differentiable if differentiable else self._nested.update
-        params, rule = update(carry["params"], grads, carry["rule"], now)
-        return {"params": {**carry["params"], **params}, "rule": {**carry["rule"], **rule}, "buffers": buffers}
+        before = carry["params"]
+        params, rule = update(before, grads, carry["rule"], now)
+        params = {**before, **params}
+        if differentiable:  # gradients of the next step must not reach this one's tensors, through buffers
+            params = {name: p.view_as(p) if p is before[name] else p for name, p in params.items()}
+        return {"params": params, "rule": {**carry["rule"], **rule}, "buffers": buffers}
 
     def _check_schedules(self, values: Hypers, steps: int) -> None:
         for key, name in self._schedules:
@@ -344,6 +353,19 @@ def other_again(step: int, what: str, before: Tensor) -> RuntimeError:
         "generator of its own (torch.Generator, numpy.random.default_rng), a counter, an iterator or a batch that it changes in place, or "
         "it is not deterministic. Use memory='full', which does each step once, or make what changes a part of the batches"
     )
+
+
+class _Twins:
+    """Views of tensors, by name: no derivatives go through them before they are open."""
+
+    def __init__(self, params: Tensors) -> None:
+        self._params, self.open = params, False
+
+    def __call__(self, name: str) -> Tensor:
+        twin = self._params[name].view_as(self._params[name])
+        if twin.requires_grad:
+            twin.register_hook(lambda slope: slope if self.open else torch.zeros_like(slope))  # type: ignore[no-untyped-call]
+        return twin
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ Backend = Literal["auto", "reference", "fused"]
 * "reference": the engine and autograd.
 * "fused": native kernels, for which autograd keeps the arguments of updates alone: for tensors on the CPU, and rules that go row by row or
   element by element, where there is a C++ compiler; else the engine. They are compiled when a rule is first used, and used after they have
-  reproduced the engine's results on examples of finite numbers.
+  reproduced the engine's results on examples of finite numbers. Plain gradient descent needs none: two of torch's operators do it.
 * "auto": "fused" where steps times numbers are many; else the engine.
 """
 
@@ -54,6 +54,7 @@ def hypergradient(
     solver: Solver = "cg",
     iterations: int = 100,
     backend: Backend = "auto",
+    wrt_params: bool = True,
 ) -> "Hypergradients":
     """Gradient of a loss after training with respect to every learned hyper: through all steps, and through the model's curvature.
 
@@ -82,6 +83,7 @@ def hypergradient(
         iterations: of "implicit": how many the solver makes.
         create_graph: of "reverse" with `memory="full"`: whether the result can be differentiated by autograd.
         backend: of "reverse": what does the updates; see `Backend`.
+        wrt_params: of "reverse": whether the derivative with respect to `params` is taken too, at the cost of one Hessian-vector product.
 
     Returns:
         By hyper and by key, the derivative with respect to its value (not to its coordinates in a bijection), of the value's shape.
@@ -121,7 +123,9 @@ def hypergradient(
     many = isinstance(steps, list) and len(steps) * sum(p.numel() for p in params.values()) >= _MANY
     by_kernels = method == "reverse" and not create_graph and nothing_transforms() and (backend == "fused" or (backend == "auto" and many))
     order = 3 if create_graph else 2
-    training = Training(nested, schedules, *losses, reverse=reverse, has_aux=has_aux, order=order, by_kernels=by_kernels)
+    training = Training(
+        nested, schedules, *losses, reverse=reverse, has_aux=has_aux, order=order, by_kernels=by_kernels, wrt_params=wrt_params
+    )
     if not isinstance(steps, list):
         return Hypergradients(training.forward(carry, values, steps, 0), trace=training.trace)
     if method == "implicit":
@@ -149,8 +153,8 @@ class Hypergradients(dict[str, Tensors]):
     """Hypergradients by hyper and by key.
 
     Attributes:
-        params: of "reverse": the derivative with respect to the tensors as they were before the first of the steps that are looked
-            through, by name, which costs nothing more. Else None.
+        params: of "reverse" with `wrt_params`: the derivative with respect to the tensors as they were before the first of the steps that
+            are looked through, by name. Else None.
         residual: of "implicit": norm of the residual of its linear system, relative to the right-hand side; shape (). Else None.
         loss: the outer loss, shape ().
         aux: with `has_aux`: what `outer_loss` returned beside its loss, without graphs. Else None.

@@ -13,7 +13,7 @@ from hyperopt_nested.typing import Backend, Horizon
 class ASGD(DropIn):
     r"""Averaged stochastic gradient descent (Polyak and Juditsky 1992), as `torch.optim.ASGD`.
 
-    The learning rate of step t is \(\eta / (1 + \lambda \eta (t - 1))^\alpha\). The average of the parameters is what `evaluated`
+    The learning rate of step t is \(\eta / (1 + \lambda \eta (t - 1))^\alpha\). The average of the parameters is what `eval_params`
     returns (`torch.optim` keeps it as `ax`).
 
     Args:
@@ -869,7 +869,7 @@ class ScheduleFreeSGD(DropIn):
     r"""Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682).
 
     The parameters are the points \(y\) where gradients are taken, between \(z\), which is stepped, and \(x\), the average of all
-    \(z\), which is what `evaluated` returns. Step \(t\) has the weight \(t^r\eta_{max}^p\) in that average, with the largest learning
+    \(z\), which is what `eval_params` returns. Step \(t\) has the weight \(t^r\eta_{max}^p\) in that average, with the largest learning
     rate so far.
 
     Args:

@@ -41,18 +41,18 @@ def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]
     single = {each.name: each for each in inspect.signature(rule).parameters.values()}
     tuples = packs(single)
     whole = {part: name for name, parts in tuples.items() for part in parts}
-    found: Parameters = {}
+    parameters: Parameters = {}
     for name in dict.fromkeys(whole.get(name, name) for name in single):
         parts = tuples.get(name, [])
         default = defaults.get(name, tuple(single[part].default for part in parts) if parts else single[name].default)
-        found[name] = (
+        parameters[name] = (
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_tuple_of(default))
             if parts
             else single[name].replace(default=default)
         )
-    hypers = [name for name, each in found.items() if name in tuples or each.annotation in (_NUMBER, float)]
-    first = {name: found[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in order or hypers}
-    rest = {name: each for name, each in {**found, **_SHARED}.items() if name not in first}
+    hypers = [name for name, each in parameters.items() if name in tuples or each.annotation in (_NUMBER, float)]
+    first = {name: parameters[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in order or hypers}
+    rest = {name: each for name, each in {**parameters, **_SHARED}.items() if name not in first}
     return dict(sorted({**first, **rest}.items(), key=lambda item: item[1].kind))
 
 
@@ -82,8 +82,8 @@ def _entries(text: str) -> dict[str, str]:
     """What a docstring says of each argument, in one line each."""
     _, _, section = text.partition("\nArgs:\n")
     section = re.split(r"\n\n|\n(?=\S)", section)[0]
-    found = re.findall(r"^    \**(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in found}
+    entries = re.findall(r"^    \**(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in entries}
 
 
 class DropIn(HyperOptimizer):
@@ -138,8 +138,8 @@ class DropIn(HyperOptimizer):
         def __init__(self: DropIn, params: Params, *args: Any, **settings: Any) -> None:
             DropIn.__init__(self, params, *args, **settings)
 
-        own, given = list(inspect.signature(__init__).parameters.values())[:2]
-        __init__.__signature__ = inspect.Signature([own.replace(annotation=own.empty), given, *cls._takes.values()])  # type: ignore[attr-defined]
+        own, params = list(inspect.signature(__init__).parameters.values())[:2]
+        __init__.__signature__ = inspect.Signature([own.replace(annotation=own.empty), params, *cls._takes.values()])  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
         setattr(cls, "__init__", __init__)  # noqa: B010 - an assignment would be what editors show
         if cls.__doc__ is None:
@@ -154,18 +154,18 @@ class DropIn(HyperOptimizer):
             raise TypeError(
                 f"{label} takes {', '.join(['params', *by_position])} by position, and no {args[len(by_position)]!r} after them"
             )
-        given = dict(zip(by_position, args, strict=False))
+        arguments = dict(zip(by_position, args, strict=False))
         is_open = any(each.kind is each.VAR_KEYWORD for each in takes.values())
         for name, value in settings.items():
-            if name in given:
+            if name in arguments:
                 raise TypeError(f"{label}: {name} is given by position and by name: leave one of them out")
             if name not in takes and not (is_open and name not in _REMEDIES):
                 close = get_close_matches(name, takes, n=1)
                 remedy = _REMEDIES.get(name) or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(['params', *takes])}")
                 raise TypeError(f"{label} has no argument {name!r} (given {value!r}): {remedy}")
-        given |= settings
-        values = {name: value for name, value in given.items() if name not in _SHARED}
-        return {**cls._defaults, **values}, {name: value for name, value in given.items() if name in _SHARED}
+        arguments |= settings
+        values = {name: value for name, value in arguments.items() if name not in _SHARED}
+        return {**cls._defaults, **values}, {name: value for name, value in arguments.items() if name in _SHARED}
 
     @classmethod
     def _chosen(cls, values: dict[str, Any]) -> Choice:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import BIJECTIONS
-from hyperopt_nested.optim.kept_state import pairs
-from hyperopt_nested.optim.param_state import COORDINATES, STEPS, ParamState, is_entry, is_said
+from hyperopt_nested.optim.param_state import COORDINATES, STEPS, ParamState, is_declaration, is_entry
+from hyperopt_nested.optim.refs import pairs
 
 Group = dict[str, Any]
 
@@ -73,7 +73,7 @@ def _by_name(saved: list[Group], groups: Sequence[Group]) -> list[Group]:
             f"{sorted(names)[0]!r} is only in {where}" for names, where in ((there - here, "it"), (here - there, "this optimizer")) if names
         ]
         raise ValueError(f"state_dict has other tensors than this optimizer: {', and '.join(sides)}; name them as those that were saved")
-    found, left = [], list(range(len(saved)))
+    result, left = [], list(range(len(saved)))
     for index, names in enumerate(own):
         same = next((each for each in sorted(left, key=lambda i: i != index) if theirs[each].keys() == set(names)), None)
         if same is None:
@@ -82,11 +82,11 @@ def _by_name(saved: list[Group], groups: Sequence[Group]) -> list[Group]:
                 f"state_dict has {odd!r} in another group than this optimizer: build the same groups as the one that was saved"
             )
         left.remove(same)
-        found.append({**saved[same], "params": [theirs[same][name] for name in names]})
-    return found
+        result.append({**saved[same], "params": [theirs[same][name] for name in names]})
+    return result
 
 
-def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
+def loaded(store: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
     """Entries by tensor, from a saved state, where it fits.
 
     Args:
@@ -99,9 +99,9 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
     Raises:
         ValueError: the saved state is not of this structure, or of other shapes. The message names the tensor and the entry.
     """
-    common, home = kept.shared(), kept.roster.home
-    expected: dict[str, dict[str, Tensor]] = {name: {STEPS: count} for name, count in kept.steps.items()}
-    for ref, leaf in pairs(kept.refs, kept.st):
+    common, home = store.shared(), store.roster.home
+    expected: dict[str, dict[str, Tensor]] = {name: {STEPS: count} for name, count in store.steps.items()}
+    for ref, leaf in pairs(store.refs, store.st):
         expected.setdefault(ref.name, {})[ref.key] = leaf
     pool = {key: entry for entries in saved.values() for key, entry in entries.items() if _is_shared(key, common)}
     own = {name: {key: entry for key, entry in entries.items() if not _is_shared(key, common)} for name, entries in saved.items()}
@@ -111,50 +111,50 @@ def loaded(kept: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Ten
         raise ValueError(f"state_dict is of another optimizer, such as one of torch.optim: its entries are {some}; {_REMEDY}")
     if not keys and not pool and any(expected.values()):
         raise ValueError(f"state_dict has no entries for any tensor, so it is not of an optimizer of this library; {_REMEDY}")
-    found: dict[Tensor, dict[str, Tensor]] = {}
-    for name, param in kept.roster.tensors.items():
+    result: dict[Tensor, dict[str, Tensor]] = {}
+    for name, param in store.roster.tensors.items():
         wanted = {key: leaf for key, leaf in expected.get(name, {}).items() if key not in common}
-        given = own.get(name, {})
-        if given:
-            found[param] = _fitting(name, {STEPS: torch.ones(()), **given}, wanted)
+        entries = own.get(name, {})
+        if entries:
+            result[param] = _fitting(name, {STEPS: torch.ones(()), **entries}, wanted)
         if name == home:
             shared = _fitting(name, pool, {key: leaf for key, leaf in expected.get(home, {}).items() if key in common})
-            found[param] = {**found.get(param, {}), **shared}
-    _check_coordinates(kept, pool)
-    return found
+            result[param] = {**result.get(param, {}), **shared}
+    _check_coordinates(store, pool)
+    return result
 
 
 def _is_shared(key: str, common: frozenset[str]) -> bool:
-    return key in common or is_said(key)
+    return key in common or is_declaration(key)
 
 
-def _check_coordinates(kept: ParamState, pool: Mapping[str, Any]) -> None:
+def _check_coordinates(store: ParamState, pool: Mapping[str, Any]) -> None:
     """Refuse learned values that are in other coordinates."""
     names = {0: "'projection'", **{each.number: repr(each.name) for each in BIJECTIONS.values()}}
-    if not any(map(is_said, pool)):
+    if not any(map(is_declaration, pool)):
         return
-    for key in {*kept.coordinates, *(key.removeprefix(COORDINATES) for key in pool if key.startswith(COORDINATES))}:
-        here, there = (int(numbers.get(at, 0)) for numbers, at in ((kept.coordinates, key), (pool, COORDINATES + key)))
+    for key in {*store.coordinates, *(key.removeprefix(COORDINATES) for key in pool if key.startswith(COORDINATES))}:
+        here, there = (int(numbers.get(at, 0)) for numbers, at in ((store.coordinates, key), (pool, COORDINATES + key)))
         if here != there:
             raise ValueError(
                 f"state_dict has {key!r} learned with via={names.get(there, there)}, and this optimizer with via={names.get(here, here)}: "
-                "their raw values mean other things; declare it as the run that was saved"
+                "their unconstrained values mean other things; declare it as the run that was saved"
             )
 
 
-def _fitting(name: str, given: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fitting(name: str, entries: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of entries, which must be those that are wanted, and may have what was declared."""
-    odd = sorted({key for key in given if not is_said(key)} ^ wanted.keys())
+    odd = sorted({key for key in entries if not is_declaration(key)} ^ wanted.keys())
     if odd:
-        where = "it" if odd[0] in given else "this optimizer"
+        where = "it" if odd[0] in entries else "this optimizer"
         raise ValueError(f"state_dict does not fit {name!r}: {odd[0]!r} is only in {where}; {_REMEDY}")
-    found = {}
-    for key, entry in given.items():
+    result = {}
+    for key, entry in entries.items():
         if not isinstance(entry, (Tensor, int, float)):
             raise ValueError(f"state_dict does not fit {name!r}: {key} is {entry!r}, which must be a tensor")
         leaf = torch.as_tensor(entry).detach().clone()
         shape = wanted[key].shape if key in wanted else torch.Size()
         if leaf.shape != shape:
             raise ValueError(f"state_dict does not fit {name!r}: {key} has shape {tuple(leaf.shape)}, not {tuple(shape)}")
-        found[key] = leaf
-    return found
+        result[key] = leaf
+    return result

@@ -63,12 +63,12 @@ class LearnedValue:
             raise ValueError(
                 f"{name}={value!r}: its parameter group holds 0 for it, which scales every learned value to 0: change that first"
             )
-        found = value if scale == 1 else value / scale
-        hyper.check(name, found, self.learned.via)
+        learned = value if scale == 1 else value / scale
+        hyper.check(name, learned, self.learned.via)
         low, high = (none if callable(end) else end for end, none in zip(self.learned.learn.bounds, (-math.inf, math.inf), strict=True))
-        if not low <= found <= high:
+        if not low <= learned <= high:
             raise ValueError(f"{name}={value!r} is outside bounds=({low:g}, {high:g}) of its learn(...): choose a value inside them")
-        return found
+        return learned
 
 
 def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbers: Numbers) -> dict[str, LearnedValue]:
@@ -80,7 +80,7 @@ def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbe
         group_of: the parameter group of each tensor.
         numbers: what groups hold.
     """
-    found: dict[str, LearnedValue] = {}
+    values: dict[str, LearnedValue] = {}
     shared: dict[str, dict[tuple[str, int], LearnedValue]] = {}
     for name in st["rule"]:
         for hyper, learned in nested.bindings[name].learned.items():
@@ -89,39 +89,39 @@ def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbe
             if key == MODEL:
                 shared.setdefault(hyper, {})[learned.key, group] = value
             else:
-                found[f"{hyper}/{name}"] = value
+                values[f"{hyper}/{name}"] = value
     for hyper, uses in shared.items():
         one_a_group = len({group for _, group in uses}) == len(uses)
         for (key, group), value in uses.items():
             base = hyper if one_a_group else key
             others = [other for (each, _), other in uses.items() if one_a_group or each == key]
-            found[base if all(other == value for other in others) else f"{base}/group {group}"] = value
+            values[base if all(other == value for other in others) else f"{base}/group {group}"] = value
     order = [key.partition("#")[0] for key in nested.learned]
-    found = dict(sorted(found.items(), key=lambda item: order.index(item[1].learned.key.partition("#")[0])))
-    return {**found, **_of_learners(nested, st, "", ())}
+    values = dict(sorted(values.items(), key=lambda item: order.index(item[1].learned.key.partition("#")[0])))
+    return {**values, **_of_learners(nested, st, "", ())}
 
 
 def _of_learners(learner: Learner, st: State, prefix: str, path: Path) -> dict[str, LearnedValue]:
-    found: dict[str, LearnedValue] = {}
+    values: dict[str, LearnedValue] = {}
     for key, above in learner.learned.items():
         inner, at, start = st["learners"][key], (*path, "learners", key), f"{prefix}{key}."
         for hyper, learned in above.learner.learned.items():
             for name in inner["hypers"][hyper]:
                 label = f"{start}{hyper}" if name == MODEL else f"{start}{hyper}/{name}"
-                found[label] = LearnedValue(learned, (*at, "hypers", hyper, name))
-        found |= _of_learners(above.learner, inner, start, at)
-    return found
+                values[label] = LearnedValue(learned, (*at, "hypers", hyper, name))
+        values |= _of_learners(above.learner, inner, start, at)
+    return values
 
 
 def declared_hypers(optimizers: Mapping[str, Optimizer], group_of: Mapping[str, int]) -> dict[str, tuple[int, str, list[Hyper]]]:
     """Hypers that are numbers of parameter groups and are not learned there: group, hyper and domains, by names such as `lr/group 0`."""
-    found: dict[str, tuple[int, str, list[Hyper]]] = {}
+    hypers: dict[str, tuple[int, str, list[Hyper]]] = {}
     learned = {(group, hyper) for name, group in group_of.items() for hyper in optimizers[name].learned}
     for name, group in group_of.items():
         for hyper, domain in optimizers[name].rule.hypers.items():
             if (group, hyper) not in learned:
-                found.setdefault(f"{hyper}/group {group}", (group, hyper, []))[2].append(domain)
-    return found
+                hypers.setdefault(f"{hyper}/group {group}", (group, hyper, []))[2].append(domain)
+    return hypers
 
 
 def with_value(
@@ -164,9 +164,9 @@ def with_value(
 
 def listed(names: Iterable[str]) -> str:
     """Names, or texts, in one line: the first ones, and how many more there are."""
-    found = list(names)
-    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more
+    texts = list(names)
+    more = f", and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
 
 
 def _is_meant(name: object, label: str) -> bool:
@@ -174,8 +174,8 @@ def _is_meant(name: object, label: str) -> bool:
 
 
 def _leaf(tree: State, path: Path) -> Tensor:
-    found: Any = reduce(getitem, path, tree)
-    return cast(Tensor, found)
+    leaf: Any = reduce(getitem, path, tree)
+    return cast(Tensor, leaf)
 
 
 def _replaced(tree: State, path: Path, leaf: Tensor) -> State:

@@ -21,8 +21,8 @@ from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
-from hyperopt_nested.optim.param_groups import NO_CHOICES, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
-from hyperopt_nested.optim.param_state import ParamState, built, is_own, is_said
+from hyperopt_nested.optim.param_groups import NO_CHOICES, NO_STORE, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
+from hyperopt_nested.optim.param_state import ParamState, built, is_declaration, is_own
 from hyperopt_nested.optim.pinned import PinnedValues
 from hyperopt_nested.optim.roster import Group, Roster
 from hyperopt_nested.rule import Optimizer
@@ -96,7 +96,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._programs: Programs | None = None
         self._how: dict[str, Any] = {"horizon": horizon, "state_dtype": state_dtype}
         self._program_step: ProgramStep | None = None
-        self._optimizers, self._given, self._roster, self._kept, self._taken = {}, [], Roster([], []), None, 0
+        self._optimizers, self._overrides, self._roster = {}, [], Roster([], [])
         self.changed: dict[str, int] = {}
         self._pinned = PinnedValues(self._pinned_at_ends)
         super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
@@ -118,30 +118,30 @@ class HyperOptimizer(GroupedOptimizer):
         """Create the state of all tensors that train, or are named in `also`; what is there already stays. If it raises, all stays."""
         roster = self._roster if roster is None else roster
         optimizers = self._optimizers if optimizers is None else optimizers
-        before = {name for name, p in self._kept.params.items() if roster.tensors.get(name) is p} if self._kept else set()
+        before = {name for name, p in self._store.params.items() if roster.tensors.get(name) is p} if self._store else set()
         tracked = {*before, *also, *(name for name, p in roster.tensors.items() if p.requires_grad and not is_lazy(p))}
         nested = Nested(optimizers, **self._how)
-        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._kept))
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store))
 
-    def _take(self, roster: Roster, optimizers: dict[str, Optimizer], kept: ParamState) -> None:
+    def _take(self, roster: Roster, optimizers: dict[str, Optimizer], store: ParamState) -> None:
         """Take a state that was made, and what steps it."""
-        backend = chosen(self._backend, kept.nested, kept.params)
-        if self._kept is not None:
-            was = self._kept
-            if any(kept.declared.get(key, value) != value for key, value in was.declared.items()):
+        backend = chosen(self._backend, store.nested, store.params)
+        if self._store is not None:
+            was = self._store
+            if any(store.declared.get(key, value) != value for key, value in was.declared.items()):
                 self._programs = None  # they have the declared value in them
             if was.roster.tensors.get(was.roster.home) is not roster.tensors.get(roster.home) and was.roster.home:
                 moved = self.state.get(was.roster.tensors[was.roster.home], {})
-                for key in [key for key in moved if key in was.shared() or is_said(key)]:
+                for key in [key for key in moved if key in was.shared() or is_declaration(key)]:
                     del moved[key]
-        kept.write(self.state)
-        self._roster, self._optimizers, self._kept, self._taken = roster, optimizers, kept, kept.taken
+        store.write(self.state)
+        self._roster, self._optimizers, self._store = roster, optimizers, store
         self._shapes = {name: p.shape for name, p in roster.tensors.items() if not is_lazy(p)}
         self._renumber()
         self._program_step = None
         if backend != "reference":
             self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
-            self._program_step = ProgramStep(kept.nested, self._programs)
+            self._program_step = ProgramStep(store.nested, self._programs)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -167,35 +167,34 @@ class HyperOptimizer(GroupedOptimizer):
     def update(self, closure: Callable[[], float] | None = None) -> float | None:
         """What `step` does, without the hooks of torch: for subclasses whose own step makes several, under `torch.no_grad`."""
         loss = None
-        found: dict[str, Tensor] | None = None
+        exact: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
         if self._nested.horizon.curvature == "exact":
             if closure is None:
                 raise ValueError("closure=None, but curvature='exact' needs the loss: give step() a function that returns it")
             self._follow()
-            value, found, hessian = loss_with_hessian(closure, {name: p for name, p in self._roster.tensors.items() if p.requires_grad})
+            value, exact, hessian = loss_with_hessian(closure, {name: p for name, p in self._roster.tensors.items() if p.requires_grad})
             loss = cast(float, value)  # as torch.optim declares what closures return
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = self._grads(found)
+        grads = self._grads(exact)
         if not grads:
             return loss
         self._prepare(grads)
         self._mind_changes(grads.keys())
         learn = self._learn_from == "training"
-        kept = cast(ParamState, self._kept)
-        if not self._step_by_programs(kept, grads, learn):
-            now = {name: kept.params[name].detach() for name in grads}
-            new, st = kept.nested.step(now, grads, kept.st, self._values(), learn=learn, hessian=hessian)
+        store = self._store
+        if not self._step_by_programs(store, grads, learn):
+            now = {name: store.params[name].detach() for name in grads}
+            new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian)
             for name, value in new.items():
-                kept.params[name].copy_(value)
-            for name, grad in grads.items() if found is not None else ():
-                kept.params[name].grad = grad
-            kept.take(st, self.state)
-        kept.stepped(grads.keys())
-        self._taken = kept.taken
-        self._pinned.look(kept.nested, kept.st)
+                store.params[name].copy_(value)
+            for name, grad in grads.items() if exact is not None else ():
+                store.params[name].grad = grad
+            store.take(st, self.state)
+        store.stepped(grads.keys())
+        self._pinned.look(store.nested, store.st)
         return loss
 
     @torch.no_grad()
@@ -209,24 +208,24 @@ class HyperOptimizer(GroupedOptimizer):
         """
         if grads := self._grads():
             self._prepare(grads)
-            cast(ParamState, self._kept).fresh.difference_update(grads)
+            self._store.fresh.difference_update(grads)
 
-    def _step_by_programs(self, kept: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
+    def _step_by_programs(self, store: ParamState, grads: dict[str, Tensor], learn: bool) -> bool:
         """Step by programs, if there are any; whether that was done."""
         program = self._program_step
         if program is None:
             return False
-        given = kept.params, grads, kept.st, self._values(as_tensors=True)
-        if program.waits(self._taken, *given, learn=learn):
+        arguments = store.params, grads, store.st, self._values(as_tensors=True)
+        if program.waits(store.taken, *arguments, learn=learn):
             return False
-        program.step(program.prepare(*given, learn=learn), grads)
+        program.step(program.prepare(*arguments, learn=learn), grads)
         return True
 
-    def _grads(self, found: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Those found, or else those that the tensors have."""
+    def _grads(self, exact: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """These gradients, or else those that the tensors have."""
         self._follow()
         tensors, strided = self._roster.tensors, torch.strided
-        grads = {name: grad for name, p in tensors.items() if (grad := p.grad) is not None} if found is None else dict(found)
+        grads = {name: grad for name, p in tensors.items() if (grad := p.grad) is not None} if exact is None else dict(exact)
         for name, grad in grads.items():
             if grad.layout is not strided:
                 raise RuntimeError(f"the gradient of {name!r} is {grad.layout}; only dense gradients are supported: set sparse=False")
@@ -239,22 +238,21 @@ class HyperOptimizer(GroupedOptimizer):
             optimizers = self._switched(self.param_groups)
             if any(optimizers[name] is not each for name, each in self._optimizers.items()):
                 self._create_state(optimizers=optimizers)
-        kept = cast(ParamState, self._kept)
-        unfrozen = [name for name in grads if name not in kept.params]
-        first = kept.fresh.intersection(grads)
-        if unfrozen or (first and kept.is_converted(first)):
+        store = self._store
+        unfrozen = [name for name in grads if name not in store.params]
+        first = store.fresh.intersection(grads)
+        if unfrozen or (first and store.is_converted(first)):
             self._create_state(also=unfrozen)
-            kept = cast(ParamState, self._kept)
-            first = kept.fresh.intersection(grads)
+            first = self._store.fresh.intersection(grads)
         if first and self._begins_at_first_step:
-            kept.begin(first)
+            self._store.begin(first)
 
     def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
-        kept = cast(ParamState, self._kept)
-        if not (changed := kept.weights.changed(names)):
+        store = self._store
+        if not (changed := store.weights.changed(names)):
             return
-        kept.forget(changed, self.state)
+        store.forget(changed, self.state)
         if new := [name for name in changed if name not in self.changed]:
             more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
             warn(
@@ -278,12 +276,11 @@ class HyperOptimizer(GroupedOptimizer):
         """
         if self._learn_from != "validation":
             raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
-        grads = self._grads()
-        kept = cast(ParamState, self._kept)
-        grads = {name: grad for name, grad in grads.items() if name in kept.params}
+        grads, store = self._grads(), self._store
+        grads = {name: grad for name, grad in grads.items() if name in store.params}
         self._mind_changes(grads.keys())
-        kept.take(kept.nested.hyper_step({name: p.detach() for name, p in kept.params.items()}, grads, kept.st), self.state)
-        self._pinned.look(kept.nested, kept.st)
+        store.take(store.nested.hyper_step({name: p.detach() for name, p in store.params.items()}, grads, store.st), self.state)
+        self._pinned.look(store.nested, store.st)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
         """Effective value of every learned hyper, a copy, on its device: nothing waits for the device until you read one.
@@ -293,17 +290,17 @@ class HyperOptimizer(GroupedOptimizer):
             Values of learners go by the key of what they learn ("model" where all tensors share it).
         """
         st = self._state()
-        found = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
+        result = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
         where = self._roster.group_of
         for key, learned in self._nested.learned.items():
-            found[key] = ByName(f"hypers()[{key!r}]")
+            result[key] = ByName(f"hypers()[{key!r}]")
             for name in st["rule"]:
                 for hyper, used in self._nested.bindings[name].learned.items():
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
-                        found[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach().clone()
-        return found
+                        result[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach().clone()
+        return result
 
     def learned(self) -> dict[str, float]:
         """Effective value of every learned hyper, as a float: for logs and progress bars. Reading waits for the device.
@@ -350,7 +347,7 @@ class HyperOptimizer(GroupedOptimizer):
         declared = declared_hypers(self._optimizers, self._roster.group_of)
         new, groups = with_value(name, value, st, self._learned_values(st), declared)
         if new is not st:
-            cast(ParamState, self._kept).take(new, self.state)
+            self._store.take(new, self.state)
         for index, hyper in groups.items():
             group = self.param_groups[index]
             group.update(pack({key: value if key == hyper else number for key, number in unpack(group).items()}))
@@ -360,7 +357,7 @@ class HyperOptimizer(GroupedOptimizer):
 
     def __repr__(self) -> str:
         name, _, groups = super().__repr__().partition("(")
-        if self._kept is None:
+        if self._store is None:
             return f"{name}({groups}"
         try:
             values = listed(f"{key}={value:.4g}" for key, value in self.learned().items()) or "nothing"
@@ -369,9 +366,9 @@ class HyperOptimizer(GroupedOptimizer):
         rules = listed(dict.fromkeys(optimizer.rule.name for optimizer in self._optimizers.values()))
         return f"{name}(\nrule: {rules}\nbackend: {self.backend}\nlearned: {values}{groups}"
 
-    def rejected(self) -> dict[str, Tensor]:
+    def nonfinite_counts(self) -> dict[str, Tensor]:
         """How many entries of each learned hyper's hypergradient were NaN or infinite, and therefore skipped: shape () each."""
-        return map_tree(torch.clone, self._nested.rejected(self._state()))
+        return map_tree(torch.clone, self._nested.nonfinite_counts(self._state()))
 
     def pinned(self) -> dict[str, Tensor]:
         """How many steps of values of each learned hyper were stopped at an end of what they may be: shape () each.
@@ -381,23 +378,23 @@ class HyperOptimizer(GroupedOptimizer):
         """
         return map_tree(torch.clone, self._nested.pinned(self._state()))
 
-    def evaluated(self) -> dict[str, Tensor]:
+    def eval_params(self) -> dict[str, Tensor]:
         """The weights to evaluate the model with, detached, by name: averages that the rules keep for it, else the parameters.
 
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> model = torch.nn.Linear(2, 1)
             >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
-            >>> prediction = torch.func.functional_call(model, opt.evaluated(), torch.ones(3, 2))
+            >>> prediction = torch.func.functional_call(model, opt.eval_params(), torch.ones(3, 2))
         """
-        st, kept = self._state(), cast(ParamState, self._kept)
-        params = {name: p.detach() for name, p in kept.params.items()}
-        return {**self._nested.evaluated(params, st), **{name: params[name] for name in kept.fresh if self._begins_at_first_step}}
+        st, store = self._state(), self._store
+        params = {name: p.detach() for name, p in store.params.items()}
+        return {**self._nested.eval_params(params, st), **{name: params[name] for name in store.fresh if self._begins_at_first_step}}
 
     def _state(self) -> State:
         """The engine's state."""
         self._follow()
-        return cast(ParamState, self._kept).st
+        return self._store.st
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim gives it; entries of tensors that no group holds any more are left out."""
@@ -430,26 +427,26 @@ class HyperOptimizer(GroupedOptimizer):
 
     def _check_loadable(self, given: dict[str, Any]) -> dict[str, Any]:
         """Make all that is to be loaded, apart from the optimizer; and what is left for torch to load."""
-        found = matched(given, self.param_groups, [self._numbers_of(names) for names in self._roster.names])
-        groups = found["param_groups"]
+        loadable = matched(given, self.param_groups, [self._numbers_of(names) for names in self._roster.names])
+        groups = loadable["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            return found  # torch says so itself
+            return loadable  # torch says so itself
         indices = [index for group in groups for index in group["params"]]
         names = [name for each in self._roster.names for name in each]
-        saved = {name: found["state"].get(index, {}) for index, name in zip(indices, names, strict=True)}
+        saved = {name: loadable["state"].get(index, {}) for index, name in zip(indices, names, strict=True)}
         optimizers = self._switched(groups)
         nested = Nested(optimizers, **self._how)
-        tracked = {*cast(ParamState, self._kept).params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
+        tracked = {*self._store.params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
         start = built(nested, self._roster, tracked, {}, None)
-        kept = built(nested, self._roster, tracked, loaded(start, saved), None)
-        chosen(self._backend, nested, kept.params)
-        self._plan = self._roster, optimizers, kept
-        return {**found, "state": {key: entry for key, entry in found["state"].items() if key not in indices}}
+        store = built(nested, self._roster, tracked, loaded(start, saved), None)
+        chosen(self._backend, nested, store.params)
+        self._plan = self._roster, optimizers, store
+        return {**loadable, "state": {key: entry for key, entry in loadable["state"].items() if key not in indices}}
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow()
-        own = ("_choice", "_how", "_learn_from", "_backend", "_given", "_optimizers", "changed")
-        tracked = [*cast(ParamState, self._kept).params]
+        own = ("_choice", "_how", "_learn_from", "_backend", "_overrides", "_optimizers", "changed")
+        tracked = [*self._store.params]
         own_state = {**{name: getattr(self, name) for name in own}, "_names": self._roster.names, "_tracked": tracked}
         return {**super().__getstate__(), **own_state}  # the rest is made again
 
@@ -457,10 +454,10 @@ class HyperOptimizer(GroupedOptimizer):
         names, tracked = state.get("_names"), state.get("_tracked")
         super().__setstate__({key: value for key, value in state.items() if key not in ("_names", "_tracked")})
         if self._plan is not None:  # torch calls this to load a state_dict
-            roster, optimizers, kept = self._plan
-            self._take(Roster(self.param_groups, roster.names), optimizers, kept)
+            roster, optimizers, store = self._plan
+            self._take(Roster(self.param_groups, roster.names), optimizers, store)
         elif names is not None and tracked is not None:  # a copy or an unpickled one
-            self._programs, self._kept, self._pinned = None, None, PinnedValues(self._pinned_at_ends)
+            self._programs, self._store, self._pinned = None, NO_STORE, PinnedValues(self._pinned_at_ends)
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
             self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None))

@@ -25,27 +25,36 @@ NO_CHOICES = type, torch.nn.Module, FunctionRule, Combinator
 """What can be called, and is no function from a tensor's name and the tensor to an optimizer."""
 
 
+NO_STORE = cast(ParamState, None)
+"""The state of an optimizer whose construction has not ended."""
+
+
 def pack(hypers: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as a group holds them, under torch's names: beta1, beta2, ... become the tuple `betas`, which its schedulers know."""
-    found = packs(hypers)
-    parts = {part for each in found.values() for part in each}
+    tuples = packs(hypers)
+    parts = {part for each in tuples.values() for part in each}
     group = {name: value for name, value in hypers.items() if name not in parts}
-    return {**group, **{name: tuple(hypers[part] for part in each) for name, each in found.items()}}
+    return {**group, **{name: tuple(hypers[part] for part in each) for name, each in tuples.items()}}
 
 
 def unpack(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group holds, by the names of hypers."""
-    found: dict[str, Any] = {}
+    hypers: dict[str, Any] = {}
     for key, value in group.items():
         if key == "betas":
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"betas={value!r} ({type(value).__name__}) of a group must be a tuple of numbers")
-            found |= {f"beta{i}": each for i, each in enumerate(value, start=1)}
+            hypers |= {f"beta{i}": each for i, each in enumerate(value, start=1)}
         elif key in PAIRS and isinstance(value, (tuple, list)) and len(value) == len(PAIRS[key]):
-            found |= dict(zip(PAIRS[key], value, strict=True))
+            hypers |= dict(zip(PAIRS[key], value, strict=True))
         else:
-            found[key] = value
-    return found
+            hypers[key] = value
+    return hypers
+
+
+def _values_of(group: Group) -> dict[str, Any]:
+    """What a group holds but for its tensors, by the names of hypers."""
+    return unpack({key: value for key, value in group.items() if key not in ("params", "param_names")})
 
 
 def check_params(params: Any) -> None:
@@ -71,12 +80,12 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
     Raises:
         ValueError: a key is an option, no hyper, or `betas` has another length than there are betas.
     """
-    found = list(optimizers)
-    hypers = list(dict.fromkeys(hyper for optimizer in found for hyper in optimizer.settings))
-    options = {option for optimizer in found for option in options_of(optimizer.rule)}
+    own = list(optimizers)
+    hypers = list(dict.fromkeys(hyper for optimizer in own for hyper in optimizer.settings))
+    options = {option for optimizer in own for option in options_of(optimizer.rule)}
     for key, value in overrides.items():
         whole = key.startswith("beta") and key[4:].isdigit()
-        if key in hypers or not found or (whole and "beta1" in hypers):
+        if key in hypers or not own or (whole and "beta1" in hypers):
             continue
         if key in options or (key == "maximize" and value):
             raise ValueError(
@@ -168,31 +177,31 @@ register_pytree_node(ByName, lambda found: (list(found.values()), (found._what, 
 
 def with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimizer:
     """Values of a group: a number replaces a number or a `learn`, but scales what is learned."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in overrides.items():
         if name not in optimizer.settings:
             continue
         if isinstance(optimizer.settings[name], Learn) and not isinstance(value, Learn):
             optimizer.rule.hypers[name].check(f"{optimizer.rule.name}: {name}", value)
         else:
-            found[name] = value
-    return optimizer.replace(**found) if found else optimizer
+            settings[name] = value
+    return optimizer.replace(**settings) if settings else optimizer
 
 
 class Numbers:
     """Numbers that schedules change, as tensors: written to where they have changed, so that no step waits for a device."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[Any], list[Tensor]]] = {}
+        self._memo: dict[Hashable, tuple[list[Any], list[Tensor]]] = {}
 
     def of(
         self, key: Hashable, values: Mapping[str, float | Tensor], device: torch.device, learned: Mapping[str, LearnedHyper]
     ) -> list[Tensor]:
         """Tensors of shape () with these values, those of the last call with this key."""
-        given = list(values.values())
-        if key not in self._kept:
-            self._kept[key] = [None] * len(given), [number(0.0, device) for _ in given]
-        last, tensors = self._kept[key]
+        numbers = list(values.values())
+        if key not in self._memo:
+            self._memo[key] = [None] * len(numbers), [number(0.0, device) for _ in numbers]
+        last, tensors = self._memo[key]
         for i, (name, value) in enumerate(values.items()):
             if isinstance(value, Tensor) or value != last[i]:
                 if name in learned and not isinstance(value, Tensor):
@@ -207,9 +216,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     _choice: Choice
     _optimizers: dict[str, Optimizer]  # also of tensors that are gone: keys of learned hypers go by their order
-    _given: list[dict[str, Any]]  # values that groups were given
+    _overrides: list[dict[str, Any]]  # values of groups that were arguments
     _roster: Roster
-    _kept: ParamState | None
+    _store: ParamState = NO_STORE
     _shapes: dict[str, torch.Size]
 
     def _create_state(
@@ -220,12 +229,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as in torch.optim; values that tensors share are the ones learned so far."""
-        if self._kept is not None:
+        if self._store is not None:
             self._follow()
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise ValueError(f"a group must be a dict with 'params', such as {{'params': [...], 'lr': 1e-3}}; {param_group!r} is not")
-        given = param_group["params"]
-        entries = [given] if isinstance(given, Tensor) else list(given)
+        params = param_group["params"]
+        entries = [params] if isinstance(params, Tensor) else list(params)
         index, present = len(self.param_groups), self._roster.tensors
         named: list[tuple[str, Tensor]] = []
         first, taken = dict[int, str](), set[str]()
@@ -235,7 +244,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"params has two tensors named {name!r}; give each its own name")
             named.append((first.setdefault(id(param), name), param))  # of a tensor that is given again, torch warns
             taken.add(name)
-        overrides = unpack({key: value for key, value in param_group.items() if key not in ("params", "param_names")})
+        overrides = _values_of(param_group)
         chosen = self._choose(dict(named), overrides)
         check_betas(param_group, chosen.values())
         declared: dict[str, float] = {}
@@ -255,25 +264,25 @@ class GroupedOptimizer(torch.optim.Optimizer):
         add_param_group(self, {"params": entries, **names, **pack({**declared, **numbers})})
         roster = Roster(self.param_groups, [*self._roster.names, [name for name, _ in named]])
         try:
-            if self._kept is not None:
+            if self._store is not None:
                 self._create_state(roster=roster, optimizers={**self._optimizers, **chosen})
         except BaseException:
             self.param_groups.pop()
             raise
         self._roster, self._optimizers = roster, {**self._optimizers, **chosen}
-        self._given.append(overrides)
+        self._overrides.append(overrides)
 
     def _declared(self, optimizer: Optimizer) -> dict[str, float]:
         """What numbers of groups are relative to: the declared value of each hyper, or what the run declared whose state was loaded."""
-        known = {id(learned.learn): learned.declared for learned in self._kept.nested.learned.values()} if self._kept else {}
+        known = {id(learned.learn): learned.declared for learned in self._store.nested.learned.values()} if self._store else {}
         return {**optimizer.declared, **{hyper: known[id(learn)] for hyper, learn in optimizer.learned.items() if id(learn) in known}}
 
     def _numbers_of(self, names: list[str]) -> dict[str, Any]:
         """What a group with these tensors, or with any if there are none, holds for each hyper."""
-        found: dict[str, Any] = {}
+        numbers: dict[str, Any] = {}
         for name in names or self._roster.tensors:
-            found = {**self._declared(self._optimizers[name]), **found}
-        return pack(found)
+            numbers = {**self._declared(self._optimizers[name]), **numbers}
+        return pack(numbers)
 
     def _fill(self, index: int, group: Group) -> None:
         for key, value in self._numbers_of(self._roster.names[index]).items():
@@ -295,29 +304,29 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Follow what others have done to groups, to entries of the state, and to tensors; see `roster` and `param_state`."""
-        kept = cast(ParamState, self._kept)
+        store = self._store
         if not self._roster.is_current(self.param_groups):
             roster, origins = self._roster.followed(self.param_groups)
-            given = [
-                unpack({k: v for k, v in group.items() if k not in ("params", "param_names")}) if origin is None else self._given[origin]
+            overrides = [
+                _values_of(group) if origin is None else self._overrides[origin]
                 for group, origin in zip(self.param_groups, origins, strict=True)
             ]
             optimizers = dict(self._optimizers)
             for index, names in enumerate(roster.names):
                 new = {name: roster.tensors[name] for name in names if not self._is_known(name, roster.tensors[name])}
-                optimizers |= self._choose(new, given[index])
+                optimizers |= self._choose(new, overrides[index])
             self._create_state(roster=roster, optimizers=optimizers)
-            self._given = given
+            self._overrides = overrides
             roster.label(self.param_groups)
             for index, group in enumerate(self.param_groups):
                 self._fill(index, group)
-        elif kept.is_current(self.state):
+        elif store.is_current(self.state):
             return
-        elif kept.adopted(self.state):
+        elif store.adopted(self.state):
             self._renumber()
         else:
             again = {name: p for name, p in self._roster.tensors.items() if not self._is_known(name, p)}
-            chosen = [self._choose({name: p}, self._given[self._roster.group_of[name]]) for name, p in again.items()]
+            chosen = [self._choose({name: p}, self._overrides[self._roster.group_of[name]]) for name, p in again.items()]
             self._create_state(optimizers={name: each for found in [self._optimizers, *chosen] for name, each in found.items()})
 
     def _is_known(self, name: str, param: Tensor) -> bool:
@@ -326,7 +335,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _switched(self, groups: list[Group]) -> dict[str, Optimizer]:
         """The optimizer of each tensor, with what schedules have made of hypers that were zero: some rules need more state then."""
-        found = dict(self._optimizers)
+        result = dict(self._optimizers)
         for index, (names, group) in enumerate(zip(self._roster.names, groups, strict=True)):
             numbers, switched = unpack(group), dict[int, Optimizer]()
             for name in names:
@@ -336,14 +345,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
                     on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
                     switched[id(old)] = old.replace(**on) if on else old
-                found[name] = switched[id(old)]
-        return found
+                result[name] = switched[id(old)]
+        return result
 
     def _renumber(self) -> None:
         """Forget numbers of groups, and note which tensors share them: those of one group, optimizer and device."""
         self._numbers, self._snapshots, self._lists = Numbers(), list[list[Any]](), dict[str, Any]()
         users: dict[tuple[int, int, torch.device], list[str]] = {}
-        for name, param in cast(ParamState, self._kept).params.items():
+        for name, param in self._store.params.items():
             users.setdefault((self._roster.group_of[name], id(self._optimizers[name]), param.device), []).append(name)
         self._users = list(users.items())
 
@@ -351,7 +360,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
         if as_tensors and self._lists:
             return self._lists
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key, names in self._users:
             index, _, device = key
             optimizer, learned = self._optimizers[names[0]], self._nested.bindings[names[0]].learned
@@ -360,10 +369,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 of_group: Any = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, device, learned)
             else:
                 of_group = {hyper: numbers[hyper] if hyper in learned else number(numbers[hyper], device) for hyper in optimizer.settings}
-            found |= dict.fromkeys(names, of_group)
+            result |= dict.fromkeys(names, of_group)
         if as_tensors:
-            self._lists = found
-        return found
+            self._lists = result
+        return result
 
     def _have_numbers_changed(self) -> bool:
         """Whether groups may hold other numbers than when this was asked last; tensors may always."""
@@ -376,4 +385,4 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def _nested(self) -> Nested:
-        return cast(ParamState, self._kept).nested
+        return self._store.nested

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.optim.kept_state import Ref, pairs, refs
+from hyperopt_nested.optim.refs import Ref, pairs, refs
 from hyperopt_nested.optim.roster import Roster
 from hyperopt_nested.optim.weights import Weights
 from hyperopt_nested.trees import State, flatten, in_dtype, map_tree
@@ -105,10 +105,10 @@ class ParamState:
             for prefix, numbers in ((DECLARED, self.declared), (COORDINATES, self.coordinates)):
                 expected[self.roster.home] |= {prefix + key: value for key, value in numbers.items()}
         for name, param in self.roster.tensors.items():
-            given = state.get(param, _NONE)
+            entries = state.get(param, _NONE)
             wanted = expected.get(name, _NONE)
-            for key in [key for key in given if key not in wanted and is_entry(key)]:
-                del given[key]
+            for key in [key for key in entries if key not in wanted and is_entry(key)]:
+                del entries[key]
             if wanted:
                 state.setdefault(param, {}).update(wanted)
         self._snapshot(state)
@@ -139,18 +139,18 @@ class ParamState:
             return False
         if [param.device for param in self._owners.values()] != self._devices:
             return False
-        found: dict[Ref, Tensor] = {}
+        entries: dict[Ref, Tensor] = {}
         for ref, last in pairs(self.refs, self.st):
             entry = self.entry(state, ref.name, ref.key)
             if entry is None or entry.shape != last.shape:
                 return False
-            found[ref] = entry.to(last.device, last.dtype)
+            entries[ref] = entry.to(last.device, last.dtype)
         steps = {name: self.entry(state, name, STEPS) for name in self.steps}
         declared = {key: self.entry(state, self.roster.home, DECLARED + key) for key in self.declared}
         if any(entry is None for entry in chain(steps.values(), declared.values() if self.roster.home else ())):
             return False
         self.steps = {name: counted(count) for name, count in steps.items()}
-        self.st = map_tree(found.__getitem__, self.refs)
+        self.st = map_tree(entries.__getitem__, self.refs)
         self._count()
         self._look()
         self.write(state)
@@ -184,10 +184,10 @@ class ParamState:
         """
         for name in names:
             optimizer, param = self.nested.bindings[name].optimizer, self.params[name].detach()
-            given = _given(optimizer.rule)
+            copies = _option_copies(optimizer.rule)
             new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, self.nested.state_dtype))
             for path, old in flatten(self.st["rule"][name]).items():
-                if path not in given:
+                if path not in copies:
                     old.copy_(new[path])
 
     def stepped(self, names: Set[str]) -> None:
@@ -257,28 +257,28 @@ def built(
             (anew if path[0] == "rule" else forgotten).add(path[1])
     lost: set[tuple[str, str]] = set()  # learned values that do not fit their tensors any more
     for path, ref in places.items():
-        like, found = leaves[path], entry(ref.name, ref.key)
+        like, leaf = leaves[path], entry(ref.name, ref.key)
         if path[0] in _PER_TENSOR:
             begins = path[1] in anew or (path[0] == "memory" and path[1] in forgotten)
-            found = None if begins else found
-        elif found is None or (found.shape != like.shape and ref.name in anew):
-            found = last.get(path)
-            found = None if found is None or found.shape != like.shape else found
-            if found is None and path[0] == "hypers" and path in last:
+            leaf = None if begins else leaf
+        elif leaf is None or (leaf.shape != like.shape and ref.name in anew):
+            leaf = last.get(path)
+            leaf = None if leaf is None or leaf.shape != like.shape else leaf
+            if leaf is None and path[0] == "hypers" and path in last:
                 lost.add((path[1], path[2]))
             if path[0] == "learners" and any((path[1], value) in lost for value in path[2:]):
-                found = None
-        if found is None:
+                leaf = None
+        if leaf is None:
             continue
-        if found.shape != like.shape:
-            raise _misfit(ref, found.shape, like.shape)
-        leaves[path] = found.to(like.device, last[path].dtype if path in last else found.dtype)
+        if leaf.shape != like.shape:
+            raise _misfit(ref, leaf.shape, like.shape)
+        leaves[path] = leaf.to(like.device, last[path].dtype if path in last else leaf.dtype)
     steps = {name: torch.zeros((), dtype=torch.float64) if name in anew else counted(entry(name, STEPS)) for name in params}
     declared = {}
     for key, learned in nested.learned.items():
-        found = entry(roster.home, DECLARED + key)
-        found = before.declared.get(key) if found is None and before else found
-        declared[key] = torch.tensor(learned.learn.value, dtype=torch.float64) if found is None else counted(found)
+        leaf = entry(roster.home, DECLARED + key)
+        leaf = before.declared.get(key) if leaf is None and before else leaf
+        declared[key] = torch.tensor(learned.learn.value, dtype=torch.float64) if leaf is None else counted(leaf)
     return ParamState(nested, roster, params, leaves, tree, steps, declared, before.weights if before else None)
 
 
@@ -287,7 +287,7 @@ def is_entry(key: Any) -> bool:
     return isinstance(key, str) and (key == STEPS or key.startswith(_PARTS))
 
 
-def is_said(key: Any) -> bool:
+def is_declaration(key: Any) -> bool:
     """Whether that is the key of an entry that says how learned hypers were declared."""
     return isinstance(key, str) and key.startswith((DECLARED, COORDINATES))
 
@@ -304,14 +304,14 @@ def counted(entry: Any) -> Tensor:
 
 def _entry(roster: Roster, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
     entries = state.get(roster.tensors[name], _NONE) if name else _NONE
-    found = entries.get(key)
-    return found if isinstance(found, Tensor) else None
+    leaf = entries.get(key)
+    return leaf if isinstance(leaf, Tensor) else None
 
 
-def _given(rule: Any) -> set[Path]:
+def _option_copies(rule: Any) -> set[Path]:
     """Paths, in a rule's state, of copies of options."""
-    found: set[Path] = {(key,) for key, option in getattr(rule, "options", {}).items() if isinstance(option, Tensor)}
-    return found | {("base", *path) for path in _given(rule.base)} if hasattr(rule, "base") else found
+    paths: set[Path] = {(key,) for key, option in getattr(rule, "options", {}).items() if isinstance(option, Tensor)}
+    return paths | {("base", *path) for path in _option_copies(rule.base)} if hasattr(rule, "base") else paths
 
 
 def _entries(state: States) -> list[Any]:
@@ -320,12 +320,12 @@ def _entries(state: States) -> list[Any]:
 
 def _coordinates(nested: Learner, prefix: str) -> dict[str, Tensor]:
     """The number of the bijection of each learned hyper that has one, at all heights."""
-    found = {}
+    numbers = {}
     for key, learned in nested.learned.items():
         if learned.via is not None:
-            found[prefix + key] = torch.tensor(learned.via.number, dtype=torch.float64)
-        found |= _coordinates(learned.learner, f"{prefix}{key}.")
-    return found
+            numbers[prefix + key] = torch.tensor(learned.via.number, dtype=torch.float64)
+        numbers |= _coordinates(learned.learner, f"{prefix}{key}.")
+    return numbers
 
 
 def _resized(name: str, shape: torch.Size, before: torch.Size) -> ValueError:

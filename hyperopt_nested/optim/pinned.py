@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperopt_nested.checks import caller_level
 from hyperopt_nested.engine.learned import LearnedHyper, Learner
 from hyperopt_nested.engine.nested import Nested
-from hyperopt_nested.engine.sensitivity import Raws
+from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.trees import State
 
 _EVERY = 100
@@ -28,7 +28,7 @@ class PinnedValues:
     """
 
     def __init__(self, expected: Collection[str] = ()) -> None:
-        self._told = set(expected)
+        self._reported = set(expected)
         self._steps = 0
 
     def look(self, nested: Nested, st: State) -> None:
@@ -42,15 +42,15 @@ class PinnedValues:
             return
         self._steps += 1
         for path, count in nested.pinned(st).items():
-            if path in self._told or (count.device.type != "cpu" and self._steps % _EVERY):
+            if path in self._reported or (count.device.type != "cpu" and self._steps % _EVERY):
                 continue
             if count.item() > 0:
-                self._told.add(path)
+                self._reported.add(path)
                 warnings.warn(_message(path, *_found(nested, st, path)), UserWarning, stacklevel=caller_level())
 
 
-def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Raws]:
-    """The learned hyper at a path, and its raw values."""
+def _found(nested: Learner, st: State, path: str) -> tuple[LearnedHyper, Named]:
+    """The learned hyper at a path, and its unconstrained values."""
     for key, learned in nested.learned.items():
         if path == key:
             return learned, st["hypers"][key]
@@ -76,8 +76,8 @@ def _message(path: str, learned: LearnedHyper, raws: Mapping[str, Tensor]) -> st
 def _at_an_end(learned: LearnedHyper, raw: Tensor) -> list[float]:
     """The entries at an end."""
     value, (low, high) = learned.value(raw), learned.ends(raw)
-    found: list[float] = value[(value <= low) | (value >= high)].flatten().tolist()
-    return found
+    entries: list[float] = value[(value <= low) | (value >= high)].flatten().tolist()
+    return entries
 
 
 def _shown(end: Any) -> str:

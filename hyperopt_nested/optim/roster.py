@@ -44,8 +44,8 @@ class Roster:
         if len(groups) != len(self._seen):
             return False
         for group, (seen, params) in zip(groups, self._seen, strict=True):
-            found = group["params"]
-            if group is not seen or len(found) != len(params) or not all(map(is_, found, params)):
+            now = group["params"]
+            if group is not seen or len(now) != len(params) or not all(map(is_, now, params)):
                 return False
         return True
 
@@ -60,32 +60,32 @@ class Roster:
         taken = {name for name, param in self.tensors.items() if id(param) in present}
         old = {id(seen): index for index, (seen, _) in enumerate(self._seen)}
         still = {id(group) for group in groups}
-        found: list[list[str]] = []
+        result: list[list[str]] = []
         origins: list[int | None] = []
         for index, group in enumerate(groups):
             origin = old.get(id(group))
             if origin is None and index < len(self._seen) and id(self._seen[index][0]) not in still:
                 origin = index  # another dict in the place of one that is gone
             origins.append(origin)
-            params, given = group["params"], group.get("param_names") or []
-            fits = len(given) == len(params)
+            params, labels = group["params"], group.get("param_names") or []
+            fits = len(labels) == len(params)
             for i, param in enumerate(params):
                 if id(param) not in names:
                     former = [] if origin is None else self.names[origin][i : i + 1]
-                    name = free_name([*(given[i : i + 1] if fits else []), *former, f"{index}.{i}"], taken)
+                    name = free_name([*(labels[i : i + 1] if fits else []), *former, f"{index}.{i}"], taken)
                     names[id(param)] = name
                     taken.add(name)
-            found.append([names[id(param)] for param in params])
-        return Roster(groups, found), origins
+            result.append([names[id(param)] for param in params])
+        return Roster(groups, result), origins
 
     def label(self, groups: Sequence[Group]) -> None:
         """Write names to groups that hold names, where these are not the tensors' any more."""
         for group, names in zip(groups, self.names, strict=True):
-            given = group.get("param_names")
-            if given is None:
+            labels = group.get("param_names")
+            if labels is None:
                 continue
-            wrong = [i for i, name in enumerate(names) if given[i : i + 1] != [name] and name not in names[:i]]  # a second one may differ
-            if wrong or len(given) != len(names):
+            wrong = [i for i, name in enumerate(names) if labels[i : i + 1] != [name] and name not in names[:i]]  # a second one may differ
+            if wrong or len(labels) != len(names):
                 group["param_names"] = list(names)
 
 

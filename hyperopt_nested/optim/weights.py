@@ -49,13 +49,13 @@ class Weights:
         addresses, versions = self._now()
         if versions == self._versions and addresses == self._addresses:
             return []
-        found = []
+        names_changed = []
         for i, (name, param) in enumerate(self._params.items()):
             if name in names and self._versions[i] is not None:
                 kind, self._kinds[i] = self._kinds[i], (param.dtype, param.device)
                 if versions[i] != self._versions[i] or (addresses[i] != self._addresses[i] and kind == self._kinds[i]):
-                    found.append(name)
-        return found
+                    names_changed.append(name)
+        return names_changed
 
     def _now(self) -> tuple[list[int], list[int | None]]:
         try:

@@ -14,7 +14,7 @@ def _init(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps!r} must be an integer >= 0")
     zero = accumulator(param, lr, r, weight_lr_power)
-    return {"step": counter(param), "z": copy_of(param), "evaluated": copy_of(param), "lr_max": zero, "weight_sum": zero.clone()}
+    return {"step": counter(param), "z": copy_of(param), "eval_params": copy_of(param), "lr_max": zero, "weight_sum": zero.clone()}
 
 
 def _init_adamw(param: Tensor, *, lr: float | Learn, r: float | Learn, weight_lr_power: float | Learn, warmup_steps: int) -> State:
@@ -34,11 +34,11 @@ def _step(
     weight = step**r * power
     weight_sum = state["weight_sum"] + weight
     share = torch.where(weight_sum > 0, weight / torch.where(weight_sum > 0, weight_sum, 1), 0)
-    z, x = (torch.where(state["step"] == 0, param, state[key]) for key in ("z", "evaluated"))
+    z, x = (torch.where(state["step"] == 0, param, state[key]) for key in ("z", "eval_params"))
     z = z - lr * direction
     x = x + share * (z - x)
     sums = {"lr_max": lr_max.to(before.dtype), "weight_sum": weight_sum.to(before.dtype)}
-    return z + momentum * (x - z), {"step": step, "z": z, "evaluated": x, **sums}
+    return z + momentum * (x - z), {"step": step, "z": z, "eval_params": x, **sums}
 
 
 @rule(_init, separable="element")
@@ -57,7 +57,7 @@ def schedule_free_sgd(
     r"""Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682).
 
     The parameters are the points \(y\) where gradients are taken, between \(z\), which is stepped, and \(x\), the average of all
-    \(z\), which is what `evaluated` returns. Step \(t\) has the weight \(t^r\eta_{max}^p\) in that average, with the largest learning
+    \(z\), which is what `eval_params` returns. Step \(t\) has the weight \(t^r\eta_{max}^p\) in that average, with the largest learning
     rate so far.
 
     Args:

@@ -83,7 +83,7 @@ register("sgd_hd", sgd_hd)
 
 
 def _init_asgd(param: Tensor) -> State:
-    return {"step": counter(param), "evaluated": copy_of(param)}
+    return {"step": counter(param), "eval_params": copy_of(param)}
 
 
 @rule(_init_asgd, separable="element")
@@ -100,7 +100,7 @@ def asgd(
 ) -> tuple[Tensor, State]:
     r"""Averaged stochastic gradient descent (Polyak and Juditsky 1992), as `torch.optim.ASGD`.
 
-    The learning rate of step t is \(\eta / (1 + \lambda \eta (t - 1))^\alpha\). The average of the parameters is what `evaluated`
+    The learning rate of step t is \(\eta / (1 + \lambda \eta (t - 1))^\alpha\). The average of the parameters is what `eval_params`
     returns (`torch.optim` keeps it as `ax`).
 
     Args:
@@ -113,8 +113,8 @@ def asgd(
     rate = lr / (1 + lambd * lr * state["step"]) ** alpha
     new = param * (1 - lambd * rate) - rate * (grad + weight_decay * param)
     weight = 1 / torch.clamp(state["step"] - t0, min=1)
-    mean = torch.where(weight == 1, new, state["evaluated"] + weight * (new - state["evaluated"]))
-    return new, {"step": state["step"] + 1, "evaluated": mean}
+    mean = torch.where(weight == 1, new, state["eval_params"] + weight * (new - state["eval_params"]))
+    return new, {"step": state["step"] + 1, "eval_params": mean}
 
 
 def _init_lars(param: Tensor, *, momentum: float | Learn) -> State:
