@@ -5,6 +5,7 @@ from typing import Any
 
 import griffe
 
+import ftp
 import hyperopt_nested as hn
 
 
@@ -18,7 +19,7 @@ class Rules(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Replace the signature and the docstring of the update by those of what the decorator makes of it."""
-        made = getattr(hn, func.name, None)
+        made = getattr(hn, func.name, getattr(ftp, func.name, None))
         signature = getattr(made, "__signature__", None)
         if signature is None or not func.decorators:
             return
