@@ -263,7 +263,9 @@ class FTP(torch.optim.Optimizer):
             raise ValueError("state_dict has no entries of FTP: load it into the optimizer inside, before FTP is put around it")
         groups = [dict(group) for group in own["param_groups"]]
         for mine, theirs in zip(groups, given["param_groups"], strict=True):
-            mine |= {key: theirs[key] for key in ("params", "param_names") if key in theirs}
+            mine["params"] = theirs["params"]
+            if sorted(theirs.get("param_names", ())) == sorted(mine["param_names"]):  # else both go by position
+                mine["param_names"] = theirs["param_names"]
         self.projection.load_state_dict({"state": parts[1], "param_groups": groups})
         try:
             self.optimizer.load_state_dict({**given, "state": parts[0]})

@@ -177,6 +177,17 @@ def test_a_resumed_run_is_bitwise_the_same(make: Make, how: str) -> None:
     assert again.learned() == opt.learned()
 
 
+def test_names_that_only_ftp_was_given_do_not_stand_in_the_way_of_a_load() -> None:
+    model = network()
+    named = [(f"net.{name}", p) for name, p in model.named_parameters()]
+    opt = FTP(torch.optim.SGD(model.named_parameters(), lr=0.1), named_parameters=named)
+    train(model, opt, 3)
+    again = FTP(torch.optim.SGD(model.named_parameters(), lr=0.1), named_parameters=named)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert again.learned() == opt.learned()
+    assert opt.learned()["radius/net.0.weight"] > 2 * FLOOR
+
+
 def test_groups_and_state_are_those_of_the_optimizer_inside() -> None:
     model = network()
     inside = torch.optim.AdamW(model[0].parameters(), lr=0.05)
