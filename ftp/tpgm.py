@@ -23,7 +23,7 @@ class TPGM(ValidatedOptimizer):
     its tensor has moved by then (with "mars": half of the smallest row's), and is kept between 1e-8 and the largest norm.
 
     Args:
-        params: `model.named_parameters()`, tensors, or groups of either, of which other values are ignored. What is frozen when this is
+        params: `model.named_parameters()`, tensors, or groups of either; other values in a group are ignored. What is frozen when this is
             made is not projected.
         norm: the ball: "mars", the largest row sum of absolute changes, or "l2", the Euclidean norm of the tensor.
         lr: learning rate of the radii.

@@ -15,7 +15,7 @@ class ValidatedOptimizer(AnchoredOptimizer):
     """What `TPGM` and `WiSEFT` share: weights that training has made are changed by a combinator whose hyper learns from a validation loss.
 
     Args:
-        params: `model.named_parameters()`, tensors, or groups of either, of which other values are ignored.
+        params: `model.named_parameters()`, tensors, or groups of either; other values in a group are ignored.
         around: as `AnchoredOptimizer`; the optimizer inside is `identity()`.
         updates: how often a `step` evaluates the validation loss and steps the learned values.
         exclude: as `AnchoredOptimizer`.

@@ -37,7 +37,7 @@ class WiSEFT(ValidatedOptimizer):
     The share starts at 1, the fine-tuned weights, and is learned by Adam from a validation loss.
 
     Args:
-        params: `model.named_parameters()`, tensors, or groups of either, of which other values are ignored.
+        params: `model.named_parameters()`, tensors, or groups of either; other values in a group are ignored.
         per: one share for the "model", or one a "tensor".
         lr: learning rate of the shares.
         updates: how often a `step` evaluates the validation loss and steps the shares.

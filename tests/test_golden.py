@@ -34,41 +34,41 @@ def starts(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("init/"): value for key, value in data.items() if key.startswith("init/")}
 
 
+def named_groups(config: dict[str, Any], params: dict[str, torch.nn.Parameter]) -> Any:
+    items = list(params.items())
+    return [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
+
+
+def trajectory(
+    opt: Any, params: dict[str, torch.nn.Parameter], config: dict[str, Any], data: dict[str, torch.Tensor]
+) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """Parameters and radii after each step of an optimizer, with the schedule and the gradients that were recorded."""
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
+    for step in range(1, config["steps"] + 1):
+        grads = grads_at(data, step)
+        for name, param in params.items():
+            param.grad = grads.get(name)
+        opt.step()
+        scheduler.step()
+        yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
+
+
 def drop_in(
     config: dict[str, Any], data: dict[str, torch.Tensor], backend: Any = "reference"
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     """Parameters and radii after each step of AdamP or SGDP."""
     params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
-    items = list(params.items())
-    groups = [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
     settings = {key: config[key] for key in (*SHARED, "lr", "k") if key in config}
-    opt = {"adamp": AdamP, "sgdp": SGDP}[config["optimizer"]](groups, exclude=config["exclude"], backend=backend, **settings)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
-    for step in range(1, config["steps"] + 1):
-        grads = grads_at(data, step)
-        for name, param in params.items():
-            param.grad = grads.get(name)
-        opt.step()
-        scheduler.step()
-        yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
+    make = {"adamp": AdamP, "sgdp": SGDP}[config["optimizer"]]
+    return trajectory(make(named_groups(config, params), exclude=config["exclude"], backend=backend, **settings), params, config, data)
 
 
 def wrapped(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     """Parameters and radii after each step of FTP around torch's own optimizers."""
     params = {name: torch.nn.Parameter(value) for name, value in starts(data).items()}
-    items = list(params.items())
-    groups: Any = [{"params": items[: len(items) // 2]}, {"params": items[len(items) // 2 :]}] if config["groups"] == 2 else items
     settings = {"weight_decay": 0.0, **{key: config[key] for key in (*SHARED, "lr") if key in config}}
-    inside = {"adamp": torch.optim.AdamW, "sgdp": torch.optim.SGD}[config["optimizer"]](groups, **settings)
-    opt = ftp.FTP(inside, k=config.get("k", 1.0), exclude=config["exclude"])
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, config["lr_schedule"] or 1.0)
-    for step in range(1, config["steps"] + 1):
-        grads = grads_at(data, step)
-        for name, param in params.items():
-            param.grad = grads.get(name)
-        opt.step()
-        scheduler.step()
-        yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
+    inside = {"adamp": torch.optim.AdamW, "sgdp": torch.optim.SGD}[config["optimizer"]](named_groups(config, params), **settings)
+    return trajectory(ftp.FTP(inside, k=config.get("k", 1.0), exclude=config["exclude"]), params, config, data)
 
 
 def pure(config: dict[str, Any], data: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:

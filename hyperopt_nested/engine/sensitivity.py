@@ -49,15 +49,17 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
 
 def _nothing_looks_on() -> bool:
     """Whether this runs without derivatives that are taken from outside, and without transforms; dispatch modes see what autograd calls."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    return not torch.is_grad_enabled() and _is_eager()
 
 
 def nothing_transforms() -> bool:
     """Whether this runs eagerly, without transforms, tracing or fake tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    no_modes = not torch._C._len_torch_dispatch_stack()  # of this thread: torch's own flag is of all, and a tracing thread may leave it set
-    return no_modes and torch._C._functorch.peek_interpreter_stack() is None
+    return _is_eager() and not torch._C._len_torch_dispatch_stack()  # of this thread: torch's own flag is of all threads
+
+
+def _is_eager() -> bool:
+    """Whether this runs outside of compiled code and of transforms of torch.func."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def pushforward(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, Any, Callable[..., Any]]:
