@@ -111,7 +111,6 @@ def test_a_small_image_suffers_as_its_enlargement(name):
 
 
 def test_distances_are_those_of_the_published_code():
-    pytest.importorskip("PIL")
     images = photographs()
     for name, published in PUBLISHED.items():
         for severity in SEVERITIES:

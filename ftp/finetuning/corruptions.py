@@ -238,7 +238,8 @@ def _blurred(images: Tensor, kernels: Tensor) -> Tensor:
     padded = functional.pad(images, [reach] * 4, mode="replicate")
     size = padded.shape[-2:]
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels[:, None].to(images), s=size)
-    return torch.fft.irfft2(spectrum, s=size)[..., 2 * reach :, 2 * reach :]
+    whole: Tensor = torch.fft.irfft2(spectrum, s=size)
+    return whole[..., 2 * reach :, 2 * reach :]
 
 
 def _plasma(count: int, size: int, decay: float, generator: Generator) -> Tensor:
