@@ -1,7 +1,10 @@
 """Records of a fine-tuning run: what its report, its files and comparisons are made of."""
 
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +75,7 @@ class Result:
             such as "test/noise/3".
         versions: of Python and packages.
         command: what was run; "" from Python.
+        stopped: why training ended before its last epoch; "" if it did not.
     """
 
     method: str
@@ -82,3 +86,13 @@ class Result:
     evaluations: Mapping[str, Evaluation]
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    stopped: str = ""
+
+
+def versions(packages: Sequence[str] = ("torch", "hyperopt-nested", "timm", "torchvision", "pillow")) -> dict[str, str]:
+    """Versions of Python, and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
