@@ -105,7 +105,7 @@ def test_mcnemar_is_a_binomial_test(first, second):
 
 def test_agreement_counts_every_image():
     first, second = evaluation(0.6), evaluation(0.7, seed=1)
-    with pytest.raises(ValueError, match="labels differ: both evaluations must be of the same images"):
+    with pytest.raises(ValueError, match=r"labels differ, or are not of shape \(n,\): both evaluations must be of the same images"):
         c.agreement(first, second)
     second = Evaluation(first.labels, (first.predictions + (torch.rand(200) > 0.8)) % 3)
     found = c.agreement(first, second)
@@ -160,7 +160,8 @@ def test_other_names_are_no_corruptions(name):
     assert c.corruption_set(name) is None
 
 
-def test_the_best_epoch_is_the_first_of_equals():
-    epochs = [Epoch(i, i, 0.1, 1.0, 1.0, accuracy, 1.0) for i, accuracy in enumerate((0.1, 0.8, 0.8, 0.5))]
-    assert c.best_epoch(replace(result(), epochs=epochs)) is epochs[1]
+def test_the_best_epoch_has_the_lowest_loss_of_the_highest_accuracies():
+    losses = (1.0, 0.9, 0.7, 0.7, 0.1, torch.nan)
+    epochs = [Epoch(i, i, 0.1, 1.0, losses[i], accuracy, 1.0) for i, accuracy in enumerate((0.1, 0.8, 0.8, 0.8, 0.5, 0.9))]
+    assert c.best_epoch(replace(result(), epochs=epochs)) is epochs[2]
     assert c.best_epoch(result()) is None

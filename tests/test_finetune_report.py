@@ -176,7 +176,7 @@ def test_tables_hold_the_results(text, results):
     for method, cells in differences.items():
         for cell, names in zip(cells, sets.values(), strict=True):
             value, error = difference(by_method[method], by_method["full"], names)
-            assert cell == f"{100 * value:+.1f} ± {100 * error:.1f}"
+            assert cell == f"{100 * value:+.1f} ± {100 * error:.1f}".replace("-0.0", "+0.0")
             section = text[text.index("<h2>Difference") : text.index("<h2>In and out")]
             bold = f'<span class="clear">{cell.split()[0]}</span> <span class="error">± {cell.split()[-1]}'
             assert bold in section or abs(value) <= 2 * error
@@ -185,6 +185,14 @@ def test_tables_hold_the_results(text, results):
     both = int(((first.labels == first.predictions) & (second.labels == second.predictions)).sum())
     assert rows(text, "Agreement of methods")["full / ftp"][0] == str(both)
     assert rows(text, "Settings") == {"setting": ["full", "linear-probe", "ftp"], "k": ["none", "none", "1.5"]}
+
+
+def test_methods_are_told_apart():
+    from ftp.finetuning.figures import styles
+
+    many = [f"method {i}" for i in range(143)]
+    assert len({*styles(many).values()}) == 143
+    assert len({style.color for style in styles(many[:11]).values()}) == 11
 
 
 def test_equal_results_give_equal_bytes(results, tmp_path):
@@ -218,6 +226,19 @@ def test_methods_with_other_sets_and_tensors(tmp_path):
     assert rows(text, "Difference to the first method")["ftp"][1:] == ["n/a"] * 4
 
 
+def test_dense_predictions_and_classes_without_a_name(tmp_path):
+    labels = torch.randint(3, (20, 4, 4))
+    predictions = torch.where(torch.rand(20, 4, 4) < 0.3, 4, labels)
+    evaluations = {"test": Evaluation(labels, predictions)}
+    results = [Result(method, 0, {}, classes, [], evaluations) for method, classes in (("full", ["sky", "sea"]), ("ftp", ["sky"]))]
+    text = written(results, tmp_path)
+    assert [title for title in check_page(text).sections if title] == ["Accuracy", "Difference to the first method", "Classes"]
+    assert [*rows(text, "Classes")] == ["accuracy in %", "sky", "sea", "2", "3", "4"]
+    assert rows(text, "Classes")["4"] == ["0", "n/a", "n/a"]
+    shares = (labels == predictions).double().mean((1, 2))
+    assert rows(text, "Accuracy")["ftp"] == [f"{100 * shares.mean():.1f} ± {100 * shares.std(correction=0) / 20**0.5:.1f}"]
+
+
 def test_a_large_run(tmp_path):
     classes = [f"class {i}" for i in range(120)]
     text = written([run("a" * 60, classes=classes, count=1000), run("ftp", classes=classes, tensors=200, count=1000)], tmp_path)
@@ -229,7 +250,9 @@ def test_a_large_run(tmp_path):
 def test_a_diverged_run(tmp_path):
     last = Epoch(3, 30, 1e-3, torch.nan, torch.inf, 0.3, 1.0, {"radius/layer0.weight": torch.nan}, {"layer0.weight": 1e30})
     own = run()
-    check_page(written([Result(**{**vars(own), "epochs": [*own.epochs, last]})], tmp_path))
+    text = written([Result(**{**vars(own), "epochs": [*own.epochs, last], "stopped": "the loss is not finite in epoch 3"})], tmp_path)
+    check_page(text)
+    assert rows(text, "Training")["ftp"][::5] == ["2", "the loss is not finite in epoch 3"]
 
 
 def test_an_older_file_stays_if_the_new_one_cannot_be_written(tmp_path, monkeypatch):
@@ -250,7 +273,7 @@ def test_what_is_no_set_of_results_is_refused(tmp_path):
     path = tmp_path / "report.html"
     with pytest.raises(ValueError, match="results is empty: a report needs at least one finished run"):
         write_report([], path)
-    with pytest.raises(ValueError, match=r"classes of full are \['a', 'b'\], those of ftp \['cat', 'dog', 'owl'\]"):
+    with pytest.raises(ValueError, match=r"classes differ: \['a', 'b'\] of full, and \['cat', 'dog', 'owl'\]"):
         write_report([run(), run("full", classes=["a", "b"])], path)
     with pytest.raises(ValueError, match="two results of ftp with equal settings and seeds"):
         write_report([run(), run()], path)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import hypot
+from math import hypot, isfinite
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -125,8 +125,16 @@ def columns(results: Sequence[Result]) -> list[Column]:
 
 
 def best_epoch(result: Result) -> Epoch | None:
-    """Find the epoch that a run ends with: the first with the best validation accuracy; None without a history."""
-    return max(result.epochs, key=lambda epoch: epoch.validation_accuracy, default=None)
+    """Find the epoch whose weights a run ends with: the highest validation accuracy, of equals the lowest validation loss.
+
+    Args:
+        result: a finished run.
+
+    Returns:
+        None without a history.
+    """
+    finite = [epoch for epoch in result.epochs if isfinite(epoch.validation_loss)]
+    return max(finite, key=lambda epoch: (epoch.validation_accuracy, -epoch.validation_loss), default=None)
 
 
 def accuracy(runs: Sequence[Result], sets: Sequence[str]) -> Estimate | None:
@@ -176,15 +184,15 @@ def agreement(first: Evaluation, second: Evaluation) -> Agreement:
         correctly at least as unevenly.
 
     Raises:
-        ValueError: labels differ.
+        ValueError: labels differ, or an image has more than one.
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 0, 1])
         >>> agreement(Evaluation(labels, labels), Evaluation(labels, torch.tensor([1, 1, 1, 0, 1])))
         Agreement(both=2, first=3, second=0, neither=0, p=0.25)
     """
-    if not torch.equal(first.labels, second.labels):
-        raise ValueError("labels differ: both evaluations must be of the same images in the same order")
+    if not torch.equal(first.labels, second.labels) or first.labels.ndim != 1:
+        raise ValueError("labels differ, or are not of shape (n,): both evaluations must be of the same images in the same order")
     counts = (2 * _correct(first) + _correct(second)).long().bincount(minlength=4).tolist()
     neither, only_second, only_first, both = counts
     return Agreement(both, only_first, only_second, neither, _mcnemar(only_first, only_second))
@@ -194,13 +202,13 @@ def confusion(evaluations: Sequence[Evaluation], classes: int) -> Tensor:
     """Count predictions of each class.
 
     Args:
-        evaluations: of the same classes; their counts are added.
+        evaluations: of the same classes, one or more; their counts are added.
         classes: number of classes.
 
     Returns:
         Counts, shape (classes, classes), int64: a row a true class, a column a predicted one.
     """
-    pairs = torch.cat([evaluation.labels * classes + evaluation.predictions for evaluation in evaluations])
+    pairs = torch.cat([(evaluation.labels * classes + evaluation.predictions).flatten() for evaluation in evaluations])
     return pairs.bincount(minlength=classes**2).reshape(classes, classes)
 
 
@@ -209,7 +217,8 @@ def _json(value: Any) -> str:
 
 
 def _correct(evaluation: Evaluation) -> Tensor:
-    return (evaluation.labels == evaluation.predictions).double()
+    """Share of correct predictions of each image: 0 or 1, or a share of its pixels."""
+    return (evaluation.labels == evaluation.predictions).double().reshape(len(evaluation.labels), -1).mean(1)
 
 
 def _mean(scores: Sequence[tuple[Tensor, Tensor]]) -> Estimate:

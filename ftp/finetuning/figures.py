@@ -1,7 +1,7 @@
 """Figures of a report, as inline SVG; needs matplotlib.
 
-A method has one color and one marker in all figures. The colors are those of Okabe and Ito, for color-blind readers, with a gray and a wine
-red; they repeat after nine methods, with other markers and lines.
+A method has one color and one marker in all figures. The colors are chosen for color-blind readers; they repeat after eleven methods, with
+other markers and lines.
 """
 
 import re
@@ -26,7 +26,10 @@ from ftp.finetuning.result import Result
 
 Line = Literal["-", "--", ":", "-."]
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888", "#882255")
+_COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888"),  # Okabe and Ito, and a gray
+    *("#882255", "#999933", "#332288"),  # Tol
+)
 _MARKERS = "osD^vPX*<>hpd"
 _LINES: tuple[Line, ...] = ("-", "--", ":", "-.")
 _RC: dict[Any, Any] = {
@@ -63,7 +66,7 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
         labels: of the methods, in order.
 
     Returns:
-        A style by label; all differ up to 117 methods.
+        A style by label; all differ up to 143 methods.
     """
     return {
         label: Style(_COLORS[i % len(_COLORS)], _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)], _LINES[i // len(_COLORS) % len(_LINES)])
@@ -321,22 +324,30 @@ def _line(axes: Axes, values: Mapping[int, Estimate], style: Style) -> None:
 
 
 def _scale(axes: Axes) -> None:
-    """Make the ordinate logarithmic where values are positive and far apart."""
-    values = numpy.concatenate([numpy.asarray(line.get_ydata(), float) for line in axes.lines] or [numpy.ones(1)])
-    values = values[numpy.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() > 20 * values.min():
+    """Make the ordinate logarithmic where values are far apart."""
+    ends = _decades(numpy.concatenate([numpy.asarray(line.get_ydata(), float) for line in axes.lines]))
+    if ends:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(ends[0] / 1.3, ends[1] * 1.3)
+
+
+def _decades(values: Any) -> tuple[float, float] | None:
+    """Ends of a logarithmic scale, at most four decades; None where a linear one shows more."""
+    values = values[numpy.isfinite(values)]
+    if (values < 0).any() or not (values > 0).any():
+        return None
+    low, high = values[values > 0].min(), values.max()
+    return (max(low, high / 1e4), high) if high > 20 * low else None
 
 
 def _map(values: Any, labels: Sequence[str], epochs: Sequence[int], name: str) -> Figure:
     height = min(18.0, 0.16 * len(labels) + 1)
     figure = Figure(figsize=(min(10, 4.5 + 0.25 * len(epochs)), height))
     axes = figure.subplots()
-    positive = values[numpy.isfinite(values) & (values > 0)]
-    wide = positive.size and positive.max() > 20 * positive.min() and not (values < 0).any()
-    norm = LogNorm(positive.min(), positive.max()) if wide else Normalize()
+    ends = _decades(values)
+    norm = LogNorm(*ends) if ends else Normalize()
     colors = matplotlib.colormaps["viridis"].with_extremes(bad="#eeeeee")
     image = axes.imshow(numpy.ma.masked_invalid(values), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
     axes.grid(visible=False)
@@ -345,8 +356,9 @@ def _map(values: Any, labels: Sequence[str], epochs: Sequence[int], name: str) -
     axes.set_xticks(range(0, len(epochs), every), [str(epoch) for epoch in epochs[::every]])
     axes.set_xlabel("epoch")
     _name_rows(axes, labels, height)
-    label = f"{name}; gray: 0" if wide and (values == 0).any() else name
-    bar = figure.colorbar(image, ax=axes, label=label, aspect=40, format=StrMethodFormatter("{x:g}"))
+    label = f"{name}; gray: 0" if ends and (values == 0).any() else name
+    under = "min" if ends and (values < ends[0]).any() else "neither"
+    bar = figure.colorbar(image, ax=axes, label=label, extend=under, aspect=40, format=StrMethodFormatter("{x:g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 

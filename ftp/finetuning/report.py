@@ -41,9 +41,9 @@ a { color: #0059a0; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; padding-top: 0.35rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: baseline; white-space: nowrap; }
-th.text, td.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 26rem; } tbody th { font-weight: normal; }
+th.text, td.text { text-align: left; white-space: pre-wrap; overflow-wrap: break-word; max-width: 26rem; } tbody th { font-weight: normal; }
 thead th { position: sticky; top: 0; background: #fff; vertical-align: bottom; border-bottom: 1.5px solid #999; }
-thead th { white-space: normal; overflow-wrap: anywhere; min-width: 3.5rem; max-width: 11rem; }
+thead th { white-space: normal; overflow-wrap: break-word; min-width: 3.5rem; max-width: 11rem; }
 .error { color: var(--dim); font-size: 0.92em; } .clear { font-weight: 600; }
 figure { margin: 0.75rem 0; overflow-x: auto; } svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
 .side { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
@@ -65,7 +65,7 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
     Runs that differ in their seeds only are one method. The first method is the one that the others are compared with.
 
     Args:
-        results: one or more runs, of equal classes.
+        results: one or more runs, of equal classes; the last of the classes may be missing in some.
         path: of the file, such as "report.html". An older file is replaced when the new one is complete.
 
     Raises:
@@ -75,6 +75,7 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
     Example:
         >>> import torch
         >>> from tempfile import mkdtemp
+        >>> from ftp.finetuning import Epoch, Evaluation, Result
         >>> labels = torch.tensor([0, 1, 1])
         >>> evaluation = Evaluation(labels, torch.tensor([0, 1, 0]))
         >>> epoch = Epoch(1, step=10, lr=1e-3, train_loss=0.5, validation_loss=0.6, validation_accuracy=0.7, seconds=1.0)
@@ -86,10 +87,10 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
     """
     if not results:
         raise ValueError("results is empty: a report needs at least one finished run")
-    classes = list(results[0].classes)
+    classes = max((list(result.classes) for result in results), key=len)
     for result in results:
-        if list(result.classes) != classes:
-            raise ValueError(f"classes of {result.method} are {list(result.classes)!r:.200}, those of {results[0].method} {classes!r:.200}")
+        if list(result.classes) != classes[: len(result.classes)]:
+            raise ValueError(f"classes differ: {list(result.classes)!r:.200} of {result.method}, and {classes!r:.200}")
     try:
         page = _page(by_method(results), classes)
     except ModuleNotFoundError as missing:
@@ -206,11 +207,14 @@ def _training(runs: Runs) -> str:
                 f"{mean(run.epochs[-1].step for run in own):,.0f}",
                 f"{100 * mean(epoch.validation_accuracy for epoch in ends):.1f}",
                 _seconds(mean(sum(epoch.seconds for epoch in run.epochs) for run in own)),
+                "; ".join(dict.fromkeys(run.stopped for run in own if run.stopped)),
             ]
         )
     text = "Markers are the epochs with the best validation accuracy, whose weights are kept."
     text += " Thick lines are means over the seeds, thin lines are seeds." if any(len(own) > 1 for own in runs.values()) else ""
-    head = ["method", "best epoch", "epochs", "steps", "best validation accuracy in %", "training time"]
+    head = ["method", "best epoch", "epochs", "steps", "best validation accuracy in %", "training time", "stopped"]
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     drawing = figures.svg(partial(figures.history, trained), "losses and accuracy over the epochs")
     return _paragraph(text) + _figure(drawing) + _table(head, rows)
 
@@ -248,7 +252,7 @@ def _agreement(runs: Runs) -> str:
         if pair is None or name is None or any(name not in run.evaluations for run in pair):
             continue
         sides = [run.evaluations[name] for run in pair]
-        if sides[0].labels.equal(sides[1].labels):
+        if sides[0].labels.equal(sides[1].labels) and sides[0].labels.ndim == 1:
             found = agreement(*sides)
             rows.append([f"{first} / {second}", *(f"{count:,}" for count in found[:4]), f"{found.p:.2g}"])
     if not rows:
@@ -267,7 +271,10 @@ def _classes(runs: Runs, classes: Sequence[str]) -> str:
     shown = {label: own for label, own in runs.items() if all(name in run.evaluations for run in own)} if name else {}
     if not shown:
         return ""
-    counts = {label: confusion([run.evaluations[str(name)] for run in own], len(classes)) for label, own in shown.items()}
+    evaluations = {label: [run.evaluations[str(name)] for run in own] for label, own in shown.items()}
+    largest = max(int(each.predictions.max()) for own in evaluations.values() for each in own)
+    classes = [*classes, *map(str, range(len(classes), largest + 1))]
+    counts = {label: confusion(own, len(classes)) for label, own in evaluations.items()}
     totals = {label: count.sum(1).tolist() for label, count in counts.items()}
     rows = [
         [names, totals[next(iter(counts))][i], *(_share(int(count[i, i]), totals[label][i]) for label, count in counts.items())]
@@ -342,7 +349,7 @@ def _error_note(runs: Runs) -> str:
 def _percent(estimate: Estimate | None, signed: bool = False) -> str:
     if estimate is None:
         return "n/a"
-    value = f"{100 * estimate.value:{'+' if signed else ''}.1f}"
+    value = f"{round(100 * estimate.value, 1) + 0.0:{'+' if signed else ''}.1f}"  # no -0.0
     if signed and abs(estimate.value) > 2 * estimate.error:
         value = f'<span class="clear">{value}</span>'
     return _Html(f'{value} <span class="error">± {100 * estimate.error:.1f}</span>')
