@@ -54,6 +54,10 @@ class Batches:
         """Batches of a pass in random order: a last one that is smaller is left out, if there is another."""
         return len(self.data) if isinstance(self.data, DataLoader) else max(1, examples(self.data) // self.size)
 
+    def identity(self) -> str:
+        """What tells data from others, in words: what they say of themselves, or their number."""
+        return str(getattr(self.data, "identity", f"{examples(self.data):,} examples"))
+
     def in_order(self) -> Iterator[Batch]:
         """One pass, in order."""
         if isinstance(self.data, DataLoader):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -114,7 +114,8 @@ class Run:
         if not self.head and "head" in self.method.phases:
             raise ValueError(f"the method {self.method.name!r} trains the head alone, and there is none: give head=...")
         self.start = {name: self._anchor_of(name) for name in self.named if name not in self.head}
-        batches, self.held_out = self._batches(train), None
+        self.train_data = batches = self._batches(train)
+        self.held_out: Batches | None = None
         self.steps_per_epoch = settings.steps_per_epoch or batches.full
         if self.method.beside is not None:
             kept, out = split(train, settings.held_out, settings.seed)
@@ -140,8 +141,14 @@ class Run:
             return self.anchor[name].detach().to(p, copy=True) if name in self.anchor else p.clone()
         return torch.zeros_like(p) if self.anchor == "zero" else p.clone()
 
-    def train(self, progress: Progress | None = None) -> None:
-        """Train to the end, or until it stops early."""
+    def train(self, progress: Progress | None = None, save: Callable[["Run"], None] | None = None, every: int = 200) -> None:
+        """Train to the end, or until it stops early.
+
+        Args:
+            progress: called after each step.
+            save: called after each epoch, and after every so many steps.
+            every: steps from one to the next.
+        """
         if not self.history:
             self._end_epoch()
         stream = self.batches.endless(self.settings.seed, self.step)
@@ -155,6 +162,8 @@ class Run:
             self.seconds += perf_counter() - began
             if ended:
                 self._end_epoch()
+            if save is not None and (ended or self.step % every == 0):
+                save(self)
             if progress is not None:
                 progress(self.step, self.steps, self.history[-1])
 
@@ -171,6 +180,35 @@ class Run:
             self.history[-1] = replace(self.history[-1], radii=self._learned())
         sets = {"validation": self.validation.data, **tests}
         return {name: evaluate(self.model, self._batches(data), self.loss, self.settings.precision)[1] for name, data in sets.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run goes on from but the best weights, as tensors and plain values; random numbers follow from the seed."""
+        return {
+            "step": self.step,
+            "phase": self.phases.index(self.phase) if self.phase else None,
+            "history": [asdict(entry) for entry in self.history],
+            "best_epoch": self.best_epoch,
+            "stopped": self.stopped,
+            "total_loss": self.total_loss,
+            "seconds": self.seconds,
+            "scaler": self.scaler.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "beside": self.beside.state_dict() if self.beside else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], best: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned, with the best weights until then."""
+        self.step, self.best_epoch, self.stopped, self.seconds = (state[key] for key in ("step", "best_epoch", "stopped", "seconds"))
+        self.history, self.best = [Epoch(**entry) for entry in state["history"]], best
+        self.total_loss = state["total_loss"].to(self.device)
+        self.scaler.load_state_dict(state["scaler"])
+        if state["phase"] is not None:
+            self._enter(self.phases[state["phase"]])
+        self.model.load_state_dict(state["model"])
+        for each, entries in ((self.optimizer, state["optimizer"]), (self.beside, state["beside"])):
+            if each is not None:
+                each.load_state_dict(entries)
 
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, if it is another one than the last step's, with optimizers of its own."""

@@ -1,6 +1,7 @@
 """`finetune`: fine-tuning of a model by a method, and its evaluation."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from ftp.anchored import Anchors, Exclude
 from ftp.finetuning.batches import Data
+from ftp.finetuning.checkpoints import Checkpoints, arguments
 from ftp.finetuning.evaluation import Loss
 from ftp.finetuning.result import Evaluation, Result, versions
 from ftp.finetuning.run import Progress, Run, borrowed
@@ -41,6 +43,9 @@ def finetune(
     loss: Loss = F.cross_entropy,
     classes: Sequence[str] | None = None,
     workers: int = 0,
+    out: str | Path | None = None,
+    save_every: int = 200,
+    command: str = "",
     progress: Progress | None = None,
 ) -> Result:
     """Fine-tune a pre-trained model, and evaluate it.
@@ -74,14 +79,21 @@ def finetune(
         loss: of logits and labels, a mean over the batch.
         classes: names of the classes, for reports.
         workers: processes that read datasets which are not tensors.
-        progress: called after each step.
+        out: folder for checkpoints and results. A run that was stopped, at any moment, goes on there when it is called with the same
+            arguments, and comes to the same weights bit for bit; one that is finished is read from there. It holds then the best weights
+            (`model.safetensors`), a line an epoch (`epochs.csv`), and the result (`result.json`, `predictions.pt`).
+        save_every: steps from one checkpoint to the next; there is one after each epoch, too.
+        command: what was run, for reports.
+        progress: called after each step with the steps until then, all steps, and the record of the last epoch.
 
     Returns:
         History, predictions on validation and test data, and settings.
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: an argument is outside its domain, or `head` names no tensor that trains. The message names it.
+        ValueError: an argument is outside its domain, `head` names no tensor that trains, the loss is not finite before training, or
+            `out` holds a run with other arguments. The message names it.
+        OSError: `out` cannot be written to.
 
     Example:
         >>> import torch, ftp
@@ -99,9 +111,14 @@ def finetune(
     ).resolved()  # fmt: skip
     with borrowed(model):
         run = Run(model, train, validation, settings, head=head, anchor=anchor, loss=loss, workers=workers)
-        run.train(progress)
+        files = Checkpoints(Path(out), arguments(run, tests or {})) if out is not None else None
+        if files and (finished := files.result(model)):
+            return finished
+        if files:
+            files.load(run)
+        run.train(progress, files.save if files else None, save_every)
         evaluations = run.finish(tests or {})
-    return Result(
+    result = Result(
         method=method,
         seed=seed,
         settings=settings.as_dict(),
@@ -109,8 +126,12 @@ def finetune(
         epochs=run.history,
         evaluations=evaluations,
         versions=versions(),
+        command=command,
         stopped=run.stopped,
     )
+    if files:
+        files.finish(result, model)
+    return result
 
 
 def _classes(evaluations: Mapping[str, Evaluation]) -> int:
