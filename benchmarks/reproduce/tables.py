@@ -180,7 +180,7 @@ def rate_curves(curves: Mapping[tuple[str, str], Mapping[float, BySeed]]) -> Fig
     figure = Figure((9, 4), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
     for (method, optimizer), curve in curves.items():
-        axes = both[optimizer == "sgd"]
+        axes = both[int(optimizer == "sgd")]
         for number, style in ((inside, "--"), (outside, "-")):
             points = [(lr, over_seeds(found, number)) for lr, found in sorted(curve.items())]
             label = f"{title(method)}, {'ID' if number is inside else 'OOD'}"
@@ -272,7 +272,8 @@ def _better(claim: str, found: Mapping[str, BySeed], other: str) -> list[str]:
     if not {"ftp", other} <= set(found):
         return [claim, "better", "", "", NOT_RUN]
     id_, ood = (paired(found["ftp"], found[other], number) for number in (inside, outside))
-    return [claim, "better", f"OOD {ood.mean:+.1f}, ID {id_.mean:+.1f}", f"{ood.error:.1f}, {id_.error:.1f}", answer(id_, ood)]
+    error = f"{ood.error:.1f}, {id_.error:.1f}" if ood.count > 1 else ""
+    return [claim, "better", f"OOD {ood.mean:+.1f}, ID {id_.mean:+.1f}", error, answer(id_, ood)]
 
 
 def _continual_claim(claim: str, found: Mapping[str, BySeed]) -> list[str]:
