@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ftp
-from ftp.finetuning import METHODS, Result, files
+from ftp.finetuning import METHODS, Progress, Result, files
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 Y = (X[:, :2].sum(1) > 0).long() + (X[:, 2] > 1).long()
@@ -40,8 +40,8 @@ def network(width: int = 8) -> nn.Sequential:
 
 
 def tune(model: nn.Module, out: Path | None, train: Any = TRAIN, stop: int = 0, **settings: Any) -> Result:
-    def progress(step: int, *_: Any) -> None:
-        if step == stop:
+    def progress(now: Progress) -> None:
+        if now.step == stop:
             raise StoppedError
 
     how = {"head": "4.*", "lr": 1e-2, "epochs": 4, "batch_size": 5, "save_every": 2, "tests": {"test": TEST}, **settings}
@@ -181,7 +181,7 @@ own.torch.set_num_threads(1)
 print("begun", flush=True)
 own.ftp.finetune(
     own.network(), own.TRAIN, own.VALIDATION, head="4.*", lr=1e-2, epochs=12, batch_size=5, save_every=3, tests={"test": own.TEST},
-    out=Path(sys.argv[1]), progress=lambda step, *_: print(step, flush=True),
+    out=Path(sys.argv[1]), progress=lambda now: print(now.step, flush=True),
 )
 """
 

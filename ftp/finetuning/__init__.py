@@ -3,7 +3,8 @@
 from ftp.finetuning.batches import Data
 from ftp.finetuning.methods import METHODS, OPTIMIZERS, Method, Strength
 from ftp.finetuning.result import Epoch, Evaluation, Result
+from ftp.finetuning.run import Progress
 from ftp.finetuning.settings import Settings
 from ftp.finetuning.training import finetune
 
-__all__ = ["METHODS", "OPTIMIZERS", "Data", "Epoch", "Evaluation", "Method", "Result", "Settings", "Strength", "finetune"]
+__all__ = ["METHODS", "OPTIMIZERS", "Data", "Epoch", "Evaluation", "Method", "Progress", "Result", "Settings", "Strength", "finetune"]
