@@ -1,11 +1,14 @@
 """The command line: `python -m ftp --help`."""
 
+import shlex
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -45,7 +48,9 @@ def finetune(
     compare: Annotated[str, typer.Option(help="Several methods in place of one, at equal budget: full,l2-sp,ftp.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of results. A run that was stopped goes on there.")] = Path("finetuned"),
     test: Annotated[list[str] | None, typer.Option(help="NAME=DIR: a further folder of test images. May be repeated.")] = None,
-    corruptions: Annotated[str, typer.Option(help="Corruptions of test images, at five severities: all, none, or names: fog,contrast.")] = "all",
+    corruptions: Annotated[
+        str, typer.Option(help="Corruptions of test images, at five severities: all, none, or names: fog,contrast.")
+    ] = "all",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from: safetensors, or a state dict of torch.")] = None,
     head: Annotated[str | None, typer.Option(help="Module that makes the logits, where it is not found.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Parameters without an anchor besides the head: names or patterns.")] = None,
@@ -74,25 +79,39 @@ def finetune(
 
     The folder of results holds the weights (model.safetensors), a line an epoch (epochs.csv), the result (result.json) and report.html.
     """
+    given = dict(locals())
     from rich.console import Console
+    from rich.markup import escape
 
-    from ftp.finetuning import command
+    from ftp.finetuning.command import Command, run
+    from ftp.finetuning.settings import Settings
 
-    console = Console(stderr=False)
-    names = ("optimizer", "lr", "head_lr", "strength", "epochs", "steps_per_epoch", "batch_size", "warmup", "weight_decay", "momentum")
-    names += ("held_out", "freeze_norm", "precision", "patience", "seed")
-    given = locals()
+    console = Console()
     try:
-        tests = dict(_named(entry) for entry in test or [])
-        methods = tuple(name.strip() for name in compare.split(",")) if compare else (method,)
-        order = command.Command(
-            data, model, methods, {name: given[name] for name in names}, out, tests, corruptions, seeds, tuple(exclude or ()), head, checkpoint,
-            size, flip, device, workers, shlex.join(["python", "-m", "ftp", *sys.argv[1:]]),
-        )  # fmt: skip
-        command.run(order, console)
-    except (ValueError, TypeError, OSError) as error:
+        run(
+            Command(
+                data=data,
+                model=model,
+                methods=tuple(name.strip() for name in compare.split(",")) if compare else (method,),
+                settings={field.name: given[field.name] for field in fields(Settings)},
+                out=out,
+                tests=dict(_named(entry) for entry in test or []),
+                corruptions=corruptions,
+                seeds=seeds,
+                exclude=tuple(exclude or ()),
+                head=head,
+                checkpoint=checkpoint,
+                size=size,
+                flip=flip,
+                device=device,
+                workers=workers,
+                line=shlex.join(["python", "-m", "ftp", *sys.argv[1:]]),
+            ),
+            console,
+        )
+    except (ImportError, OSError, TypeError, ValueError) as error:
         console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         console.print("Stopped. The same command goes on from there.")
         raise typer.Exit(130) from error

@@ -4,7 +4,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,11 @@ def run(command: Command, console: Console) -> list[Result]:
     first = plan[0][1].seed
     splits = folders.read(command.data, command.tests, first)
     device = _device(command.device)
-    pretrained = models.load(command.model, len(splits.classes), checkpoint=command.checkpoint, head=command.head, seed=first)
-    preprocessing = pretrained.preprocessing if command.size is None else replace(pretrained.preprocessing, size=command.size)
-    console.print(_summary(splits, pretrained, preprocessing.size, device))
+    how: dict[str, Any] = {"checkpoint": command.checkpoint, "head": command.head, "size": command.size}
+    pretrained = models.load(command.model, len(splits.classes), seed=first, **how)
+    console.print(_summary(splits, pretrained, device))
     with _bar(console) as bar:
-        sets = _images(splits, preprocessing, command, bar)
+        sets = _images(splits, pretrained.preprocessing, command, bar)
         tests: dict[str, Data] = {name: images for name, images in sets.items() if name in splits.tests}
         tests |= corrupted([(name, sets[name]) for name in splits.tests], names, SEVERITIES)
         results = []
@@ -168,10 +168,10 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _summary(splits: folders.Splits, pretrained: models.Pretrained, size: int, device: torch.device) -> str:
+def _summary(splits: folders.Splits, pretrained: models.Pretrained, device: torch.device) -> str:
     counts = {"train": splits.train, "validation": splits.validation, **splits.tests}
     images = ", ".join(f"{name} {len(labeled.files):,}" for name, labeled in counts.items())
-    numbers = sum(p.numel() for p in pretrained.model.parameters())
+    size, numbers = pretrained.preprocessing.size, sum(p.numel() for p in pretrained.model.parameters())
     return (
         f"{len(splits.classes)} classes; images: {images}\n"
         f"{type(pretrained.model).__name__}, {numbers:,} numbers, head {pretrained.head!r}, images of {size} x {size}, on {device}"

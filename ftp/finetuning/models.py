@@ -2,8 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,9 @@ class Pretrained:
     preprocessing: Preprocessing
 
 
-def load(name: str, classes: int, *, checkpoint: Path | None = None, head: str | None = None, seed: int = 0) -> Pretrained:
+def load(
+    name: str, classes: int, *, checkpoint: Path | None = None, head: str | None = None, size: int | None = None, seed: int = 0
+) -> Pretrained:
     """Make a model, load its weights, and give it a head for so many classes.
 
     Args:
@@ -64,20 +66,25 @@ def load(name: str, classes: int, *, checkpoint: Path | None = None, head: str |
         classes: how many.
         checkpoint: a safetensors file, or one of `torch.save`, with weights to load; None takes those that the model comes with.
         head: name of the module that makes the logits; None finds it: the last linear layer, or convolution of 1 by 1.
+        size: height and width of its images; None is the model's own.
         seed: of the new head.
 
     Raises:
-        ValueError: there is no such model, it has no head of that name or none that is found, or the checkpoint is of another model.
+        ValueError: there is no such model, it does not take such images, it has no head of that name or none that is found, or the
+            checkpoint is of another model.
         ModuleNotFoundError: the module, timm or torchvision is not installed.
         OSError: the checkpoint cannot be read.
     """
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         model, preprocessing = _from_module(name) if ":" in name else _from_library(name, pretrained=checkpoint is None)
+        preprocessing = preprocessing if size is None else replace(preprocessing, size=size)
         found = find_head(model, preprocessing) if head is None else head
         if checkpoint is not None:
             load_weights(model, checkpoint, found)
         replace_head(model, found, classes)
+        if (count := logits(model, preprocessing).shape[1]) != classes:
+            raise ValueError(f"the model has {count} outputs with a head {found!r} for {classes} classes: name another module, with --head")
     return Pretrained(model, found, preprocessing)
 
 
@@ -117,7 +124,7 @@ def _from_library(name: str, *, pretrained: bool) -> tuple[nn.Module, Preprocess
     if find_spec("timm"):
         timm = package("timm")
         if timm.is_model(name):
-            model = timm.create_model(name, pretrained=pretrained)
+            model = _fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
             config = timm.data.resolve_model_data_config(model)
             own = Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
             return model, own
@@ -128,7 +135,7 @@ def _from_library(name: str, *, pretrained: bool) -> tuple[nn.Module, Preprocess
             weights = models.get_model_weights(name).DEFAULT
             transforms = weights.transforms()
             (size,), (resized,) = transforms.crop_size, transforms.resize_size
-            model = models.get_model(name, weights=weights if pretrained else None)
+            model = _fetched(name, lambda: models.get_model(name, weights=weights if pretrained else None))
             return model, Preprocessing(size, tuple(transforms.mean), tuple(transforms.std), size / resized)
         known += names
     if not known:
@@ -137,6 +144,34 @@ def _from_library(name: str, *, pretrained: bool) -> tuple[nn.Module, Preprocess
         )
     close = ", ".join(get_close_matches(name, known, 3))
     raise ValueError(f"model={name!r} is none of timm or torchvision" + (f"; there is {close}" if close else ""))
+
+
+def _fetched(name: str, create: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return create()
+    except OSError as error:  # as those are of downloads
+        raise OSError(f"model={name!r}: its weights cannot be downloaded ({error}). Give a file of them, with --checkpoint") from error
+
+
+def logits(model: nn.Module, preprocessing: Preprocessing) -> Tensor:
+    """What a model returns for two black images, shape (2, classes).
+
+    Raises:
+        ValueError: it does not take them, or returns something else.
+    """
+    training, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
+    shape = 2, preprocessing.channels, preprocessing.size, preprocessing.size
+    try:
+        with torch.inference_mode():
+            found = model.eval()(torch.zeros(shape, device=device))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the model does not take images of shape {shape}: {error}. Give --size, or a model with `input_size`") from error
+    finally:
+        model.train(training)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"the model returns {shown}; it must return logits, of shape (images, classes)")
+    return found
 
 
 def find_head(model: nn.Module, preprocessing: Preprocessing) -> str:
@@ -152,24 +187,12 @@ def find_head(model: nn.Module, preprocessing: Preprocessing) -> str:
     called = list[nn.Module]()
     layers = [each for each in model.modules() if _outputs(each)]
     handles = [each.register_forward_hook(lambda module, *_: called.append(module)) for each in layers]
-    training = model.training
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with torch.inference_mode():
-            shape = 2, preprocessing.channels, preprocessing.size, preprocessing.size
-            logits = model.eval()(torch.zeros(shape, device=device))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"the model does not take images of shape {shape}: {error}. Give it attributes input_size, mean and std"
-        ) from error
+        outputs = logits(model, preprocessing).shape[1]
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model returns {shown}; it must return logits, of shape (images, classes)")
-    fitting = [module for module in called if _outputs(module) == logits.shape[1]]
+    fitting = [module for module in called if _outputs(module) == outputs]
     if not fitting:
         raise ValueError("the model has no linear layer that makes its logits: name the module that does so, with --head")
     return names[fitting[-1]]
