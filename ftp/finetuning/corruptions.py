@@ -21,6 +21,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from ftp.finetuning.files import extra
+
 Corruption = Callable[[Tensor, int, Generator], Tensor]
 
 SEVERITIES = range(1, 6)
@@ -174,10 +176,8 @@ def pixelate(images: Tensor, ratio: float, _: Generator) -> Tensor:
 @_corruption(25, 18, 15, 10, 7)
 def jpeg_compression(images: Tensor, quality: int, _: Generator) -> Tensor:
     """Compress as JPEG; needs Pillow."""
-    try:
+    with extra():
         from PIL import Image
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError("pillow is not installed: pip install 'hyperopt-nested[finetune]'", name="PIL") from missing
 
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     compressed = []

@@ -25,6 +25,7 @@ from ftp.finetuning.comparison import (
     difference,
     merged,
 )
+from ftp.finetuning.files import extra, write
 from ftp.finetuning.result import Result
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -69,6 +70,7 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
         path: of the file, such as "report.html". An older file is replaced when the new one is complete.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: there are no results, their classes differ, or one is there twice.
         ModuleNotFoundError: matplotlib is not installed.
 
@@ -91,26 +93,9 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
     for result in results:
         if list(result.classes) != classes[: len(result.classes)]:
             raise ValueError(f"classes differ: {list(result.classes)!r:.200} of {result.method}, and {classes!r:.200}")
-    try:
+    with extra():
         page = _page(by_method(results), classes)
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"{missing.name} is not installed: pip install 'hyperopt-nested[finetune]'", name=missing.name
-        ) from missing
-    _replace(Path(path), page)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads it sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write(Path(path), page.encode(errors="replace"))
 
 
 def _page(runs: Runs, classes: Sequence[str]) -> str:
@@ -240,6 +225,7 @@ def _learned(runs: Runs) -> str:
             drawing = figures.svg(partial(figures.learned, own[0], name), title)
             parts.append(f"<details{'' if parts else ' open'}><summary>{escape(title)}</summary>{_figure(drawing)}</details>")
     text = "What a method learned for each tensor while it trained, such as the radius that bounds its distance to the pre-trained values."
+    text += " Logarithmic scales end four decades below the largest value."
     return _paragraph(text) + "".join(parts) if parts else ""
 
 
