@@ -110,7 +110,8 @@ def finetune(
             console,
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         console.print("Stopped. The same command goes on from there.")
