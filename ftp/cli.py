@@ -110,8 +110,7 @@ def finetune(
             console,
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+        console.print(f"[bold red]Error:[/] {escape(_message(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         console.print("Stopped. The same command goes on from there.")
@@ -123,3 +122,8 @@ def _named(entry: str) -> tuple[str, Path]:
     if not equals or not folder:
         raise ValueError(f"--test {entry!r} must be NAME=DIR")
     return name, Path(folder)
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without the number before the messages of this package."""
+    return error.strerror if isinstance(error, OSError) and error.strerror and error.filename is None else str(error)
