@@ -358,7 +358,8 @@ def _map(values: Any, labels: Sequence[str], epochs: Sequence[int], name: str) -
     _name_rows(axes, labels, height)
     label = f"{name}; gray: 0" if ends and (values == 0).any() else name
     under = "min" if ends and (values < ends[0]).any() else "neither"
-    bar = figure.colorbar(image, ax=axes, label=label, extend=under, aspect=40, format=StrMethodFormatter("{x:g}"))
+    shape: dict[str, Any] = {"shrink": min(1, 5 / height), "anchor": (0, 1), "aspect": 25}
+    bar = figure.colorbar(image, ax=axes, label=label, extend=under, format=StrMethodFormatter("{x:g}"), **shape)
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 

@@ -225,6 +225,7 @@ def _learned(runs: Runs) -> str:
             drawing = figures.svg(partial(figures.learned, own[0], name), title)
             parts.append(f"<details{'' if parts else ' open'}><summary>{escape(title)}</summary>{_figure(drawing)}</details>")
     text = "What a method learned for each tensor while it trained, such as the radius that bounds its distance to the pre-trained values."
+    text += " Logarithmic scales end four decades below the largest value."
     return _paragraph(text) + "".join(parts) if parts else ""
 
 
