@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.reproduce.fine_tune import perform
-from benchmarks.reproduce.plan import FULL, QUICK, STUDIES, Scale
+from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
+from benchmarks.reproduce.tables import write
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results"))
     if not chosen.tables:
         end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
-        work(rows, chosen.studies or list(STUDIES), QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
-    from benchmarks.reproduce.tables import write
-
+        studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
+        work(rows, studies, QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
     write(rows)
 
 

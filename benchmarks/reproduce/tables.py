@@ -256,7 +256,14 @@ def continual_section(rows: Rows) -> str:
 def verdicts(rows: Rows) -> list[list[str]]:
     """A line a claim of the paper: theirs, ours, error, verdict."""
     lines = []
-    for study, where in (("near", "CNN, `near`"), ("far", "CNN, `far`"), ("vit", "ViT, `near`"), ("emoji", "EfficientNet-Lite0, `emoji`")):
+    for study, where in (
+        ("near", "CNN, `near`"),
+        ("far", "CNN, `far`"),
+        ("vit", "ViT, `near`"),
+        ("emoji", "EfficientNet-Lite0"),
+        ("emoji-lite1", "EfficientNet-Lite1"),
+        ("emoji-lite2", "EfficientNet-Lite2"),
+    ):
         for other in ("full", "lp-ft", "l2-sp", "wise-ft", "tpgm"):
             if other in STUDIES[study].methods:
                 lines.append(_better(f"better OOD at equal ID than {title(other)} ({where})", tested(rows, study), other))
@@ -267,7 +274,7 @@ def verdicts(rows: Rows) -> list[list[str]]:
     lines.append(_speed_claim("faster than TPGM (seconds of training, CNN, `near`)", tested(rows, "near")))
     dense = tested(rows, "outlines")
     lines.append(_better("better dense prediction under shifts than full fine-tuning (U-Net, outlines of emoji)", dense, "full"))
-    networks = sum(bool(tested(rows, study)) for study in ("near", "vit", "outlines", "emoji"))
+    networks = sum(bool(tested(rows, study)) for study in ("near", "vit", "outlines", "emoji", "emoji-lite1", "emoji-lite2"))
     return [*lines, ["on five pre-trained models", "5", f"{networks}" if networks else "", "", "see above" if networks else NOT_RUN]]
 
 
@@ -336,7 +343,10 @@ def write(rows: Rows) -> None:
         continual_section(rows),
         tuned_section(rows, "vit", "Vision transformer: `vit`", folder),
         tuned_section(rows, "outlines", "Dense prediction, in percent of intersection over union: `outlines`", folder),
-        tuned_section(rows, "emoji", "EfficientNet-Lite0 on emoji: `emoji`", folder),
+        *(
+            tuned_section(rows, study, f"EfficientNet-Lite{version} on emoji: `{study}`", folder)
+            for version, study in enumerate(("emoji", "emoji-lite1", "emoji-lite2"))
+        ),
         runs_section(rows),
     ]
     (folder / "index.md").write_text("\n\n".join(parts) + "\n")
