@@ -142,6 +142,19 @@ def save(figure: Figure, path: Path) -> None:
     path.write_text(re.sub(r"[ \t]+$", "", path.read_text(), flags=re.MULTILINE))
 
 
+def short(rows: Rows) -> str:
+    """A line a study with tuned settings: the results under shifts, the best one's name."""
+    lines = []
+    for study in STUDIES:
+        found = tested(rows, study) if rows.of(study, stage="tune") else {}
+        if found:
+            best = max(found, key=lambda method: over_seeds(found[method], outside).mean)
+            shown_ = [shown(over_seeds(found[method], outside)) for method in (best, "ftp", "full", "linear-probe")]
+            lines.append([f"`{study}`", f"{title(best)}, {shown_[0]}", *shown_[1:]])
+    header = ["study", "best under shifts", "FTP", "full fine-tuning", "linear probe"]
+    return f"## OOD in short\n\nEach method at its own settings.\n\n{table(header, lines)}" if lines else ""
+
+
 def rates_section(rows: Rows, folder: Path) -> str:
     heading = "## Learning rates over three decades: `rates`"
     curves: dict[tuple[str, str], dict[float, BySeed]] = {}
@@ -335,6 +348,7 @@ def write(rows: Rows) -> None:
         "Strengths are those of the protocol. FTP's claims are those of its [abstract](https://arxiv.org/abs/2310.19182), "
         "made for larger models and other data.",
         f"## Claims\n\nDifferences are of FTP from the other method, in percentage points, paired over seeds.\n\n{claims}",
+        short(rows),
         tuned_section(rows, "near", "Features nearly enough: `near` (primary)", folder),
         rates_section(rows, folder),
         tuned_section(rows, "far", "Features must change: `far`", folder),
@@ -349,4 +363,4 @@ def write(rows: Rows) -> None:
         ),
         runs_section(rows),
     ]
-    (folder / "index.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "index.md").write_text("\n\n".join(filter(None, parts)) + "\n")
