@@ -149,8 +149,9 @@ def short(rows: Rows) -> str:
         found = tested(rows, study) if rows.of(study, stage="tune") else {}
         if found:
             best = max(found, key=lambda method: over_seeds(found[method], outside).mean)
-            shown_ = [shown(over_seeds(found[method], outside)) for method in (best, "ftp", "full", "linear-probe")]
-            lines.append([f"`{study}`", f"{title(best)}, {shown_[0]}", *shown_[1:]])
+            some = (found.get(method) for method in (best, "ftp", "full", "linear-probe"))
+            first, *others = (shown(over_seeds(each, outside)) if each else "" for each in some)
+            lines.append([f"`{study}`", f"{title(best)}, {first}", *others])
     header = ["study", "best under shifts", "FTP", "full fine-tuning", "linear probe"]
     return f"## OOD in short\n\nEach method at its own settings.\n\n{table(header, lines)}" if lines else ""
 
