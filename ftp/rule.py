@@ -48,6 +48,18 @@ def largest_norm(state: dict[str, Any]) -> Tensor:
 _UNLIMITED = 1e20
 """A radius that projects nothing; the bound then makes it the largest norm of that step."""
 
+
+def _exp(log: Tensor) -> Tensor:
+    return log.clamp(max=math.log(_UNLIMITED) - 1).exp()
+
+
+def _limits(info: torch.finfo) -> tuple[float, float]:
+    return math.log(info.tiny), 0.99 * math.log(info.max)
+
+
+_LOG = hn.Bijection("log", _exp, torch.log, _limits)
+"""Logarithms, but that nothing is learned from a radius that is unlimited: its derivative would be as large."""
+
 _Per = Literal["model", "tensor", "row"]
 
 
@@ -121,7 +133,7 @@ def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Rad
         if not 0 <= lr < math.inf:
             raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
     start = _UNLIMITED if radius.start == "displacement" else radius.start
-    how: dict[str, Any] = {"per": radius.per, "via": radius.via, "scheduled_by": "lr" if radius.scheduled else None}
+    how: dict[str, Any] = {"per": radius.per, "via": _LOG if radius.via else None, "scheduled_by": "lr" if radius.scheduled else None}
     learned = hn.learn(start, by=hn.adam(lr=lr), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
     return functools.partial(hn.project, onto=hn.mars, radius=learned, relative=radius.relative)
 

@@ -163,7 +163,8 @@ class FTP(torch.optim.Optimizer):
         del own[len(groups) :]
         for mine, group in zip(own, groups, strict=True):
             mine["params"] = group["params"]
-            mine["lr"] = group["lr"] if self.radius.scheduled else mine["lr"]
+            if self.radius.scheduled:
+                mine["lr"] = group["lr"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
