@@ -1,6 +1,7 @@
 """Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move."""
 
 from ftp.directional import digrap, directional_projection
+from ftp.finetuning.training import finetune
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
 from ftp.rule import FLOOR, Anneal, Radius, ftp_rule, identity, largest_norm
 from ftp.selective import learned_spd
@@ -20,6 +21,7 @@ __all__ = [
     "WiSEFT",
     "digrap",
     "directional_projection",
+    "finetune",
     "ftp_rule",
     "identity",
     "interpolate",

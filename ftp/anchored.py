@@ -87,7 +87,7 @@ class AnchoredOptimizer(hn.HyperOptimizer):
         anchored = around(base, anchor="zero" if isinstance(anchor, str) else "start")
         groups = _groups(params)
         anchors = anchor if isinstance(anchor, Mapping) else None
-        choose = _Choose(base, anchored, around, *_resolve(exclude, list(_named(groups))), anchors)
+        choose = _Choose(base, anchored, around, *resolve(exclude, list(_named(groups))), anchors)
         super().__init__(groups, choose, **settings)
 
     @torch.no_grad()
@@ -147,11 +147,24 @@ def _named(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
             yield entry if isinstance(entry, tuple) else (f"{index}.{i}", entry)
 
 
-def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Names of excluded tensors, and patterns; every entry must match a tensor."""
+def resolve(exclude: Exclude, named: list[tuple[str, Tensor]], argument: str = "exclude") -> tuple[frozenset[str], tuple[str, ...]]:
+    """Find the tensors that are excluded.
+
+    Args:
+        exclude: names, glob patterns of names, modules or tensors.
+        named: all tensors, with their names.
+        argument: what `exclude` is called in messages.
+
+    Returns:
+        Names of tensors, and the patterns.
+
+    Raises:
+        TypeError: an entry has a wrong type.
+        ValueError: an entry matches nothing.
+    """
     if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
         kind = type(exclude).__name__
-        raise TypeError(f"exclude={exclude!r} ({kind}) must be names, glob patterns, modules or tensors; () excludes nothing")
+        raise TypeError(f"{argument}={exclude!r} ({kind}) must be names, glob patterns, modules or tensors; () is none of them")
     entries = [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else list(exclude)
     names: set[str] = set()
     for entry in entries:
@@ -163,12 +176,11 @@ def _resolve(exclude: Exclude, named: list[tuple[str, Tensor]]) -> tuple[frozens
             matched = [name for name, tensor in named if id(tensor) in tensors]
             shown = f"a {type(entry).__name__}"
         else:
-            raise TypeError(f"exclude has {entry!r} ({type(entry).__name__}); give names, glob patterns, modules or tensors")
+            raise TypeError(f"{argument} has {entry!r} ({type(entry).__name__}); give names, glob patterns, modules or tensors")
         if not matched:
             some = ", ".join(name for name, _ in named[:4])
             raise ValueError(
-                f"exclude: {shown} matches none of the {len(named)} parameters ({some}, ...); "
-                "to exclude by name, pass model.named_parameters()"
+                f"{argument}: {shown} matches none of the {len(named)} parameters ({some}, ...); for names, pass model.named_parameters()"
             )
         names.update(matched)
     return frozenset(names), tuple(entry for entry in entries if isinstance(entry, str))

@@ -1,7 +1,7 @@
 """Programs of torch's own operators: a graph, evaluated operator by operator for many tensors at once. It needs no compiler."""
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate, chain, groupby, repeat
 from typing import Any
 
@@ -21,16 +21,10 @@ class Interpreter:
     backend = "foreach"
 
     def __init__(self, graph: UpdateGraph) -> None:
-        graph = _with_casts(graph)
-        index = {value: i for i, value in enumerate(graph.values)}
-        outputs = {value for _, value in graph.outputs}
-        last = {operand: value for value in graph.values for operand in value.operands if operand not in outputs}
-        unused = {value: [index[each] for each in {*value.operands} if last.get(each) is value] for value in index}
-        self._constants = [torch.tensor(value.args[0], dtype=value.dtype) if value.op == "constant" else None for value in index]
-        computed = [value for value in index if value.op != "constant"]
-        self._steps = [(index[value], _operation(value), [index[each] for each in value.operands], unused[value]) for value in computed]
-        self._outputs = [(i, index[value], value.kind) for i, value in graph.outputs]
-        self._aliases = [index[value] for value in outputs if value.source.op == "input" and value.source.args[0] in dict(graph.outputs)]
+        source, constants = _source(_with_casts(graph))
+        namespace: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, **constants}
+        exec(source, namespace)
+        self._step: Callable[[_Tensors], None] = namespace["step"]
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
@@ -42,17 +36,6 @@ class Interpreter:
             batch.prepared = [_Tensors([row for _, row in chunk], self._like) for _, chunk in chunks]
         for tensors in batch.prepared:
             self._step(tensors)
-
-    def _step(self, tensors: "_Tensors") -> None:
-        results = list[Any](self._constants)
-        for i, operation, operands, unused in self._steps:
-            results[i] = operation(tensors, *[results[j] for j in operands])
-            for j in unused:
-                results[j] = None
-        for i in self._aliases:
-            results[i] = results[i].clone()
-        for i, result, kind in self._outputs:
-            tensors.write(i, results[result], kind)
 
 
 def _with_casts(graph: UpdateGraph) -> UpdateGraph:
@@ -82,25 +65,41 @@ def _with_casts(graph: UpdateGraph) -> UpdateGraph:
     return UpdateGraph(graph.inputs, tuple((i, new[value]) for i, value in graph.outputs))
 
 
-def _operation(value: Value) -> Callable[..., Any]:
-    """What computes a value, given tensors that are stepped at once and its operands."""
+def _source(graph: UpdateGraph) -> tuple[str, dict[str, Tensor]]:
+    """Python's source of a function `step` of `_Tensors`, and constants by the names that it has for them."""
+    name = {value: f"v{i}" for i, value in enumerate(graph.values)}
+    constants = {name[value]: torch.tensor(value.args[0], dtype=value.dtype) for value in name if value.op == "constant"}
+    written = dict(graph.outputs)
+    last = {operand: value for value in graph.values for operand in value.operands}
+    lines = []
+    for value in name:
+        if name[value] not in constants:
+            lines.append(f"{name[value]} = {_expression(value, [name[each] for each in value.operands])}")
+            unused = {name[each] for each in value.operands if last[each] is value and each not in written.values()}
+            lines += [f"del {each}" for each in sorted(unused - constants.keys())]
+    aliases = {value for value in written.values() if value.source.op == "input" and value.source.args[0] in written}
+    lines += [f"{name[value]} = {name[value]}.clone()" for value in name if value in aliases]
+    lines += [f"tensors.write({i}, {name[value]}, {value.kind:d})" for i, value in graph.outputs]
+    return "\n    ".join(["def step(tensors):", *lines, "return"]), constants
+
+
+def _expression(value: Value, operands: list[str]) -> str:
+    """What computes a value, given the names of its operands."""
     op, kind, dtype = value.op, value.kind, value.dtype
     if op == "input":
-        index: int = value.args[0]
-        return lambda tensors: tensors.read(index, kind)
+        return f"tensors.read({value.args[0]}, {kind:d})"
     if op == "cast":
-        return lambda _, operand: operand.to(dtype)
-    old = value.operands[0].kind
+        return f"{operands[0]}.to({dtype})"
     if op == "expand":
-        return lambda tensors, operand: tensors.expand(operand, old, kind)
-    operator = getattr(torch, op)
+        return f"tensors.expand({operands[0]}, {value.operands[0].kind:d}, {kind:d})"
     if op in REDUCTIONS:
-        reduction = operator if op == "amax" else partial(operator, dtype=dtype)
-        return lambda tensors, operand: tensors.reduce(reduction, operand, old, kind)
+        how = "" if op == "amax" else f", dtype={dtype}"
+        return f"tensors.reduce(torch.{op}, {operands[0]}, {value.operands[0].kind:d}, {kind:d}{how})"
     if op == "pow" and value.args[1].op == "constant":
-        exponent = value.args[1].args[0]
-        return lambda _, base, __: torch.pow(base, exponent).to(dtype)
-    return lambda _, *operands: operator(*operands).to(dtype)
+        operands[1] = repr(value.args[1].args[0])
+    sources = value.operands[1:] if op == "where" else value.operands
+    cast = "" if dtype == torch.bool or all(each.dtype == dtype for each in sources) else f".to({dtype})"
+    return f"torch.{op}({', '.join(operands)}){cast}"
 
 
 class _Tensors:
@@ -155,10 +154,10 @@ class _Tensors:
             return value
         return value.index_select(0, self._owners[old, new])
 
-    def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind) -> Tensor:
+    def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind, **how: Any) -> Tensor:
         """Reduce each row, or each tensor, to one value."""
         if self._equal:
-            return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True)
+            return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True, **how)
         lengths, widths = self._lengths[old], self._columns if new == Kind.ROW else self._lengths[old]
         parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
-        return torch.cat([reduction(part.reshape(-1, width), dim=1) for part, width in parts])
+        return torch.cat([reduction(part.reshape(-1, width), dim=1, **how) for part, width in parts])

@@ -3,7 +3,7 @@
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import unused
-from hyperopt_nested.rule import Optimizer
+from hyperopt_nested.rule import Learn, Optimizer
 from hyperopt_nested.trees import State
 
 Horizon = OneStep | Discounted
@@ -32,8 +32,12 @@ def check_horizon(horizon: Any) -> None:
         raise TypeError(f"horizon={horizon!r} ({type(horizon).__name__}) must be hn.OneStep(...) or hn.Discounted(...)")
 
 
+_used: set[Hashable] = set()
+"""Updates that `check_used` has tried."""
+
+
 def check_used(binding: Binding, name: str, param: Tensor) -> None:
-    """Refuse to learn what the update does not use, tried on a tensor of the parameter's shape (a large one has no values).
+    """Refuse to learn what the update does not use, tried once on a tensor of the parameter's shape (a large one has no values).
 
     Raises:
         ValueError: the message names the hyper and the remedy.
@@ -42,13 +46,19 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
     if not learned:
         return
     rule = optimizer.rule
+    settings = ((hyper, value) for hyper, value in optimizer.settings.items() if not isinstance(value, Learn))
+    values = ((hyper, each.learn.value, each.learn.per, each.via) for hyper, each in binding.learned.items())
+    kinds = ((kind, tuple(keys)) for kind, keys in binding.memory.items())
+    update = rule.signature, *settings, *values, *kinds, param.shape, param.dtype
+    if update in _used:
+        return
     device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {key: each.start(probe, each.learn.value) for key, (_, each) in learned.items()}
-    update = binding.update(probe, probe, rule.init(probe, optimizer.settings), {})
+    trial = binding.update(probe, probe, rule.init(probe, optimizer.settings), {})
     total = torch.zeros((), dtype=torch.float32, device=device) if rule.reduction else None
-    in_total = set(raws) - set(unused(update.reduced, raws)) if rule.reduction else set()
-    for key in unused(functools.partial(update.param, total=total), raws):
+    in_total = set(raws) - set(unused(trial.reduced, raws)) if rule.reduction else set()
+    for key in unused(functools.partial(trial.param, total=total), raws):
         hyper = learned[key][0]
         if key not in in_total and hyper not in rule.nondifferentiable:
             raise ValueError(
@@ -63,6 +73,7 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
                 f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
                 "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"
             )
+    _used.add(update)
 
 
 def optimizers_of(optimizer: Any) -> list[Optimizer]:

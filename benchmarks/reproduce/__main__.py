@@ -1,0 +1,89 @@
+"""The command `python -m benchmarks.reproduce`."""
+
+import argparse
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.reproduce.fine_tune import perform
+from benchmarks.reproduce.plan import FULL, QUICK, STUDIES, Scale
+from benchmarks.reproduce.rows import Rows, Run
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do the runs that have no row yet, then write tables and figures of all rows."""
+    parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=main.__doc__)
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all in this order by default")
+    parser.add_argument("--quick", action="store_true", help="few short runs in under 5 minutes, to see that all of it works; no evidence")
+    parser.add_argument("--out", type=Path, help="folder of rows, tables and figures; docs/results, or benchmarks/results/quick")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+    chosen = parser.parse_args(arguments)
+    if unknown := [study for study in chosen.studies if study not in STUDIES]:
+        parser.error(f"there is no study {unknown[0]!r}: choose from {', '.join(STUDIES)}")
+    if chosen.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    rows = Rows(chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results"))
+    if not chosen.tables:
+        end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
+        work(rows, chosen.studies or list(STUDIES), QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
+    from benchmarks.reproduce.tables import write
+
+    write(rows)
+
+
+def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: float = float("inf")) -> None:
+    """Do the runs of studies that have no row yet.
+
+    Args:
+        rows: the finished runs; new ones are added.
+        studies: their names.
+        scale: how much is run.
+        jobs: processes; 1 is this one.
+        end: of `time.monotonic()`, after which no run begins.
+    """
+    with ExitStack() as stack:
+        pool = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))) if jobs > 1 else None
+        for study in studies:
+            for plan in STUDIES[study]:
+                runs = [run for run in plan(rows, scale) if run not in rows]
+                started = time.monotonic()
+                for done, (run, numbers) in enumerate(_perform(runs, scale, pool, jobs, end), start=1):
+                    rows.add(run, numbers)
+                    minutes = (time.monotonic() - started) / 60
+                    print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)
+                if time.monotonic() > end:
+                    return
+
+
+def _perform(runs: list[Run], scale: Scale, pool: Executor | None, jobs: int, end: float) -> Iterator[tuple[Run, dict[str, object]]]:
+    """Finished runs with their numbers, in the order in which they finish; none begins after the end."""
+    if pool is None:
+        for run in itertools.takewhile(lambda _: time.monotonic() < end, runs):
+            yield run, perform(run, scale)
+        return
+    waiting, working = iter(runs), dict[Future[dict[str, object]], Run]()
+    while True:
+        for run in itertools.islice(waiting, jobs - len(working) if time.monotonic() < end else 0):
+            working[pool.submit(perform, run, scale)] = run
+        if not working:
+            return
+        for future in wait(working, return_when=FIRST_COMPLETED).done:
+            yield working.pop(future), future.result()
+
+
+def _shown(run: Run, numbers: Mapping[str, object]) -> str:
+    strength = "" if run.strength is None else f", strength {run.strength:g}"
+    accuracy = numbers.get("test", numbers.get("accuracy", numbers.get("validation")))
+    return f"{run.method} with {run.optimizer}, rate {run.lr:g}{strength}, seed {run.seed}: {accuracy} %"
+
+
+if __name__ == "__main__":
+    main()

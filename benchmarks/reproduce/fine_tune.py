@@ -1,0 +1,117 @@
+"""One run: a pre-trained network is fine-tuned by `ftp.finetune`, and tested."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import ftp
+from benchmarks.reproduce import data, networks, tasks
+from benchmarks.reproduce.data import Examples
+from benchmarks.reproduce.plan import CORRUPTED_IMAGES, EPOCHS, Scale
+from benchmarks.reproduce.rows import Run
+
+
+def perform(run: Run, scale: Scale) -> dict[str, object]:
+    """Do a run.
+
+    Args:
+        run: its settings.
+        scale: of the plan.
+
+    Returns:
+        Columns of its row: accuracies in percent on validation images and, unless the run is one of tuning, on each test set; seconds of
+        training; and versions.
+    """
+    torch.set_num_threads(1)
+    numbers = _continual(run, scale) if run.study == "continual" else _classify(run, scale)
+    return {**numbers, "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def network(run: Run, scale: Scale) -> nn.Module:
+    """The pre-trained network of a run: of its own for each seed of a test, and another one for tuning."""
+    seed = scale.network_seed if run.stage == "tune" or scale.one_network else run.seed
+    return networks.pretrained(run.network, tasks.TASKS[run.task].known, seed, scale.pretraining_steps)
+
+
+def replace_head(model: nn.Module, classes: int, seed: int) -> None:
+    """Give the model a new head, initialized from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.head = nn.Linear(model.head.in_features, classes)
+
+
+def _classify(run: Run, scale: Scale) -> dict[str, object]:
+    task = tasks.TASKS[run.task]
+    model = network(run, scale)
+    replace_head(model, len(task.digits), run.seed)
+    tests: Mapping[str, Examples] = {}
+    if run.stage == "test" and run.study == "corruptions":
+        tests = tasks.corrupted(task.digits, min(CORRUPTED_IMAGES, scale.test_images or CORRUPTED_IMAGES))
+    elif run.stage == "test":
+        tests = tasks.tests(task.digits, scale.test_images)
+    train, (validation, _) = tasks.training(task.digits, run.per_class, run.seed), tasks.pool(task.digits)
+    result = _finetune(model, train, validation, run, tests)
+    accuracies = {name: f"{100 * evaluation.accuracy:.2f}" for name, evaluation in result.evaluations.items()}
+    return {**accuracies, "seconds": f"{sum(epoch.seconds for epoch in result.epochs):.2f}"}
+
+
+def _finetune(model: nn.Module, train: Examples, validation: Examples, run: Run, tests: Mapping[str, Examples]) -> ftp.finetuning.Result:
+    return ftp.finetune(
+        model,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
+        head="head.*",
+        tests={name: (examples.images, examples.labels) for name, examples in tests.items()},
+        method=run.method,
+        optimizer=run.optimizer,
+        lr=run.lr,
+        strength=run.strength,
+        epochs=EPOCHS,
+        steps_per_epoch=run.steps // EPOCHS,
+        batch_size=tasks.BATCH,
+        seed=run.seed,
+    )
+
+
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+"""The tasks of class-incremental learning, in turn."""
+
+
+def _continual(run: Run, scale: Scale) -> dict[str, object]:
+    """Learn pairs of digits in turn, without the images of former ones; the anchor of each task is what the one before left.
+
+    A task trains a head of its own. Of an image of any digit seen until then, the class is the largest of all heads' logits.
+    """
+    model = network(run, scale)
+    heads: list[nn.Module] = []
+    after: list[list[float]] = []
+    seconds = 0.0
+    for index, digits in enumerate(PAIRS):
+        replace_head(model, 2, 10 * run.seed + index)
+        train, (validation, _) = tasks.training(digits, run.per_class, run.seed), tasks.pool(digits)
+        result = _finetune(model, train, validation, run, {})
+        seconds += sum(epoch.seconds for epoch in result.epochs)
+        heads.append(model.head)
+        after.append([_accuracy(model, heads, seen, scale.test_images) for seen in PAIRS[: index + 1]])
+    last = after[-1]
+    forgotten = [max(row[task] for row in after[task:-1]) - last[task] for task in range(len(PAIRS) - 1)]
+    return {
+        "accuracy": f"{sum(last) / len(last):.2f}",
+        "forgetting": f"{sum(forgotten) / len(forgotten):.2f}",
+        **{f"task {index + 1}": f"{value:.2f}" for index, value in enumerate(last)},
+        "seconds": f"{seconds:.2f}",
+    }
+
+
+def _accuracy(model: nn.Module, heads: Sequence[nn.Module], digits: Sequence[int], limit: int | None) -> float:
+    """Percent of test images of `digits` that get their own class, among those of all heads."""
+    examples = data.select(data.mnist("t10k"), digits)[torch.arange(limit)] if limit else data.select(data.mnist("t10k"), digits)
+    own, model.head = model.head, nn.Identity()
+    with torch.no_grad():
+        features: Tensor = model.eval()(examples.images)
+        classes = torch.cat([head(features) for head in heads], 1).argmax(1)
+    model.head = own
+    return 100 * float((classes == examples.labels + digits[0]).double().mean())

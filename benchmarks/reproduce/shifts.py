@@ -1,0 +1,83 @@
+"""Shifts of images that pre-training knows and fine-tuning does not.
+
+Images have shape (n, 1, 28, 28), values in [0, 1], background 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+
+def warp(images: Tensor, degrees: Tensor, pixels: Tensor, scale: Tensor) -> Tensor:
+    """Images rotated by `degrees`, (n,), moved by `pixels`, (n, 2), and scaled by `scale`, (n,); what comes in is background."""
+    angle = degrees * (math.pi / 180)
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    across, down = (2 * pixels / images.shape[-1]).unbind(1)  # the grid spans [-1, 1]
+    theta = torch.stack([torch.stack([cos, -sin, across], 1), torch.stack([sin, cos, down], 1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
+
+
+def augment(images: Tensor, generator: Generator) -> Tensor:
+    """Images changed at random in each way that `SHIFTS` knows, each image by its own amounts; one of four stays as it is."""
+    n = len(images)
+    pixels = torch.stack([_uniform(n, -5, 5, generator), _uniform(n, -5, 5, generator)], 1)
+    moved = warp(images, _uniform(n, -40, 40, generator), pixels, torch.exp(_uniform(n, -0.45, 0.45, generator)))
+    inverted = _per_image(torch.rand(n, generator=generator) < 0.5)
+    noisy = _noise(torch.where(inverted, 1 - moved, moved), _per_image(_uniform(n, 0, 0.45, generator)), generator)
+    changed = _contrast(noisy, _per_image(_uniform(n, 0.2, 1, generator)))
+    return torch.where(_per_image(torch.rand(n, generator=generator) < 0.25), images, changed)
+
+
+def _rotation(images: Tensor, generator: Generator) -> Tensor:
+    n = len(images)
+    return warp(images, 30 * _signs(n, generator), torch.zeros(n, 2), torch.ones(n))
+
+
+def _translation(images: Tensor, generator: Generator) -> Tensor:
+    n = len(images)
+    return warp(images, torch.zeros(n), 4 * torch.stack([_signs(n, generator), _signs(n, generator)], 1), torch.ones(n))
+
+
+def _scale(images: Tensor, generator: Generator) -> Tensor:
+    n = len(images)
+    return warp(images, torch.zeros(n), torch.zeros(n, 2), torch.where(_signs(n, generator) > 0, 1.35, 0.65))
+
+
+SHIFTS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "rotation": _rotation,
+    "translation": _translation,
+    "scale": _scale,
+    "inversion": lambda images, _: 1 - images,
+    "noise": lambda images, generator: _noise(images, 0.35, generator),
+    "contrast": lambda images, _: _contrast(images, 0.3),
+}
+"""Shifts: 30 degrees either way; four pixels both ways; 1.35 or 0.65 times the size; black for white; noise of standard deviation 0.35;
+contrast of 30% around each image's mean.
+
+Each takes images and a generator of what is random, and returns images of the same shape and range.
+"""
+
+
+def _noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
+    return (images + scale * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def _contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return mean + factor * (images - mean)
+
+
+def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    return torch.empty(n).uniform_(low, high, generator=generator)
+
+
+def _signs(n: int, generator: Generator) -> Tensor:
+    return torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1, 1)
