@@ -58,14 +58,14 @@ def _limits(info: torch.finfo) -> tuple[float, float]:
 
 
 _LOG = hn.Bijection("log", _exp, torch.log, _limits)
-"""Logarithms, but that nothing is learned from a radius that is unlimited: its derivative would be as large."""
+"""Logarithms; but an unlimited radius has derivative zero and not its own size, which Adam's moments would remember."""
 
 _Per = Literal["model", "tensor", "row"]
 
 
 @dataclass(frozen=True)
 class Radius:
-    r"""A variant of FTP: what its radii are of, in units of and learned in, and how they start. The default is the published algorithm.
+    r"""A variant of FTP's radii. The default is the published algorithm.
 
     Row \(i\) of a tensor is projected into the ball of radius \(\gamma s_i\) around its anchor \(\theta_{0,i}\), and Adam, at the rate
     \(\mu\) (`radius_lr`), learns \(\gamma\) from its gradient \(h\): \(\gamma \leftarrow \gamma - \mu\, \mathrm{Adam}(h)\), between
@@ -78,7 +78,7 @@ class Radius:
         relative: what radii are in units of: None, \(s_i = 1\); "tensor", the largest row norm of the anchor,
             \(s_i = \max_j \lVert \theta_{0,j}\rVert\); "row", \(s_i = \lVert \theta_{0,i}\rVert\). See `hn.project`.
         start: the radius of the first step, at least `FLOOR`; or "displacement": the first step is not projected, and then
-            \(\gamma = \max_i \lVert \theta_i - \theta_{0,i}\rVert / s_i\).
+            \(\gamma = \max_i \lVert \theta_i - \theta_{0,i}\rVert / s_i\) (of weights that it leaves in place, `FLOOR`).
         scheduled: whether \(\mu\) is multiplied by what schedules have made of the learning rate \(\eta\) that was declared,
             \(\mu_t = \mu\, \eta_t / \eta\): radii move no faster than the schedule lets the weights move.
 
