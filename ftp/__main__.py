@@ -2,8 +2,8 @@
 
 import sys
 
-_EXTRA = {"matplotlib", "numpy", "rich", "scipy", "sklearn", "typer"}
-"""Modules of the extra `demo`."""
+_OPTIONAL = {"matplotlib", "numpy", "rich", "scipy", "sklearn", "typer"}
+"""Modules of the extras `demo` and `finetune`."""
 
 
 def main() -> None:
@@ -14,9 +14,10 @@ def main() -> None:
         app()
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
-        if package not in _EXTRA:
+        if package not in _OPTIONAL:
             raise
-        sys.exit(f"{package} is not installed: pip install 'hyperopt-nested[demo]'")
+        extra = "demo" if "demo" in sys.argv[1:2] else "finetune"
+        sys.exit(f"{package} is not installed: pip install 'hyperopt-nested[{extra}]'")
 
 
 if __name__ == "__main__":

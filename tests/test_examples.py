@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RESULTS = {
     "audit_the_horizon": r"discount 1, exact curvature +│ 1\.00 +│ 1\.000 +│ 1\.0000",  # nothing is neglected
+    "finetune_folder": r"linear-probe .*\n│ full .*\n│ ftp +│ [89]\d\.\d ± \d\.\d │(.*\n)+Report: .*report\.html",
     "learn_a_schedule": r"Learned beat constant: .*\nLearned beat linear to zero: ",
     "learn_the_learning_rate": r"(│ 0\.0*1 +│ 0\.\d+ +│ 0\.9\d+ +│ 0\.[12]\d+ +│\n){3}",  # the same, from three starts
     "learn_weight_decays": r"start, 0\.01 +│ 0\.31\d+ (.*\n){2}│ learned per tensor +│ 0\.15\d+ ",

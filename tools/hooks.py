@@ -9,7 +9,10 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 
-PACKAGES = ("hyperopt_nested", "hyperopt_nested.optim", "hyperopt_nested.rules", "hyperopt_nested.typing", "hyperopt_nested.testing", "ftp")
+PACKAGES = (
+    "hyperopt_nested", "hyperopt_nested.optim", "hyperopt_nested.rules", "hyperopt_nested.typing", "hyperopt_nested.testing",
+    "ftp", "ftp.finetuning",
+)  # fmt: skip
 
 log = logging.getLogger("mkdocs.hooks.public_names")
 

@@ -52,7 +52,7 @@ def _classify(run: Run, scale: Scale) -> dict[str, object]:
         tests = tasks.corrupted(task.digits, min(CORRUPTED_IMAGES, scale.test_images or CORRUPTED_IMAGES))
     elif run.stage == "test":
         tests = tasks.tests(task.digits, scale.test_images)
-    train, (validation, _) = tasks.training(task.digits, run.per_class, run.seed), tasks.pool(task.digits)
+    train, validation = tasks.training(task.digits, run.per_class, run.seed), tasks.validation(task.digits, scale.test_images)
     result = _finetune(model, train, validation, run, tests)
     accuracies = {name: f"{100 * evaluation.accuracy:.2f}" for name, evaluation in result.evaluations.items()}
     return {**accuracies, "seconds": f"{sum(epoch.seconds for epoch in result.epochs):.2f}"}
@@ -91,7 +91,7 @@ def _continual(run: Run, scale: Scale) -> dict[str, object]:
     seconds = 0.0
     for index, digits in enumerate(PAIRS):
         replace_head(model, 2, 10 * run.seed + index)
-        train, (validation, _) = tasks.training(digits, run.per_class, run.seed), tasks.pool(digits)
+        train, validation = tasks.training(digits, run.per_class, run.seed), tasks.validation(digits, scale.test_images)
         result = _finetune(model, train, validation, run, {})
         seconds += sum(epoch.seconds for epoch in result.epochs)
         heads.append(model.head)

@@ -23,7 +23,7 @@ class Scale:
         network_seed: of the pre-trained network that settings are chosen with.
         one_network: let tests have that network, too.
         pretraining_steps: None is the network's own number.
-        test_images: of each test set at most; None is all.
+        test_images: of each test set, and of the validation images, at most; None is all.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -39,7 +39,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=3, shorten=10, one_network=True, pretraining_steps=200, test_images=300)
+QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=100, test_images=200)
 
 EPOCHS = 5
 """How often a run looks at validation images."""

@@ -52,6 +52,12 @@ def pool(digits: tuple[int, ...]) -> tuple[Examples, Examples]:
     return data.draw(data.select(data.mnist("train"), digits), VALIDATION_PER_CLASS, data.SPLIT_SEED)
 
 
+def validation(digits: tuple[int, ...], limit: int | None) -> Examples:
+    """Validation images, the same for all runs; the first `limit`, if that is a number."""
+    examples, _ = pool(digits)
+    return examples[torch.arange(len(examples))[:limit]]
+
+
 def training(digits: tuple[int, ...], per_class: int | None, seed: int) -> Examples:
     """The labels of a run.
 

@@ -5,6 +5,7 @@ from ftp.finetuning.corruptions import CORRUPTIONS
 from ftp.finetuning.methods import METHODS, OPTIMIZERS, Method, Strength
 from ftp.finetuning.report import write_report
 from ftp.finetuning.result import Epoch, Evaluation, Result
+from ftp.finetuning.run import Progress
 from ftp.finetuning.settings import Settings
 from ftp.finetuning.training import finetune
 
@@ -16,6 +17,7 @@ __all__ = [
     "Epoch",
     "Evaluation",
     "Method",
+    "Progress",
     "Result",
     "Settings",
     "Strength",

@@ -30,6 +30,7 @@ def arguments(run: Run, tests: Iterable[str]) -> dict[str, Any]:
         "model": f"{type(model).__name__} of {len(list(model.parameters()))} tensors with {count:,} numbers",
         "weights": digest(pretrained),
         "head": run.head,
+        "exclude": sorted(run.free - {*run.head}),
         "anchor": "the weights" if run.anchor is None else digest(run.start),
         "train": run.train_data.identity(),
         "validation": run.validation.identity(),

@@ -182,7 +182,7 @@ def optimizer(
     groups: Iterable[Mapping[str, Any]],
     *,
     strength: float | None,
-    head: Iterable[str],
+    exclude: Iterable[str],
     anchor: Anchors = None,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
@@ -194,7 +194,7 @@ def optimizer(
         base: a row of `OPTIMIZERS`.
         groups: parameter groups of named tensors, with learning rates.
         strength: of the method.
-        head: names of tensors that have no anchor.
+        exclude: names of tensors that have no anchor.
         anchor: as `ftp.FTP`.
         weight_decay: of the base.
         momentum: of the base.
@@ -203,4 +203,4 @@ def optimizer(
     listed = [dict(group) for group in groups]
     if method.around is None or strength is None:
         return base.plain(listed, **how)
-    return _Anchored(listed, base.rule(**how), method.around(strength), exclude=list(head), anchor=anchor)
+    return _Anchored(listed, base.rule(**how), method.around(strength), exclude=list(exclude), anchor=anchor)

@@ -23,8 +23,25 @@ from ftp.finetuning.result import Epoch, Evaluation
 from ftp.finetuning.settings import Settings
 from ftp.validated import ValidatedOptimizer
 
-Progress = Callable[[int, int, Epoch], None]
-"""Called after each step with the steps until then, all steps, and the record of the last epoch."""
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: steps taken.
+        steps: all steps.
+        epoch: the record of the last epoch.
+        evaluating: the data on which the trained model is evaluated now; "" during training.
+    """
+
+    step: int
+    steps: int
+    epoch: Epoch
+    evaluating: str = ""
+
+
+Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ class Run:
         settings: Settings,
         *,
         head: Exclude,
+        exclude: Exclude = (),
         anchor: Anchors = None,
         loss: Loss = F.cross_entropy,
         workers: int = 0,
@@ -113,7 +131,8 @@ class Run:
         self.head = sorted(resolve(head, list(self.named.items()), "head")[0])
         if not self.head and "head" in self.method.phases:
             raise ValueError(f"the method {self.method.name!r} trains the head alone, and there is none: give head=...")
-        self.start = {name: self._anchor_of(name) for name in self.named if name not in self.head}
+        self.free = {*self.head, *resolve(exclude, list(self.named.items()))[0]}
+        self.start = {name: self._anchor_of(name) for name in self.named if name not in self.free}
         self.train_data = batches = self._batches(train)
         self.held_out: Batches | None = None
         self.steps_per_epoch = settings.steps_per_epoch or batches.full
@@ -141,7 +160,7 @@ class Run:
             return self.anchor[name].detach().to(p, copy=True) if name in self.anchor else p.clone()
         return torch.zeros_like(p) if self.anchor == "zero" else p.clone()
 
-    def train(self, progress: Progress | None = None, save: Callable[["Run"], None] | None = None, every: int = 200) -> None:
+    def train(self, progress: Report | None = None, save: Callable[["Run"], None] | None = None, every: int = 200) -> None:
         """Train to the end, or until it stops early.
 
         Args:
@@ -165,9 +184,9 @@ class Run:
             if save is not None and (ended or self.step % every == 0):
                 save(self)
             if progress is not None:
-                progress(self.step, self.steps, self.history[-1])
+                progress(Progress(self.step, self.steps, self.history[-1]))
 
-    def finish(self, tests: Mapping[str, Data]) -> dict[str, Evaluation]:
+    def finish(self, tests: Mapping[str, Data], progress: Report | None = None) -> dict[str, Evaluation]:
         """Take the best weights, finish them as the method does, and evaluate them on validation data and on tests."""
         self.model.load_state_dict(self.best)
         if self.method.share is not None and self.settings.strength is not None:
@@ -178,8 +197,12 @@ class Run:
         if self.method.beside_each == "end":
             self._learn_beside()
             self.history[-1] = replace(self.history[-1], radii=self._learned())
-        sets = {"validation": self.validation.data, **tests}
-        return {name: evaluate(self.model, self._batches(data), self.loss, self.settings.precision)[1] for name, data in sets.items()}
+        evaluations = {}
+        for name, data in {"validation": self.validation.data, **tests}.items():
+            if progress is not None:
+                progress(Progress(self.step, self.steps, self.history[-1], name))
+            _, evaluations[name] = evaluate(self.model, self._batches(data), self.loss, self.settings.precision)
+        return evaluations
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run goes on from but the best weights, as tensors and plain values; random numbers follow from the seed."""
@@ -228,14 +251,14 @@ class Run:
             methods.OPTIMIZERS[settings.optimizer],
             [group for group in groups if group["params"]],
             strength=settings.strength,
-            head=self.head,
+            exclude=self.free,
             anchor=self.anchor,
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if self.method.beside is not None:
-            self.beside = self.method.beside(settings.strength, list(self.named.items()), exclude=self.head, anchor=self.anchor)
+            self.beside = self.method.beside(settings.strength, list(self.named.items()), exclude=self.free, anchor=self.anchor)
         self._set_modes()
 
     def _set_modes(self) -> None:

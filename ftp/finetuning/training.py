@@ -12,7 +12,7 @@ from ftp.finetuning.batches import Data
 from ftp.finetuning.checkpoints import Checkpoints, arguments
 from ftp.finetuning.evaluation import Loss
 from ftp.finetuning.result import Evaluation, Result, versions
-from ftp.finetuning.run import Progress, Run, borrowed
+from ftp.finetuning.run import Report, Run, borrowed
 from ftp.finetuning.settings import Precision, Settings
 
 
@@ -22,6 +22,7 @@ def finetune(
     validation: Data,
     *,
     head: Exclude,
+    exclude: Exclude = (),
     tests: Mapping[str, Data] | None = None,
     method: str = "ftp",
     optimizer: str = "adamw",
@@ -46,7 +47,7 @@ def finetune(
     out: str | Path | None = None,
     save_every: int = 200,
     command: str = "",
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Result:
     """Fine-tune a pre-trained model, and evaluate it.
 
@@ -58,6 +59,7 @@ def finetune(
         train: training data: a dataset of (input, label) pairs, a loader, or a pair of tensors, which are indexed by batches.
         validation: what chooses the epoch; in distribution.
         head: what has no pre-trained values: names, glob patterns of names, modules or tensors; () if there is no such tensor.
+        exclude: what else has no anchor, though it trains as the backbone does; as `head`.
         tests: further data by name, evaluated at the end.
         method: a name in `ftp.finetuning.METHODS`.
         optimizer: "adamw", or "sgd" with Nesterov momentum.
@@ -84,7 +86,7 @@ def finetune(
             (`model.safetensors`), a line an epoch (`epochs.csv`), and the result (`result.json`, `predictions.pt`).
         save_every: steps from one checkpoint to the next; there is one after each epoch, too.
         command: what was run, for reports.
-        progress: called after each step with the steps until then, all steps, and the record of the last epoch.
+        progress: called with a `Progress` after each step, and before each evaluation at the end.
 
     Returns:
         History, predictions on validation and test data, and settings.
@@ -110,14 +112,14 @@ def finetune(
         freeze_norm, precision, patience, seed,
     ).resolved()  # fmt: skip
     with borrowed(model):
-        run = Run(model, train, validation, settings, head=head, anchor=anchor, loss=loss, workers=workers)
+        run = Run(model, train, validation, settings, head=head, exclude=exclude, anchor=anchor, loss=loss, workers=workers)
         files = Checkpoints(Path(out), arguments(run, tests or {})) if out is not None else None
         if files and (finished := files.result(model)):
             return finished
         if files:
             files.load(run)
         run.train(progress, files.save if files else None, save_every)
-        evaluations = run.finish(tests or {})
+        evaluations = run.finish(tests or {}, progress)
     result = Result(
         method=method,
         seed=seed,

@@ -39,8 +39,7 @@ next sort, tensor by tensor, with a warning.
 WARM_UP = 16
 """Steps that the engine does for a small model while its kernels are compiled. The number is fixed, so runs are reproducible."""
 
-_WHOLE = 1 << 16
-"""Numbers of a tensor up to which programs of fixed sizes are tried on examples of its own size, not of another."""
+_WHOLE = 1 << 16  # numbers of a tensor up to which programs of fixed sizes are tried on examples of its own size
 
 MANY = 1_000_000
 """Numbers of a model that does not wait: its kernels are compiled before its first step."""
@@ -67,8 +66,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
 
 def _only_by_engine(nested: Nested, params: Tensors) -> str:
     """Why only the engine can step these tensors; nothing if others can."""
-    summed = [rule.name for rule in (nested.bindings[name].optimizer.rule for name in params) if rule.reduction]
-    if summed:
+    if summed := [rule.name for rule in (nested.bindings[name].optimizer.rule for name in params) if rule.reduction]:
         return f"{summed[0]} needs a total over all tensors"
     if nested.horizon.curvature == "exact":
         return "curvature='exact' differentiates the model in each step"
@@ -121,7 +119,7 @@ class Programs:
         new = {key: request for request in requests if (key := _key(request)) not in self._made}
         if len(new) > 1:
             self._compile(list(new.values()))
-        self._made |= {key: self._programs(request) for key, request in new.items()}
+        self._made |= {key: self._programs(new[key]) for key in sorted(new, key=lambda key: -new[key].param.ndim)}
         return [self._made[_key(request)] for request in requests]
 
     def _compile(self, requests: Sequence[Request]) -> None:
@@ -144,12 +142,9 @@ class Programs:
         for sort in self._sorts:
             try:
                 programs = self._of_sort(sort, request)
-                verified = (*map(id, programs), request.of, *(() if sort == "compile" else (request.kinds, request.singletons)))
-                if verified not in self._deviations:
-                    self._deviations[verified] = deviation(programs, request, whole=sort == "compile" and request.param.numel() <= _WHOLE)
-                if not self._deviations[verified]:
+                if not (deviates := self._deviation(sort, programs, request)):
                     return programs
-                why = f"it deviates from the engine: {self._deviations[verified]}"
+                why = f"it deviates from the engine: {deviates}"
             except LayoutError:
                 break
             except Exception as error:
@@ -173,11 +168,25 @@ class Programs:
                 raise LayoutError("a tensor has gaps")
             same: Hashable = sort, request.of
             return self._of_graphs.setdefault(same, [Inductor(function) for function in request.functions])
+        rows: Hashable = "rows", request.of, *(each.dtype for each in request.arguments)
+        if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs:
+            with suppress(RuntimeError):  # a tensor without rows may be as one of a single row
+                if not self._deviation(sort, self._of_graphs[rows], request):
+                    return self._of_graphs[rows]
         graphs = self._traced(sort, request)
         same = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
         if same not in self._of_graphs:
             self._of_graphs[same] = [_BY_GRAPH[sort](graph) for graph in graphs]
+        if request.param.ndim > 1:
+            self._of_graphs[rows] = self._of_graphs[same]
         return self._of_graphs[same]
+
+    def _deviation(self, sort: str, programs: list[Program], request: Request) -> str:
+        """What deviates from the engine; found once for all tensors for which that is the same."""
+        of = (*map(id, programs), request.of, *(() if sort == "compile" else (request.kinds, request.singletons)))
+        if of not in self._deviations:
+            self._deviations[of] = deviation(programs, request, whole=sort == "compile" and request.param.numel() <= _WHOLE)
+        return self._deviations[of]
 
     def _traced(self, sort: str, request: Request) -> list[UpdateGraph]:
         """The graphs of a request, as a sort needs them."""

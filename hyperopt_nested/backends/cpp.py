@@ -42,9 +42,8 @@ class _Code:
 
     def parts(self) -> Iterator[str]:
         width = sum(dtype.itemsize for kind, dtype in self.graph.inputs if kind == Kind.ELEMENT)
-        yield f"constexpr int64_t WIDTH = {max(width, 1)};  // bytes an element\n"
         batch = "CACHE / 2 / WIDTH" if len(self._sweeps.sweeps) > 1 else "INT64_MAX"
-        yield f"constexpr int64_t BATCH = {batch};  // elements\n"
+        yield f"constexpr int64_t WIDTH = {max(width, 1)}, BATCH = {batch};  // bytes an element; elements\n"
         numbers = [value for value in self.graph.values if value.kind == Kind.NUMBER and value.op not in ("input", "constant")]
         yield "struct Numbers {" + " ".join(f"{_type(value)} {self.name[value]};" for value in numbers) + "};\n"
         for at, values in enumerate(self._sweeps.numbers):

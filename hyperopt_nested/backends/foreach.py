@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.backends.fused import sizes
 from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value, Values
 from hyperopt_nested.backends.program import Batch
 
-_AT_ONCE = 1 << 16
-"""Elements that a CPU steps at once, as many as its caches hold; a larger tensor is stepped alone. Others step 256 times as many."""
+_AT_ONCE = 1 << 16  # elements that a CPU, by its caches, steps at once, or one larger tensor; others step 256 times as many
 
 
 class Interpreter:
@@ -117,12 +117,12 @@ class _Tensors:
         self._inputs = [[each.view(-1) if each.is_contiguous() else each for each in one] for one in columns]
         self._same = [len(rows) == 1 or (bool(one) and all(each is one[0] for each in one)) for one in columns]
         self._written = [{each.untyped_storage().data_ptr() for each in row[1:]} for row in rows]
-        sizes, counts = [like.numel() for like in likes], [like.shape[0] if like.ndim else 1 for like in likes]
-        self._columns = [size // count for size, count in zip(sizes, counts, strict=True)]
-        self._lengths = {Kind.NUMBER: [1 for _ in likes], Kind.ROW: counts, Kind.ELEMENT: sizes}
-        self._equal = len({*zip(counts, sizes, strict=True)}) == 1
+        counts, self._columns = map(list, zip(*map(sizes, likes), strict=True))
+        elements = [like.numel() for like in likes]
+        self._lengths = {Kind.NUMBER: [1 for _ in likes], Kind.ROW: counts, Kind.ELEMENT: elements}
+        self._equal = len({*zip(counts, elements, strict=True)}) == 1
         widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
-        repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): sizes, (Kind.ROW, Kind.ELEMENT): widths}
+        repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): elements, (Kind.ROW, Kind.ELEMENT): widths}
         counted = {} if self._equal else {kinds: torch.tensor(each) for kinds, each in repeats.items()}
         self._owners = {kinds: torch.arange(len(each)).repeat_interleave(each).int().to(self._device) for kinds, each in counted.items()}
         whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}

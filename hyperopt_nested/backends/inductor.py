@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.program import Batch, Function, write_over
 from hyperopt_nested.ops import is_dense
 
 TOGETHER = frozenset(["cuda", "xpu"])
 """Types of devices for which one program steps all tensors, so that launches do not grow with tensors. On others, each has its own."""
-
-Row = list[Tensor]
 
 
 class Inductor:
@@ -34,7 +33,7 @@ class Inductor:
             given = ([_lying(row, stride), *row[1:]] for row, stride in zip(rows, strides, strict=True))
             program(*chain.from_iterable(given))
 
-    def _program(self, rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], Callable[..., Any]]:
+    def _program(self, rows: Sequence[list[Tensor]]) -> tuple[list[tuple[int, ...]], Callable[..., Any]]:
         """Strides of gradients, and the program that takes all arguments of all rows, one after the other."""
         import torch._inductor  # takes a second or two
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -64,16 +63,10 @@ def compiler_for(device: str) -> bool:
         from torch.utils._triton import has_triton
 
         return has_triton()
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
+    return compiler.compiler() is not None
 
 
-def _lying(row: Row, stride: tuple[int, ...]) -> Tensor:
+def _lying(row: list[Tensor], stride: tuple[int, ...]) -> Tensor:
     """The gradient of a row; a copy if it lies otherwise, or shares memory with what is written."""
     grad, storage = row[0], row[0].untyped_storage().data_ptr()
     if grad.stride() == stride and all(other.untyped_storage().data_ptr() != storage for other in row[1:]):

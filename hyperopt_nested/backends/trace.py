@@ -1,7 +1,6 @@
 """Tracing: a function of one tensor's gradient, state and numbers, run once on small tensors, becomes an `UpdateGraph`.
 
-Operators are recorded as they are dispatched, below `torch.func`. That needs no global patch, so it is safe beside a model that runs in
-another thread.
+Operators are recorded as they are dispatched, below `torch.func`: a model may run in another thread.
 """
 
 from collections.abc import Sequence
@@ -151,6 +150,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _simplified(self, name: str, args: list[Any], dtype: torch.dtype, computed: torch.dtype) -> Value:
         """A pointwise operator; or an operand that is the same number, also where it is infinite or NaN."""
+        match name, *args:  # torch.isfinite
+            case "logical_and", Value(op="eq", args=(x, y)), Value(op="ne", args=(Value(op="abs", args=(z,)) as size, end)):
+                if x is y is z and end.is_constant(torch.inf):
+                    name, args, computed = "lt", [size, end], args[1].computed
         kind = max(arg.kind for arg in args if arg is not None)
         zero, one = ([arg is not None and arg.is_constant(number) for arg in args] for number in (0, 1))
         same = None

@@ -10,14 +10,12 @@ from hyperopt_nested.backends.program import Batch, Engine, Function, Program, R
 from hyperopt_nested.engine.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-_NOISE = 100.0
-"""A difference is rounding if it is at most so many times what rounding of the arguments makes of a result, there or in half of it."""
+_NOISE = 100.0  # times what rounding of the arguments makes of a result, there or in half of it, is rounding, too
 
 Row = Sequence[Tensor]
 
 _SIZES = {0: (), 1: (37,), 2: (5, 19), 3: (4, 3, 7), 4: (3, 4, 3, 2)}
-_SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0
-"""Of the gradients of successive examples."""
+_SCALES = 1.0, 0.03, 30.0, 1.0, 0.1, 1.0, 3.0, 1.0  # of the gradients of successive examples
 
 
 def deviation(programs: Sequence[Program], request: Request, *, whole: bool = False) -> str:

@@ -1,0 +1,282 @@
+"""Pre-trained models by name, their checkpoints, and their heads."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftp.finetuning.files import package
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet: of models that do not say what they were trained with."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Images as a model takes them.
+
+    Attributes:
+        size: height and width in pixels.
+        mean: of each channel, of values in [0, 1]; one channel is gray.
+        std: of each channel.
+        crop: share of the shorter side that a crop takes.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    crop: float = 0.875
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image: 1 or 3."""
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with a head for the classes at hand.
+
+    Attributes:
+        model: returns logits.
+        head: name of the module that makes them.
+        preprocessing: of its inputs.
+    """
+
+    model: nn.Module
+    head: str
+    preprocessing: Preprocessing
+
+
+def load(
+    name: str, classes: int, *, checkpoint: Path | None = None, head: str | None = None, size: int | None = None, seed: int = 0
+) -> Pretrained:
+    """Make a model, load its weights, and give it a head for so many classes.
+
+    Args:
+        name: of timm or torchvision, or "module:factory", where the module may be in the present folder and the factory takes no
+            arguments. A model of one's own may have the attributes `input_size`, `mean`, `std` and `crop`.
+        classes: how many.
+        checkpoint: a safetensors file, or one of `torch.save`, with weights to load; None takes those that the model comes with.
+        head: name of the module that makes the logits; None finds it: the last linear layer, or convolution of 1 by 1.
+        size: height and width of its images; None is the model's own.
+        seed: of the new head.
+
+    Raises:
+        ValueError: there is no such model, it does not take such images, it has no head of that name or none that is found, or the
+            checkpoint is of another model.
+        ModuleNotFoundError: the module, timm or torchvision is not installed.
+        OSError: the checkpoint cannot be read.
+    """
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        model, preprocessing = _from_module(name) if ":" in name else _from_library(name, pretrained=checkpoint is None)
+        preprocessing = preprocessing if size is None else replace(preprocessing, size=size)
+        found = find_head(model, preprocessing) if head is None else head
+        if checkpoint is not None:
+            load_weights(model, checkpoint, found)
+        replace_head(model, found, classes)
+        if (count := logits(model, preprocessing).shape[1]) != classes:
+            raise ValueError(f"the model has {count} outputs with a head {found!r} for {classes} classes: name another module, with --head")
+    return Pretrained(model, found, preprocessing)
+
+
+def _from_module(name: str) -> tuple[nn.Module, Preprocessing]:
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as missing:
+        if missing.name != module:
+            raise
+        raise ValueError(f"model={name!r}: there is no module {module!r} in this folder, and none is installed") from missing
+    if not callable(factory):
+        raise ValueError(f"model={name!r}: {module} defines no function {attribute!r}")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={name!r}: {attribute}() returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model, _own(model)
+
+
+def _own(model: nn.Module) -> Preprocessing:
+    """What a model says of its inputs; of what it does not say, the channels follow from its first convolution."""
+    channels = next((each.in_channels for each in model.modules() if isinstance(each, nn.Conv2d)), 3)
+    mean, std = ((0.5,), (0.5,)) if channels == 1 else (MEAN, STD)
+    size = getattr(model, "input_size", 224)
+    return Preprocessing(
+        size=int(size[-1] if isinstance(size, (tuple, list)) else size),
+        mean=tuple(getattr(model, "mean", mean)),
+        std=tuple(getattr(model, "std", std)),
+        crop=float(getattr(model, "crop", 0.875)),
+    )
+
+
+def _from_library(name: str, *, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    known: list[str] = []
+    if find_spec("timm"):
+        timm = package("timm")
+        if timm.is_model(name):
+            model = _fetched(name, lambda: timm.create_model(name, pretrained=pretrained))
+            config = timm.data.resolve_model_data_config(model)
+            own = Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
+            return model, own
+        known += timm.list_models()
+    if find_spec("torchvision"):
+        models = package("torchvision.models")
+        if name in (names := models.list_models(models)):
+            weights = models.get_model_weights(name).DEFAULT
+            transforms = weights.transforms()
+            (size,), (resized,) = transforms.crop_size, transforms.resize_size
+            model = _fetched(name, lambda: models.get_model(name, weights=weights if pretrained else None))
+            return model, Preprocessing(size, tuple(transforms.mean), tuple(transforms.std), size / resized)
+        known += names
+    if not known:
+        raise ModuleNotFoundError(
+            f"model={name!r} needs timm or torchvision, and neither is installed: pip install timm, or give module:factory", name="timm"
+        )
+    close = ", ".join(get_close_matches(name, known, 3))
+    raise ValueError(f"model={name!r} is none of timm or torchvision" + (f"; there is {close}" if close else ""))
+
+
+def _fetched(name: str, create: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return create()
+    except OSError as error:  # as those are of downloads
+        raise OSError(f"model={name!r}: its weights cannot be downloaded ({error}). Give a file of them, with --checkpoint") from error
+
+
+def logits(model: nn.Module, preprocessing: Preprocessing) -> Tensor:
+    """What a model returns for two black images, shape (2, classes).
+
+    Raises:
+        ValueError: it does not take them, or returns something else.
+    """
+    training, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
+    shape = 2, preprocessing.channels, preprocessing.size, preprocessing.size
+    try:
+        with torch.inference_mode():
+            found = model.eval()(torch.zeros(shape, device=device))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the model does not take images of shape {shape}: {error}. Give --size, or a model with `input_size`") from error
+    finally:
+        model.train(training)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"the model returns {shown}; it must return logits, of shape (images, classes)")
+    return found
+
+
+def find_head(model: nn.Module, preprocessing: Preprocessing) -> str:
+    """Find the module that makes the logits: the one that timm names, or the last linear layer or 1x1 convolution with as many outputs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    classifier = getattr(model, "get_classifier", None)
+    if callable(classifier) and _outputs(own := classifier()):
+        return names[own]
+    called = list[nn.Module]()
+    layers = [each for each in model.modules() if _outputs(each)]
+    handles = [each.register_forward_hook(lambda module, *_: called.append(module)) for each in layers]
+    try:
+        outputs = logits(model, preprocessing).shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    fitting = [module for module in called if _outputs(module) == outputs]
+    if not fitting:
+        raise ValueError("the model has no linear layer that makes its logits: name the module that does so, with --head")
+    return names[fitting[-1]]
+
+
+def _outputs(module: nn.Module) -> int:
+    """Outputs of a linear layer or a 1x1 convolution; 0 of others."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) else 0
+
+
+def replace_head(model: nn.Module, name: str, classes: int) -> None:
+    """Give a model a new head, unless the one that it has is for so many classes.
+
+    Args:
+        model: what is changed.
+        name: of a linear layer or 1x1 convolution.
+        classes: how many.
+
+    Raises:
+        ValueError: there is no such module, or it is of another kind.
+    """
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        last = ", ".join([each for each in modules if each][-3:])
+        raise ValueError(f"head={name!r} is no module of the model; its last ones are {last}")
+    old = modules[name]
+    if not _outputs(old):
+        raise ValueError(f"head={name!r} is a {type(old).__name__}; it must be a linear layer or a 1x1 convolution")
+    if _outputs(old) == classes:
+        return
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+    else:
+        assert isinstance(old, nn.Conv2d)
+        new = nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new.to(weight.device, weight.dtype))
+    if hasattr(model, "num_classes"):  # as models of timm have it
+        setattr(model, "num_classes", classes)  # noqa: B010
+
+
+def load_weights(model: nn.Module, path: Path, head: str) -> None:
+    """Load a checkpoint, of which the head may be another, or missing.
+
+    Raises:
+        ValueError: it is no checkpoint, or of another model. The message names a tensor.
+        OSError: it cannot be read.
+    """
+    weights = _read(path)
+    own = model.state_dict()
+    for name in [name for name in own if name.startswith(f"{head}.") and (name not in weights or weights[name].shape != own[name].shape)]:
+        weights[name] = own[name]
+    weights = {name: value for name, value in weights.items() if name in own or not name.startswith(f"{head}.")}
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or unknown or other:
+        said = [f"has no {missing[0]!r} ({len(missing)} missing)"] if missing else []
+        said += [f"has {unknown[0]!r}, which the model has not ({len(unknown)} such)"] if unknown else []
+        said += [f"has {other[0]!r} of shape {tuple(weights[other[0]].shape)}, the model {tuple(own[other[0]].shape)}"] if other else []
+        raise ValueError(f"checkpoint={str(path)!r} is of another model: it {', '.join(said)}")
+    model.load_state_dict(weights)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, without the wrappings that trainers put around them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint={str(path)!r}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = package("safetensors.torch").load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"checkpoint={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"checkpoint={str(path)!r} holds no weights by name: give the state dict of a model")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
