@@ -57,7 +57,7 @@ class TPGM(ValidatedOptimizer):
         ['0.bias', '0.weight']
     """
 
-    _pinned_at_ends = frozenset({"radius"})  # where the validation loss wants the anchor
+    pinned_at_ends = frozenset({"radius"})  # where the validation loss wants the anchor
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class ValidatedOptimizer(AnchoredOptimizer):
         ValueError: `updates` is no whole number from 1 on.
     """
 
-    _begins_at_first_step = False  # its first step comes after training
+    begins_at_first_step = False  # its first step comes after training
 
     def __init__(self, params: Any, around: Callable[..., hn.Optimizer], *, updates: int, exclude: Exclude, anchor: Anchors) -> None:
         if not isinstance(updates, int) or isinstance(updates, bool) or updates < 1:
@@ -58,7 +58,7 @@ class ValidatedOptimizer(AnchoredOptimizer):
         """
         if closure is None:
             raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
-        self._follow()
+        self.begin()
         tuned = {p: p.detach().clone() for p in self._projected()}
         before = {  # steps are counted in place
             p: {key: leaf.clone() if key == "steps" else leaf for key, leaf in state.items()} for p, state in self.state.items()

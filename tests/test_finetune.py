@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import ftp
 from ftp.finetuning import METHODS, Progress, Result
 from ftp.finetuning.batches import Batches, split
-from ftp.finetuning.run import phases, schedule
+from ftp.finetuning.phases import phases, schedule
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(96, 6, generator=GENERATOR)

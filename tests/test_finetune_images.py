@@ -12,8 +12,8 @@ from torch import nn
 
 from ftp.finetuning import folders, models
 from ftp.finetuning.batches import Batches
+from ftp.finetuning.heads import Preprocessing
 from ftp.finetuning.images import Corrupted, Images, decode
-from ftp.finetuning.models import Preprocessing
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: fl
     with ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))) if jobs > 1 else None
         for study in studies:
-            for plan in STUDIES[study]:
+            for plan in (STUDIES[study].tuning, STUDIES[study].tests):
                 runs = [run for run in plan(rows, scale) if run not in rows]
                 started = time.monotonic()
                 for done, (run, numbers) in enumerate(_perform(runs, scale, pool, jobs, end), start=1):

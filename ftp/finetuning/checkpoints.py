@@ -23,15 +23,15 @@ COLUMNS = ("epoch", "step", "lr", "train_loss", "validation_loss", "validation_a
 
 def arguments(run: Run, tests: Iterable[str]) -> dict[str, Any]:
     """What a run follows from, by name, as JSON has it: another run goes on in its folder only if it has the same."""
-    model = run.model
-    pretrained = {name: value for name, value in model.state_dict().items() if name not in run.head}
+    model, trainer = run.model, run.trainer
+    pretrained = {name: value for name, value in model.state_dict().items() if name not in trainer.head}
     count = sum(p.numel() for p in model.parameters())
     return {
         "model": f"{type(model).__name__} of {len(list(model.parameters()))} tensors with {count:,} numbers",
         "weights": digest(pretrained),
-        "head": run.head,
-        "exclude": sorted(run.free - {*run.head}),
-        "anchor": "the weights" if run.anchor is None else digest(run.start),
+        "head": trainer.head,
+        "exclude": sorted(trainer.free - {*trainer.head}),
+        "anchor": "the weights" if trainer.anchor is None else digest(trainer.start),
         "train": run.train_data.identity(),
         "validation": run.validation.identity(),
         "tests": sorted(tests),
@@ -70,7 +70,7 @@ class Checkpoints:
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         package("safetensors.torch")
         self.folder, self.arguments = writable(folder), json.loads(json.dumps(arguments))
-        self._working = writable(folder / "checkpoint")
+        self._working = folder / "checkpoint"
         self._state, self._best = self._working / "state.pt", self._working / "best.pt"
         self._saved: dict[str, Tensor] | None = None  # the best weights that are in the file
         if Result.path(folder).exists():
@@ -103,6 +103,7 @@ class Checkpoints:
 
     def save(self, run: Run) -> None:
         """Save where a run is."""
+        self._working.mkdir(exist_ok=True)
         if run.best is not self._saved:  # first: the run that goes on from the state before comes to these again
             write(self._best, lambda file: torch.save(run.best, file))
             self._saved = run.best

@@ -18,6 +18,7 @@ from ftp.finetuning import comparison, folders, models
 from ftp.finetuning.batches import Data
 from ftp.finetuning.corruptions import CORRUPTIONS, SEVERITIES, corruption
 from ftp.finetuning.files import package, writable
+from ftp.finetuning.heads import Preprocessing
 from ftp.finetuning.images import Images, corrupted
 from ftp.finetuning.report import write_report
 from ftp.finetuning.result import Result
@@ -178,7 +179,7 @@ def _summary(splits: folders.Splits, pretrained: models.Pretrained, device: torc
     )
 
 
-def _images(splits: folders.Splits, preprocessing: models.Preprocessing, command: Command, bar: Bar) -> dict[str, Images]:
+def _images(splits: folders.Splits, preprocessing: Preprocessing, command: Command, bar: Bar) -> dict[str, Images]:
     """All sets, decoded."""
     labeled = {"train": splits.train, "validation": splits.validation, **splits.tests}
     task = bar.add_task("reading images", total=sum(len(each.files) for each in labeled.values()))

@@ -41,10 +41,10 @@ def evaluate(model: nn.Module, data: Batches, loss: Loss, precision: str = "floa
         for inputs, targets in data.in_order():
             on_device = targets.to(device, non_blocking=True)
             logits = model(inputs.to(device, non_blocking=True))
-            losses.append(loss(logits, on_device).double() * len(targets))
+            losses.append(loss(logits, on_device).float() * len(targets))
             labels.append(targets)
             predictions.append(logits.argmax(1))
-        total = torch.stack(losses).sum() / sum(map(len, labels))
+        total = torch.stack(losses).cpu().double().sum() / sum(map(len, labels))
     with torch.inference_mode(False):
         result = Evaluation(torch.cat(labels).cpu().clone(), torch.cat(predictions).cpu().clone())
     return float(total), result

@@ -1,7 +1,7 @@
 """Images of files as tensors: decoded once where they fit into memory, cropped, flipped and corrupted."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ftp.finetuning.corruptions import corruption
 from ftp.finetuning.files import package
 from ftp.finetuning.folders import Labeled
-from ftp.finetuning.models import Preprocessing
+from ftp.finetuning.heads import Preprocessing
 
 MEMORY = 2 << 30
 """Bytes of decoded images that are kept, of one set."""
@@ -54,6 +54,7 @@ class Images(Dataset[Any]):
         self.augment, self.flip = augment, flip
         self.side = max(preprocessing.size, round(preprocessing.size / preprocessing.crop))
         self._pool = ThreadPoolExecutor(max(1, workers))
+        self._ahead: dict[tuple[int, ...], list[Future[Tensor]]] = {}
         self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing.std, dtype=torch.float32).view(-1, 1, 1)
         names = [f"{file.relative_to(labeled.folder)} {label}" for file, label in zip(self.files, labeled.labels, strict=True)]
@@ -90,8 +91,15 @@ class Images(Dataset[Any]):
         """The squares that are cropped from, shape (n, channels, side, side), uint8."""
         if self._decoded is not None:
             return self._decoded[indices]
-        how = self.side, self.preprocessing.channels
-        return torch.stack(list(self._pool.map(lambda index: decode(self.files[index], *how), indices.tolist())))
+        self.prefetch(indices)
+        return torch.stack([each.result() for each in self._ahead.pop(tuple(indices.tolist()))])
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Begin to decode images that are needed soon, unless they are kept decoded."""
+        key = tuple(indices.tolist())
+        if self._decoded is None and key not in self._ahead:
+            how = self.side, self.preprocessing.channels
+            self._ahead[key] = [self._pool.submit(decode, self.files[index], *how) for index in key]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the model, shape (n, channels, size, size), and labels, shape (n,)."""

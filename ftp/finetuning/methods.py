@@ -173,7 +173,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
 
 
 class _Anchored(AnchoredOptimizer):
-    _pinned_at_ends = frozenset({"radius", "strength", "decay"})  # no news: where a tensor need not be held, or not be let go
+    pinned_at_ends = frozenset({"radius", "strength", "decay"})  # no news: where a tensor need not be held, or not be let go
 
 
 def optimizer(

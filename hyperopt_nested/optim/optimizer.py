@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any, Literal, cast, overload
+from typing import Any, ClassVar, Literal, cast, overload
 from warnings import warn
 
 import torch
@@ -55,6 +55,9 @@ class HyperOptimizer(GroupedOptimizer):
     Attributes:
         backend: what runs them: "reference", "foreach", "compile" or "fused".
         changed: by tensor, how often its weights had been changed since its last step, so that nothing was learned from that step.
+        pinned_at_ends: of the class: learned hypers that may end at an end of their domain without a warning.
+        begins_at_first_step: of the class: whether rules copy what they keep of a tensor, as anchors, at its first step, or else at
+            construction.
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
@@ -72,8 +75,8 @@ class HyperOptimizer(GroupedOptimizer):
         torch.Size([])
     """
 
-    _pinned_at_ends: frozenset[str] = frozenset()  # learned hypers of which it is no news that they are
-    _begins_at_first_step = True  # what rules copy from a tensor is what it is then, not at construction
+    pinned_at_ends: ClassVar[frozenset[str]] = frozenset()
+    begins_at_first_step: ClassVar[bool] = True
     _plan: tuple[Roster, dict[str, Optimizer], ParamState] | None = None  # what a load in progress will install
 
     def __init__(
@@ -98,7 +101,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step: ProgramStep | None = None
         self._optimizers, self._overrides, self._roster = {}, [], Roster([], [])
         self.changed: dict[str, int] = {}
-        self._pinned = PinnedValues(self._pinned_at_ends)
+        self._pinned = PinnedValues(self.pinned_at_ends)
         super().__init__(cast(Any, params), pack(optimizer.declared) if isinstance(optimizer, Optimizer) else {})
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
@@ -244,7 +247,7 @@ class HyperOptimizer(GroupedOptimizer):
         if unfrozen or (first and store.is_converted(first)):
             self._create_state(also=unfrozen)
             first = self._store.fresh.intersection(grads)
-        if first and self._begins_at_first_step:
+        if first and self.begins_at_first_step:
             self._store.begin(first)
 
     def _mind_changes(self, names: Set[str]) -> None:
@@ -390,7 +393,7 @@ class HyperOptimizer(GroupedOptimizer):
         """
         st, store = self._state(), self._store
         params = {name: p.detach() for name, p in store.params.items()}
-        return {**self._nested.eval_params(params, st), **{name: params[name] for name in store.fresh if self._begins_at_first_step}}
+        return {**self._nested.eval_params(params, st), **{name: params[name] for name in store.fresh if self.begins_at_first_step}}
 
     def _state(self) -> State:
         """The engine's state."""
@@ -458,7 +461,7 @@ class HyperOptimizer(GroupedOptimizer):
             roster, optimizers, store = self._plan
             self._take(Roster(self.param_groups, roster.names), optimizers, store)
         elif names is not None and tracked is not None:  # a copy or an unpickled one
-            self._programs, self._store, self._pinned = None, NO_STORE, PinnedValues(self._pinned_at_ends)
+            self._programs, self._store, self._pinned = None, NO_STORE, PinnedValues(self.pinned_at_ends)
             roster = Roster(self.param_groups, names)
             nested = Nested(self._optimizers, **self._how)
             self._take(roster, self._optimizers, built(nested, roster, tracked, self.state, None))
