@@ -40,7 +40,7 @@ class FTPOptimizer(AnchoredOptimizer):
             shape. The message names the entry or the tensor.
     """
 
-    _pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor
+    pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor
 
     def __init__(
         self,
