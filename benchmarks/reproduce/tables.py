@@ -346,6 +346,7 @@ def write(rows: Rows) -> None:
         "# Results",
         "FTP and other ways of robust fine-tuning on real data, by a [protocol](protocol.md) that was fixed before. "
         "This page is generated from the rows; ID is accuracy in distribution, OOD accuracy under shifts, both in percent on test images. "
+        "± is a standard error; with five seeds a 95 % interval has 2.8 of them to either side. "
         "Strengths are those of the protocol. FTP's claims are those of its [abstract](https://arxiv.org/abs/2310.19182), "
         "made for larger models and other data.",
         f"## Claims\n\nDifferences are of FTP from the other method, in percentage points, paired over seeds.\n\n{claims}",
