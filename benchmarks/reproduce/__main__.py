@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
         studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
         work(rows, studies, QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
-    write(rows)
+    write(rows, "These are short runs to try the harness, and no evidence." if chosen.quick else "")
 
 
 def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: float = float("inf")) -> None:

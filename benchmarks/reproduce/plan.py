@@ -39,7 +39,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=50, test_images=100)
+QUICK = Scale((0, 1), (100,), (1e-3,), 1, skip=6, shorten=15, one_network=True, pretraining_steps=50, test_images=100)
 
 EPOCHS = 5
 """How often a run looks at validation images."""

@@ -337,13 +337,19 @@ def runs_section(rows: Rows) -> str:
     return f"## Runs\n\n`make reproduce` does the runs that have no row yet, and writes this page.\n\n{text}"
 
 
-def write(rows: Rows) -> None:
-    """Write `index.md` and its figures beside the rows."""
+def write(rows: Rows, note: str = "") -> None:
+    """Write `index.md` and its figures beside the rows.
+
+    Args:
+        rows: finished runs.
+        note: a paragraph at the top.
+    """
     folder = rows.folder
     folder.mkdir(parents=True, exist_ok=True)
     claims = table(["claim of the paper about FTP", "theirs", "ours", "standard error", "verdict"], verdicts(rows))
     parts = [
         "# Results",
+        note,
         "FTP and other ways of robust fine-tuning on real data, by a [protocol](protocol.md) that was fixed before. "
         "This page is generated from the rows; ID is accuracy in distribution, OOD accuracy under shifts, both in percent on test images. "
         "± is a standard error; with five seeds a 95 % interval has 2.8 of them to either side. "
