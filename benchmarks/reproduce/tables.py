@@ -173,7 +173,10 @@ def rates_section(rows: Rows, folder: Path) -> str:
     lines, spans = [], []
     for (method, optimizer), curve in curves.items():
         for lr, found in sorted(curve.items()):
-            lines.append([named(method, optimizer), f"{lr:g}", shown(over_seeds(found, inside)), shown(over_seeds(found, outside))])
+            plain = curves["full", optimizer][lr]
+            differences = [shown(paired(found, plain, number), True) if method != "full" else "" for number in (inside, outside)]
+            results = [shown(over_seeds(found, number)) for number in (inside, outside)]
+            lines.append([named(method, optimizer), f"{lr:g}", *results, *differences])
         best = max(over_seeds(found, inside).mean for found in curve.values())
         usable = {lr: found for lr, found in curve.items() if over_seeds(found, inside).mean >= best - 2}
         accuracies = [over_seeds(found, outside).mean for found in usable.values()]
@@ -181,7 +184,7 @@ def rates_section(rows: Rows, folder: Path) -> str:
         spans.append([named(method, optimizer), f"{best:.1f}", *widths, f"{max(accuracies) - min(accuracies):.1f}"])
     save(rate_curves(curves), folder / "rates.svg")
     header = ["method", "best ID", "rates with ID within 2 points of it", "highest OOD there", "lowest OOD there", "fall"]
-    details = table(["method", "rate", "ID", "OOD"], lines)
+    details = table(["method", "rate", "ID", "OOD", "ID - full", "OOD - full"], lines)
     count = f"{len(complete)} seed{'s' if len(complete) > 1 else ''}."
     figure = "![Accuracy in distribution and under shifts over the learning rate.](rates.svg)"
     return "\n\n".join([heading, count, table(header, spans), figure, details])
