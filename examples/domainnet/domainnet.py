@@ -38,6 +38,9 @@ VALIDATION = 0.1
 MEAN, STD = (0.5964, 0.5712, 0.5336), (0.3228, 0.3165, 0.3374)
 """Of DomainNet's colors, as the published program has them."""
 
+CROP = 224 / 256
+"""Share of the shorter side that is tested on."""
+
 MODELS = {"clip-resnet50": "clip_resnet:clip_resnet50", "moco-v3-resnet50": "resnet50"}
 """Networks of the paper, whose weights are converted from the files that their authors publish."""
 
@@ -243,7 +246,7 @@ def pretrained(name: str, checkpoint: Path | None, classes: int, out: Path, seed
     if checkpoint is None:
         raise ValueError(f"{name} needs --checkpoint, the file of its weights; README.md says where it comes from")
     loaded = load(MODELS[name], classes, checkpoint=convert(name, checkpoint, out), seed=seed)
-    return replace(loaded, preprocessing=replace(loaded.preprocessing, mean=MEAN, std=STD))
+    return replace(loaded, preprocessing=replace(loaded.preprocessing, mean=MEAN, std=STD, crop=CROP))
 
 
 @app.command()
