@@ -3,7 +3,7 @@
 from ftp.directional import digrap, directional_projection
 from ftp.finetuning.training import finetune
 from ftp.optimizers import SGDP, AdamP, FTPOptimizer
-from ftp.rule import FLOOR, Anneal, ftp_rule, identity, largest_norm
+from ftp.rule import FLOOR, Anneal, Radius, ftp_rule, identity, largest_norm
 from ftp.selective import learned_spd
 from ftp.tpgm import TPGM
 from ftp.wise_ft import WiSEFT, interpolate
@@ -17,6 +17,7 @@ __all__ = [
     "AdamP",
     "Anneal",
     "FTPOptimizer",
+    "Radius",
     "WiSEFT",
     "digrap",
     "directional_projection",

@@ -90,6 +90,33 @@ class AnchoredOptimizer(hn.HyperOptimizer):
         choose = _Choose(base, anchored, around, *resolve(exclude, list(_named(groups))), anchors)
         super().__init__(groups, choose, **settings)
 
+    @torch.no_grad()
+    def reset_anchor(self) -> None:
+        """Let the tensors stay near what they are now, as between the tasks of continual learning.
+
+        Learned values and the state of the optimizer inside go on; the next step bounds radii by its displacement from the new anchors.
+        Anchors that are zero stay; so do norms that radii are relative to.
+
+        Example:
+            >>> import torch
+            >>> from ftp import AdamP
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> opt = AdamP([("weight", weight)], lr=0.1)
+            >>> for task in range(2):
+            ...     for _ in range(3):
+            ...         opt.zero_grad()
+            ...         weight.square().sum().backward()
+            ...         opt.step()
+            ...     opt.reset_anchor()
+            >>> bool((opt.state[weight]["rule.anchor"] == weight).all())
+            True
+        """
+        self._follow()
+        for p, state in self.state.items():
+            for key, leaf in state.items():
+                if key.startswith("rule.") and key.endswith(".anchor"):
+                    leaf.copy_(p)
+
 
 def _groups(params: Any) -> list[dict[str, Any]]:
     """Parameters as a list of groups, iterators read; none where there is nothing, which torch refuses.

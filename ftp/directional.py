@@ -10,10 +10,10 @@ import hyperopt_nested as hn
 Derivative = Literal["straight-through", "exact"]
 
 
-def _init(param: Tensor, *, anchor: hn.typing.Anchor = "start", derivative: Derivative) -> hn.typing.State:
+def _init(param: Tensor, *, anchor: hn.typing.Anchor = "start", anchor_decay: float, derivative: Derivative) -> hn.typing.State:
     if derivative not in ("straight-through", "exact"):
         raise ValueError(f"derivative={derivative!r} must be 'straight-through' or 'exact'")
-    return hn.rules.keep_anchor(param, anchor)
+    return hn.rules.keep_anchor(param, anchor, decay=anchor_decay)
 
 
 @hn.combinator(_init, check_with={"derivative": "exact"})
@@ -25,6 +25,7 @@ def directional_projection(
     *,
     strength: Tensor = hn.Interval(0.0, 0.0, 1.0),
     derivative: Derivative = "straight-through",
+    anchor_decay: float = 1.0,
 ) -> tuple[Tensor, hn.typing.State]:
     r"""The optimizer, on gradients from which a share of their projection onto the displacement is taken.
 
@@ -35,6 +36,7 @@ def directional_projection(
     Args:
         strength: \(\omega\) in [0, 1].
         anchor: \(\theta_0\): "start", the values before the first step, "zero", or a tensor.
+        anchor_decay: as `hyperopt_nested.spd`.
         derivative: of the new values with respect to the strength. "straight-through" is \(p\), as published: whatever the optimizer
             is, and also where \(g\) was left as it is, \(\omega\) learns from the next gradient's product with it (equation 8).
             "exact" goes through the optimizer.
@@ -44,8 +46,10 @@ def directional_projection(
     part = torch.where(norm > 0, along / torch.where(norm > 0, norm, 1), 0) * moved
     share = torch.where(hn.rules.kink(along) >= 0, strength, 0)
     if derivative == "exact":
-        return step(param, grad - share * part), state
-    return step(param, grad - share.detach() * part) + (strength - strength.detach()) * part, state
+        new = step(param, grad - share * part)
+    else:
+        new = step(param, grad - share.detach() * part) + (strength - strength.detach()) * part
+    return new, hn.rules.moved_anchor(new, state, anchor_decay)
 
 
 def digrap(
@@ -53,6 +57,7 @@ def digrap(
     lr: float | hn.Learn = 0.1,
     *,
     anchor: hn.typing.Anchor = "start",
+    anchor_decay: float = 1.0,
     derivative: Derivative = "straight-through",
 ) -> hn.Optimizer:
     r"""DiGraP around any optimizer of the engine (Huang et al. 2025, arXiv 2502.15895, algorithm 1): registered as "digrap".
@@ -64,6 +69,7 @@ def digrap(
         base: the optimizer; the paper's is Adam.
         lr: learning rate of the strengths, \(\mu\) in the paper.
         anchor: "start", the values before the first step, "zero", or a tensor.
+        anchor_decay: as `hyperopt_nested.spd`.
         derivative: as `directional_projection`.
 
     Raises:
@@ -78,7 +84,7 @@ def digrap(
         {'strength/weight': 0.0, 'strength/bias': 0.0}
     """
     strength = hn.learn(0.0, by=hn.adam(lr=lr), per="tensor")
-    return directional_projection(base, strength=strength, anchor=anchor, derivative=derivative)
+    return directional_projection(base, strength=strength, anchor=anchor, anchor_decay=anchor_decay, derivative=derivative)
 
 
 hn.rules.register("digrap", digrap, check_with={"derivative": "exact"})

@@ -7,7 +7,7 @@ import torch
 
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
-from ftp.rule import ftp_radius
+from ftp.rule import Radius, projection
 
 
 class FTPOptimizer(AnchoredOptimizer):
@@ -19,10 +19,13 @@ class FTPOptimizer(AnchoredOptimizer):
         k: annealing of positive radius gradients, in [0, 1]: 1 projects most strongly; with 0 a radius shrinks only with the largest
             row norm, its upper bound.
         radius_lr: learning rate of the radii, >= 0, or `hn.learn(...)`.
+        radius: a variant of the radii; see `Radius`. The default is the published algorithm.
         exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
         anchor: what the weights stay near: None, the values that each tensor has before its first step, so that pre-trained weights may
             also be loaded after construction; a mapping from names to tensors, such as a state dict, which is copied; or "zero", which
             takes no memory, for LoRA factors.
+        anchor_decay: in [0, 1]: after each step, `anchor = anchor_decay * anchor + (1 - anchor_decay) * weights`; 1, the default, is a
+            fixed anchor. Anchors that move are kept in float32 at least.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         backend: what runs the steps, with the same results up to rounding; see `hyperopt_nested.Backend`.
         displacement_dtype: the dtype of the last displacement, which the radius learns from: torch.bfloat16 halves its memory, and rounds
@@ -37,6 +40,8 @@ class FTPOptimizer(AnchoredOptimizer):
             shape. The message names the entry or the tensor.
     """
 
+    pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor
+
     def __init__(
         self,
         params: Any,
@@ -44,8 +49,10 @@ class FTPOptimizer(AnchoredOptimizer):
         *,
         k: float = 1.0,
         radius_lr: float | hn.Learn = 1e-2,
+        radius: Radius = Radius(),
         exclude: Exclude = (),
         anchor: Anchors = None,
+        anchor_decay: float = 1.0,
         saturation: hn.typing.Saturation = "straight-through",
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
@@ -56,8 +63,8 @@ class FTPOptimizer(AnchoredOptimizer):
         for argument, dtype in (("displacement_dtype", displacement_dtype), ("state_dtype", state_dtype), ("anchor_dtype", anchor_dtype)):
             if not (dtype is None or isinstance(dtype, torch.dtype)):
                 raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
-        how: dict[str, Any] = {"onto": hn.mars, "saturation": saturation, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        around = functools.partial(hn.project, radius=ftp_radius(k, radius_lr), **how)
+        how: dict[str, Any] = {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        around = functools.partial(projection(k, radius_lr, radius), saturation=saturation, **how)
         kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
         super().__init__(params, base, around, exclude=exclude, anchor=anchor, backend=backend, **kept)
 
@@ -75,8 +82,10 @@ class AdamP(FTPOptimizer):
         maximize: ascend.
         k: as `FTPOptimizer`.
         radius_lr: as `FTPOptimizer`.
+        radius: as `FTPOptimizer`.
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
+        anchor_decay: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
@@ -108,8 +117,10 @@ class AdamP(FTPOptimizer):
         maximize: bool = False,
         k: float = 1.0,
         radius_lr: float | hn.Learn = 1e-2,
+        radius: Radius = Radius(),
         exclude: Exclude = (),
         anchor: Anchors = None,
+        anchor_decay: float = 1.0,
         saturation: hn.typing.Saturation = "straight-through",
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
@@ -119,10 +130,9 @@ class AdamP(FTPOptimizer):
     ) -> None:
         base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
-        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(
-            params, base, k=k, radius_lr=radius_lr, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept
-        )
+        kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}
+        super().__init__(params, base, exclude=exclude, anchor=anchor, backend=backend, **kept)
 
 
 class SGDP(FTPOptimizer):
@@ -138,8 +148,10 @@ class SGDP(FTPOptimizer):
         maximize: ascend.
         k: as `FTPOptimizer`.
         radius_lr: as `FTPOptimizer`.
+        radius: as `FTPOptimizer`.
         exclude: as `FTPOptimizer`.
         anchor: as `FTPOptimizer`.
+        anchor_decay: as `FTPOptimizer`.
         saturation: as `FTPOptimizer`.
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
@@ -169,8 +181,10 @@ class SGDP(FTPOptimizer):
         maximize: bool = False,
         k: float = 1.0,
         radius_lr: float | hn.Learn = 1e-2,
+        radius: Radius = Radius(),
         exclude: Exclude = (),
         anchor: Anchors = None,
+        anchor_decay: float = 1.0,
         saturation: hn.typing.Saturation = "straight-through",
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
@@ -180,7 +194,6 @@ class SGDP(FTPOptimizer):
     ) -> None:
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
-        kept |= {"anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
-        super().__init__(
-            params, base, k=k, radius_lr=radius_lr, exclude=exclude, anchor=anchor, saturation=saturation, backend=backend, **kept
-        )
+        kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
+        kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}
+        super().__init__(params, base, exclude=exclude, anchor=anchor, backend=backend, **kept)

@@ -4,7 +4,12 @@ import hyperopt_nested as hn
 
 
 def learned_spd(
-    base: hn.Optimizer, lr: float | hn.Learn = 1e-2, *, strength: float = 1.0, anchor: hn.typing.Anchor = "start"
+    base: hn.Optimizer,
+    lr: float | hn.Learn = 1e-2,
+    *,
+    strength: float = 1.0,
+    anchor: hn.typing.Anchor = "start",
+    anchor_decay: float = 1.0,
 ) -> hn.Optimizer:
     """Selective projection decay whose strength each tensor learns: registered as "learned_spd".
 
@@ -16,6 +21,7 @@ def learned_spd(
         lr: learning rate of the strengths, >= 0, or `hn.learn(...)`.
         strength: where they start, >= 0; 1 undoes the growth of the distance from the anchor.
         anchor: "start", the values before the first step, "zero", or a tensor.
+        anchor_decay: as `hyperopt_nested.spd`.
 
     Raises:
         TypeError: `base` is no optimizer of the engine.
@@ -28,7 +34,7 @@ def learned_spd(
         >>> opt.learned()
         {'decay/weight': 1.0, 'decay/bias': 1.0}
     """
-    return hn.spd(base, decay=hn.learn(strength, by=hn.adam(lr=lr), per="tensor"), anchor=anchor)
+    return hn.spd(base, decay=hn.learn(strength, by=hn.adam(lr=lr), per="tensor"), anchor=anchor, anchor_decay=anchor_decay)
 
 
 hn.rules.register("learned_spd", learned_spd)

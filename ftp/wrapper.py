@@ -9,7 +9,7 @@ from torch import Tensor
 import hyperopt_nested as hn
 from ftp.anchored import Anchors, Exclude
 from ftp.optimizers import FTPOptimizer
-from ftp.rule import identity
+from ftp.rule import Radius, identity
 
 _PREFIX = "ftp."
 """Of the entries of a state dict that FTP adds to those of the optimizer inside."""
@@ -36,7 +36,10 @@ class FTP(torch.optim.Optimizer):
         exclude: what is not projected, as a new head is: names, glob patterns of names, modules or tensors.
         anchor: what the weights stay near: None, the values that each tensor has before its first step; a mapping from names to
             tensors, such as a state dict, which is copied; or "zero", which takes no memory, for LoRA factors.
+        anchor_decay: as `FTPOptimizer`.
         radius_lr: learning rate of the radii, >= 0, or `hn.learn(...)`.
+        radius: a variant of the radii; see `Radius`. With `scheduled=True`, schedules are those of `lr` in the groups of `optimizer`,
+            relative to what it was when this was made (or to `initial_lr`, if a scheduler has set that).
         named_parameters: names of the tensors, such as `model.named_parameters()`, where `optimizer` was made without: for `exclude`,
             `anchor` and reports.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
@@ -48,6 +51,7 @@ class FTP(torch.optim.Optimizer):
     Attributes:
         optimizer: the optimizer inside.
         projection: the `HyperOptimizer` that projects.
+        radius: the variant.
 
     Raises:
         TypeError: `optimizer` is no optimizer, or another argument is of a wrong type.
@@ -69,6 +73,7 @@ class FTP(torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
     projection: FTPOptimizer
+    radius: Radius
     _step_supports_amp_scaling = False  # what a scaler knows of the gradients, it tells by leaving out the step
 
     def __init__(
@@ -78,7 +83,9 @@ class FTP(torch.optim.Optimizer):
         k: float = 1.0,
         exclude: Exclude = (),
         anchor: Anchors = None,
+        anchor_decay: float = 1.0,
         radius_lr: float | hn.Learn = 1e-2,
+        radius: Radius = Radius(),
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         saturation: hn.typing.Saturation = "straight-through",
         backend: hn.typing.Backend = "auto",
@@ -93,22 +100,24 @@ class FTP(torch.optim.Optimizer):
             raise ValueError(f"optimizer is {type(optimizer).__name__}, which projects already: use it alone, or give what is inside")
         names = {} if named_parameters is None else {id(p): name for name, p in named_parameters}
         projection = FTPOptimizer(
-            [{"params": _named(index, group, names)} for index, group in enumerate(optimizer.param_groups)],
+            [_projected(index, group, names, radius) for index, group in enumerate(optimizer.param_groups)],
             identity(),
             k=k,
             radius_lr=radius_lr,
+            radius=radius,
             exclude=exclude,
             anchor=anchor,
+            anchor_decay=anchor_decay,
             saturation=saturation,
             backend=backend,
             displacement_dtype=displacement_dtype,
             anchor_dtype=anchor_dtype,
             anchor_device=anchor_device,
         )
-        self.__setstate__({"optimizer": optimizer, "projection": projection})
+        self.__setstate__({"optimizer": optimizer, "projection": projection, "radius": radius})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "projection": self.projection}
+        return {"optimizer": self.optimizer, "projection": self.projection, "radius": self.radius}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # makes the hooks, too
@@ -150,10 +159,12 @@ class FTP(torch.optim.Optimizer):
         """Let the projection have the tensors that the optimizer inside has."""
         own, groups = self.projection.param_groups, self.optimizer.param_groups
         for index, group in enumerate(groups[len(own) :], start=len(own)):
-            self.projection.add_param_group({"params": _named(index, group, {})})
+            self.projection.add_param_group(_projected(index, group, {}, self.radius))
         del own[len(groups) :]
         for mine, group in zip(own, groups, strict=True):
             mine["params"] = group["params"]
+            if self.radius.scheduled:
+                mine["lr"] = group["lr"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -209,6 +220,11 @@ class FTP(torch.optim.Optimizer):
         """
         self.optimizer.add_param_group(param_group)
         self._follow()
+
+    def reset_anchor(self) -> None:
+        """Let the tensors stay near what they are now; see `AnchoredOptimizer.reset_anchor`."""
+        self._follow()
+        self.projection.reset_anchor()
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
         """The learned radii, `{"radius": {name: ...}}`, and learned values of what learns them; see `HyperOptimizer.hypers`."""
@@ -274,6 +290,16 @@ class FTP(torch.optim.Optimizer):
             raise
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def _projected(index: int, group: dict[str, Any], names: dict[int, str], radius: Radius) -> dict[str, Any]:
+    """A group of the optimizer inside as the projection takes it."""
+    projected: dict[str, Any] = {"params": _named(index, group, names)}
+    if not radius.scheduled:
+        return projected
+    if "lr" not in group:
+        raise ValueError(f"scheduled=True of radius needs groups with 'lr'; group {index} of the optimizer has {', '.join(group)}")
+    return {**projected, "lr": float(group.get("initial_lr", group["lr"]))}
 
 
 def _named(index: int, group: dict[str, Any], names: dict[int, str]) -> list[tuple[str, Tensor]]:

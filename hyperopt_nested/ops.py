@@ -16,6 +16,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def row_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of what a tensor has one of for each row, index of dim 0; a tensor with fewer than two dimensions is one row."""
+    return (*param.shape[:1], *(1 for _ in param.shape[1:])) if param.ndim > 1 else (1,) * param.ndim
+
+
 def zeros_like(param: Tensor) -> Tensor:
     """Zeros of the parameter's shape, in `state_dtype(param)`."""
     return torch.zeros_like(param, dtype=state_dtype(param))

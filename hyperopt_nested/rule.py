@@ -94,6 +94,7 @@ class Learn:
     grad: Callable[[Tensor], Tensor] | None = None
     bounds: tuple[Bound, Bound] = (-math.inf, math.inf)
     via: Bijection | Literal["projection"] | None = None
+    scheduled_by: str | None = None
 
     def __repr__(self) -> str:
         per = "" if self.per == "model" else f", per={self.per!r}"
@@ -129,6 +130,11 @@ class Optimizer:
         for name, setting in self.settings.items():
             if name not in self.rule.hypers:
                 raise TypeError(f"{self.rule.name} has no hyper {name!r}; it has {', '.join(self.rule.hypers) or 'none'}")
+            if isinstance(setting, Learn) and setting.scheduled_by not in (None, *self.rule.hypers):
+                raise ValueError(
+                    f"{self.rule.name}: {name} is learned with scheduled_by={setting.scheduled_by!r}, which is no hyper; hypers are: "
+                    f"{', '.join(self.rule.hypers)}"
+                )
             value = setting.value if isinstance(setting, Learn) else setting
             self.rule.hypers[name].check(f"{self.rule.name}: {name}", value, self.via(name))
             other = owner.setdefault(id(setting), name) if isinstance(setting, Learn) else name
@@ -172,6 +178,7 @@ def learn(
     grad: Callable[[Tensor], Tensor] | None = None,
     bounds: tuple[Bound | None, Bound | None] = (None, None),
     via: str | Bijection | None = None,
+    scheduled_by: str | None = None,
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
@@ -187,10 +194,13 @@ def learn(
             rule's new state to a bound applies after every update, where it is finite.
         via: the bijection in whose coordinates it is learned: "log", "softplus", "logit" or a `Bijection`; "projection" for none; by
             default what the rule declares.
+        scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
+            of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
 
     Raises:
         TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
-        ValueError: `value` is not finite or outside fixed `bounds`, these are out of order, or `per` or `via` is unknown.
+        ValueError: `value` is not finite or outside fixed `bounds`, these are out of order, `per` or `via` is unknown, or `scheduled_by`
+            is given for a value that all tensors share, or where the learner has no `lr`.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -205,7 +215,10 @@ def learn(
     if grad is not None and not callable(grad):
         raise TypeError(f"grad={grad!r} ({type(grad).__name__}) must be a function from a hypergradient to one of the same shape, or None")
     coordinates: Any = via if via == "projection" else bijection("learn", via)
-    return Learn(value, by, per, grad, checked_bounds(value, bounds), coordinates)
+    if scheduled_by is not None and (per == "model" or "lr" not in by.settings):
+        why = "all tensors share the value, and may have several schedules" if per == "model" else f"{by!r} has no lr to multiply"
+        raise ValueError(f"scheduled_by={scheduled_by!r} cannot be used: {why}")
+    return Learn(value, by, per, grad, checked_bounds(value, bounds), coordinates, scheduled_by)
 
 
 class FunctionRule(Definition, Rule):

@@ -3,6 +3,7 @@
 from hyperopt_nested.backends.choice import Backend
 from hyperopt_nested.combinators import Anchor
 from hyperopt_nested.combinators.base import Combinator, Step
+from hyperopt_nested.combinators.project import Relative
 from hyperopt_nested.domains import Hyper
 from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.discounted import Curvature
@@ -34,6 +35,7 @@ __all__ = [
     "Memory",
     "Method",
     "Per",
+    "Relative",
     "Rule",
     "Saturation",
     "Separable",

@@ -338,8 +338,11 @@ def test_short_calls_work(made: hn.Optimizer) -> None:
         ("hn.adamw", ["lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"]),
         ("hn.sgd", ["lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]),
         ("hn.rules.lion", ["lr", "beta1", "beta2", "weight_decay", "maximize"]),
-        ("hn.project", ["optimizer", "radius", "onto", "saturation", "anchor", "anchor_dtype", "anchor_device"]),
-        ("hn.learn", ["value", "by", "per", "grad", "bounds", "via"]),
+        (
+            "hn.project",
+            ["optimizer", "radius", "onto", "saturation", "relative", "anchor_decay", "anchor", "anchor_dtype", "anchor_device"],
+        ),
+        ("hn.learn", ["value", "by", "per", "grad", "bounds", "via", "scheduled_by"]),
         ("hn.sgd_hd", ["lr", "hyper_lr", "settings"]),
         ("hn.optim.AdamW", ["params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"]),
         ("hn.optim.SGD", ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]),

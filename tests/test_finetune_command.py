@@ -234,3 +234,14 @@ def test_help_names_every_setting() -> None:
         "--seeds",
     ):
         assert option in text
+
+
+@pytest.mark.parametrize("module", ["PIL", "matplotlib", "rich", "safetensors", "typer"])
+def test_a_missing_package_is_named_with_its_extra(module: str, here: Path, tmp_path: Path) -> None:
+    arguments = ["ftp", "finetune", "data", "--model", "mine:net", "--out", str(tmp_path / "out")]
+    hidden = f"import sys; sys.modules[{module!r}] = None; sys.argv = {arguments}; from ftp.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, env=environment, check=False)
+    assert found.returncode == 1
+    name = {"PIL": "pillow"}.get(module, module)
+    assert f"{name} is not installed: pip install 'hyperopt-nested[finetune]'" in found.stdout + found.stderr

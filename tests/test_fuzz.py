@@ -31,13 +31,14 @@ CHAINS: list[Callable[[hn.Optimizer, random.Random], hn.Optimizer]] = [
         base, radius=draw.choice([0.05, 0.3, 3.0]), onto=draw.choice([hn.mars, hn.row_l2, hn.frobenius, hn.linf])
     ),
     lambda base, draw: hn.project(base, radius=0.2, anchor="zero", saturation="exact"),
+    lambda base, draw: hn.project(base, radius=0.2, relative=draw.choice(["tensor", "row"]), anchor_decay=draw.choice([1.0, 0.9])),
     lambda base, draw: hn.clip_by_norm(base, max_norm=draw.choice([0.1, 1.0, 10.0])),
     lambda base, draw: hn.clip_by_value(base, max_value=draw.choice([0.1, 1.0])),
     lambda base, draw: hn.ema(base, decay=0.9),
     lambda base, draw: hn.lookahead(base, k=draw.choice([1, 2, 3])),
     lambda base, draw: hn.coupled_decay(base, decay=0.1),
     lambda base, draw: hn.decoupled_decay(base, decay=0.1),
-    lambda base, draw: hn.l2_sp(base, decay=0.1),
+    lambda base, draw: hn.l2_sp(base, decay=0.1, anchor_decay=0.9),
     lambda base, draw: hn.spd(base, decay=0.5),
     lambda base, draw: hn.centralize(base),
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.reproduce import __main__ as command
-from benchmarks.reproduce import data, fine_tune, plan, tables, tasks
+from benchmarks.reproduce import data, emoji, fine_tune, networks, plan, tables, tasks
 from benchmarks.reproduce.data import Examples, Package
 from benchmarks.reproduce.plan import Scale
 from benchmarks.reproduce.rows import Rows, Run
@@ -25,6 +25,18 @@ def synthetic(part: str) -> Examples:
     return Examples((pictures[labels] + 0.1 * torch.randn(len(labels), 1, 28, 28, generator=generator)).clamp(0, 1), labels)
 
 
+class Averages(torch.nn.Module):
+    """A linear model of the mean color."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(images.mean((2, 3)))
+        return logits
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("HYPEROPT_NESTED_DATA", str(tmp_path / "cache"))
@@ -32,14 +44,18 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(data, "uci", lambda: synthetic("t10k"))
     for method in set(plan.STRENGTHS) - {"full", "ftp"}:
         monkeypatch.delitem(plan.STRENGTHS, method)
+    monkeypatch.setitem(plan.STUDIES, "near", plan._tuned("near", "near", "cnn"))
+    entries = [{"category": category, "subcategory": f"{category} {i % 2}"} for category in (*emoji.OLD, *emoji.NEW) for i in range(60)]
+    drawn = torch.rand(len(entries), 4, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    monkeypatch.setattr(emoji, "_list", lambda: entries)
+    monkeypatch.setattr(emoji, "pictures", lambda vendor: drawn if vendor == "google" else 1 - drawn)
     monkeypatch.setattr(tasks, "VALIDATION_PER_CLASS", 20)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
-    for cached in (tasks.pool, tasks.tests, tasks.corrupted):
-        cached.cache_clear()
+    tasks.clear()
 
 
 def numbers(rows: Rows, study: str) -> list[dict[str, str]]:
@@ -73,7 +89,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(monkeypatch: pytest.Monke
     page = (tmp_path / "whole/index.md").read_text()
     assert "| FTP | 0." in page
     assert "better OOD at equal ID than Full fine-tuning (CNN, `near`) | better | OOD" in page
-    assert "better in dense prediction | better |  |  | not run" in page
+    assert "(U-Net, outlines of emoji) | better |  |  | not run" in page
     assert (tmp_path / "whole/near.svg").stat().st_size > 1000
 
 
@@ -85,9 +101,19 @@ def test_no_run_begins_after_the_end(tmp_path: Path) -> None:
     assert "Not run." in (tmp_path / "rows/index.md").read_text()
 
 
-@pytest.mark.parametrize(("study", "task", "column"), [("corruptions", "near", "fog/5"), ("continual", "far", "forgetting")])
-def test_other_runs(study: str, task: str, column: str) -> None:
-    run = Run(study, "test", task, "vit" if study == "corruptions" else "cnn", "full", "sgd", 0.1, None, 10, 5, 0)
+@pytest.mark.parametrize(
+    ("study", "task", "network", "column"),
+    [
+        ("corruptions", "near", "vit", "fog/5"),
+        ("continual", "far", "cnn", "forgetting"),
+        ("outlines", "outlines", "unet", "photograph"),
+        ("emoji", "emoji", "unet", "vendor"),
+    ],
+)
+def test_other_runs(monkeypatch: pytest.MonkeyPatch, study: str, task: str, network: str, column: str) -> None:
+    if study == "emoji":  # the network of the study is large
+        monkeypatch.setitem(networks.NETWORKS, network, Averages)
+    run = Run(study, "test", task, network, "full", "sgd", 0.1, None, 4, 5, 0)
     assert 0 <= float(str(fine_tune.perform(run, TINY)[column])) <= 100
 
 
@@ -129,4 +155,4 @@ def test_answers(inside: list[float], outside: list[float], expected: str) -> No
 def test_the_command_names_studies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(["nothing"])
-    assert "there is no study 'nothing': choose from near, rates" in capsys.readouterr().err
+    assert "there is no study 'nothing': choose from near, corruptions" in capsys.readouterr().err

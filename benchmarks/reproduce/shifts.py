@@ -1,6 +1,6 @@
 """Shifts of images that pre-training knows and fine-tuning does not.
 
-Images have shape (n, 1, 28, 28), values in [0, 1], background 0.
+Images have shape (n, channels, h, w), values in [0, 1]; background is 0 in `warp` and `augment`.
 """
 
 import math
@@ -24,27 +24,27 @@ def warp(images: Tensor, degrees: Tensor, pixels: Tensor, scale: Tensor) -> Tens
 def augment(images: Tensor, generator: Generator) -> Tensor:
     """Images changed at random in each way that `SHIFTS` knows, each image by its own amounts; one of four stays as it is."""
     n = len(images)
-    pixels = torch.stack([_uniform(n, -5, 5, generator), _uniform(n, -5, 5, generator)], 1)
-    moved = warp(images, _uniform(n, -40, 40, generator), pixels, torch.exp(_uniform(n, -0.45, 0.45, generator)))
-    inverted = _per_image(torch.rand(n, generator=generator) < 0.5)
-    noisy = _noise(torch.where(inverted, 1 - moved, moved), _per_image(_uniform(n, 0, 0.45, generator)), generator)
-    changed = _contrast(noisy, _per_image(_uniform(n, 0.2, 1, generator)))
-    return torch.where(_per_image(torch.rand(n, generator=generator) < 0.25), images, changed)
+    pixels = torch.stack([uniform(n, -5, 5, generator), uniform(n, -5, 5, generator)], 1)
+    moved = warp(images, uniform(n, -40, 40, generator), pixels, torch.exp(uniform(n, -0.45, 0.45, generator)))
+    inverted = per_image(torch.rand(n, generator=generator) < 0.5)
+    noisy = noise(torch.where(inverted, 1 - moved, moved), per_image(uniform(n, 0, 0.45, generator)), generator)
+    changed = contrast(noisy, per_image(uniform(n, 0.2, 1, generator)))
+    return torch.where(per_image(torch.rand(n, generator=generator) < 0.25), images, changed)
 
 
 def _rotation(images: Tensor, generator: Generator) -> Tensor:
     n = len(images)
-    return warp(images, 30 * _signs(n, generator), torch.zeros(n, 2), torch.ones(n))
+    return warp(images, 30 * signs(n, generator), torch.zeros(n, 2), torch.ones(n))
 
 
 def _translation(images: Tensor, generator: Generator) -> Tensor:
     n = len(images)
-    return warp(images, torch.zeros(n), 4 * torch.stack([_signs(n, generator), _signs(n, generator)], 1), torch.ones(n))
+    return warp(images, torch.zeros(n), 4 * torch.stack([signs(n, generator), signs(n, generator)], 1), torch.ones(n))
 
 
 def _scale(images: Tensor, generator: Generator) -> Tensor:
     n = len(images)
-    return warp(images, torch.zeros(n), torch.zeros(n, 2), torch.where(_signs(n, generator) > 0, 1.35, 0.65))
+    return warp(images, torch.zeros(n), torch.zeros(n, 2), torch.where(signs(n, generator) > 0, 1.35, 0.65))
 
 
 SHIFTS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
@@ -52,8 +52,8 @@ SHIFTS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "translation": _translation,
     "scale": _scale,
     "inversion": lambda images, _: 1 - images,
-    "noise": lambda images, generator: _noise(images, 0.35, generator),
-    "contrast": lambda images, _: _contrast(images, 0.3),
+    "noise": lambda images, generator: noise(images, 0.35, generator),
+    "contrast": lambda images, _: contrast(images, 0.3),
 }
 """Shifts: 30 degrees either way; four pixels both ways; 1.35 or 0.65 times the size; black for white; noise of standard deviation 0.35;
 contrast of 30% around each image's mean.
@@ -62,22 +62,27 @@ Each takes images and a generator of what is random, and returns images of the s
 """
 
 
-def _noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
+def noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
+    """Images with normal noise of a standard deviation."""
     return (images + scale * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def _contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+def contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+    """Images with less contrast around the mean of each."""
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + factor * (images - mean)
 
 
-def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+def uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    """Random numbers, shape (n,)."""
     return torch.empty(n).uniform_(low, high, generator=generator)
 
 
-def _signs(n: int, generator: Generator) -> Tensor:
+def signs(n: int, generator: Generator) -> Tensor:
+    """Random signs, shape (n,)."""
     return torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
 
 
-def _per_image(values: Tensor) -> Tensor:
+def per_image(values: Tensor) -> Tensor:
+    """Values, (n,), as they are broadcast over images."""
     return values.reshape(-1, 1, 1, 1)

@@ -8,10 +8,10 @@ from statistics import mean
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.reproduce.plan import FEW, LABELS, STRENGTHS, SWEPT
+from benchmarks.reproduce.plan import LABELS, STRENGTHS, STUDIES, SWEPT
 from benchmarks.reproduce.rows import Row, Rows
 from benchmarks.reproduce.statistics import FAILS, HOLDS, NOISY, NOT_RUN, Estimate, answer, estimate
-from benchmarks.reproduce.tasks import ID, OOD
+from benchmarks.reproduce.tasks import ID, TASKS
 from ftp.finetuning import METHODS
 
 COLORS = dict(
@@ -31,7 +31,7 @@ def inside(row: Row) -> float:
 
 def outside(row: Row) -> float:
     """Accuracy under shifts or corruptions: the mean over its sets, in percent."""
-    names = [name for name in row if "/" in name] or OOD
+    names = [name for name in row if "/" in name] or TASKS[row["task"]].shifts
     return mean(float(row[name]) for name in names)
 
 
@@ -40,11 +40,11 @@ def seconds(row: Row) -> float:
 
 
 def tested(rows: Rows, study: str, **settings: str) -> dict[str, BySeed]:
-    """Rows of tests, by method; only of seeds that all methods have."""
+    """Rows of tests, by method; only of seeds that all methods of the study have."""
     found: dict[str, BySeed] = {}
     for row in rows.of(study, stage="test", **settings):
         found.setdefault(row["method"], {})[row["seed"]] = row
-    common = set.intersection(*(set(each) for each in found.values())) if found else set()
+    common = set.intersection(*(set(found.get(method, ())) for method in STUDIES[study].methods))
     return {method: {seed: each[seed] for seed in sorted(common)} for method, each in found.items() if common}
 
 
@@ -85,15 +85,16 @@ def comparison(found: Mapping[str, BySeed]) -> str:
 
 def shifts(found: Mapping[str, BySeed]) -> str:
     """A line a method: accuracy under each shift, and the seconds of training."""
+    names = TASKS[next(iter(found["full"].values()))["task"]].shifts
     lines = [
         [
             title(method),
-            *(shown(over_seeds(rows, lambda row, name=name: float(row[name]))) for name in OOD),
+            *(shown(over_seeds(rows, lambda row, name=name: float(row[name]))) for name in names),
             f"{over_seeds(rows, seconds).mean:.1f}",
         ]  # type: ignore[misc]
         for method, rows in found.items()
     ]
-    return table(["method", *OOD, "seconds"], lines)
+    return table(["method", *names, "seconds"], lines)
 
 
 def against(found: Mapping[str, BySeed]) -> str:
@@ -114,7 +115,7 @@ def seeds_of(found: Mapping[str, BySeed]) -> str:
 
 def tuned_section(rows: Rows, study: str, heading: str, folder: Path) -> str:
     found = tested(rows, study)
-    if not found or set(found) != set(STRENGTHS):
+    if not found:
         tuning = rows.of(study, stage="tune")
         return f"## {heading}\n\n{f'Not finished: {len(tuning)} runs of tuning are.' if tuning else 'Not run.'}"
     name = f"{study}.svg"
@@ -139,6 +140,20 @@ def save(figure: Figure, path: Path) -> None:
     with rc_context({"svg.hashsalt": "reproduce"}):
         figure.savefig(path, metadata={"Date": None})
     path.write_text(re.sub(r"[ \t]+$", "", path.read_text(), flags=re.MULTILINE))
+
+
+def short(rows: Rows) -> str:
+    """A line a study with tuned settings: the results under shifts, the best one's name."""
+    lines = []
+    for study in STUDIES:
+        found = tested(rows, study) if rows.of(study, stage="tune") else {}
+        if found:
+            best = max(found, key=lambda method: over_seeds(found[method], outside).mean)
+            some = (found.get(method) for method in (best, "ftp", "full", "linear-probe"))
+            first, *others = (shown(over_seeds(each, outside)) if each else "" for each in some)
+            lines.append([f"`{study}`", f"{title(best)}, {first}", *others])
+    header = ["study", "best under shifts", "FTP", "full fine-tuning", "linear probe"]
+    return f"## OOD in short\n\nEach method at its own settings.\n\n{table(header, lines)}" if lines else ""
 
 
 def rates_section(rows: Rows, folder: Path) -> str:
@@ -196,7 +211,7 @@ def rate_curves(curves: Mapping[tuple[str, str], Mapping[float, BySeed]]) -> Fig
 def corruptions_section(rows: Rows, folder: Path) -> str:
     heading = "## Natural corruptions: `corruptions`"
     found = tested(rows, "corruptions")
-    if set(found) != set(FEW):
+    if not found:
         return f"{heading}\n\nNot run."
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
@@ -233,7 +248,7 @@ def labels_section(rows: Rows) -> str:
     parts = []
     for share, (per_class, _) in LABELS.items():
         found = tested(rows, "labels", per_class="" if per_class is None else str(per_class))
-        if set(found) == set(FEW):
+        if found:
             parts += [f"### {share} of the labels", seeds_of(found), comparison(found)]
     return "\n\n".join([heading, *(parts or ["Not run."])])
 
@@ -241,7 +256,7 @@ def labels_section(rows: Rows) -> str:
 def continual_section(rows: Rows) -> str:
     heading = "## Class-incremental learning: `continual`"
     found = tested(rows, "continual")
-    if set(found) != set(FEW):
+    if not found:
         return f"{heading}\n\nNot run."
     names = ["accuracy", "forgetting", *(f"task {index}" for index in range(1, 6))]
     lines = []
@@ -255,17 +270,26 @@ def continual_section(rows: Rows) -> str:
 def verdicts(rows: Rows) -> list[list[str]]:
     """A line a claim of the paper: theirs, ours, error, verdict."""
     lines = []
-    for study, where in (("near", "CNN, `near`"), ("far", "CNN, `far`"), ("vit", "ViT, `near`")):
+    for study, where in (
+        ("near", "CNN, `near`"),
+        ("far", "CNN, `far`"),
+        ("vit", "ViT, `near`"),
+        ("emoji", "EfficientNet-Lite0"),
+        ("emoji-lite1", "EfficientNet-Lite1"),
+        ("emoji-lite2", "EfficientNet-Lite2"),
+    ):
         for other in ("full", "lp-ft", "l2-sp", "wise-ft", "tpgm"):
-            lines.append(_better(f"better OOD at equal ID than {title(other)} ({where})", tested(rows, study), other))
+            if other in STUDIES[study].methods:
+                lines.append(_better(f"better OOD at equal ID than {title(other)} ({where})", tested(rows, study), other))
     lines.append(_better("better under natural corruptions than full fine-tuning (CNN, `near`)", tested(rows, "corruptions"), "full"))
     few = tested(rows, "labels", per_class=str(LABELS["1%"][0]))
     lines.append(_better("better OOD at equal ID than full fine-tuning, 1 % of the labels (CNN)", few, "full"))
     lines.append(_continual_claim("better class-incremental accuracy than full fine-tuning (CNN)", tested(rows, "continual")))
     lines.append(_speed_claim("faster than TPGM (seconds of training, CNN, `near`)", tested(rows, "near")))
-    lines.append(["better in dense prediction", "better", "", "", NOT_RUN])
-    networks = sum(bool(tested(rows, study)) for study in ("near", "vit"))
-    return [*lines, ["on five pre-trained models", "5 models", f"{networks} models", "", "see above" if networks else NOT_RUN]]
+    dense = tested(rows, "outlines")
+    lines.append(_better("better dense prediction under shifts than full fine-tuning (U-Net, outlines of emoji)", dense, "full"))
+    networks = sum(bool(tested(rows, study)) for study in ("near", "vit", "outlines", "emoji", "emoji-lite1", "emoji-lite2"))
+    return [*lines, ["on five pre-trained models", "5", f"{networks}" if networks else "", "", "see above" if networks else NOT_RUN]]
 
 
 def _better(claim: str, found: Mapping[str, BySeed], other: str) -> list[str]:
@@ -325,6 +349,7 @@ def write(rows: Rows) -> None:
         "Strengths are those of the protocol. FTP's claims are those of its [abstract](https://arxiv.org/abs/2310.19182), "
         "made for larger models and other data.",
         f"## Claims\n\nDifferences are of FTP from the other method, in percentage points, paired over seeds.\n\n{claims}",
+        short(rows),
         tuned_section(rows, "near", "Features nearly enough: `near` (primary)", folder),
         rates_section(rows, folder),
         tuned_section(rows, "far", "Features must change: `far`", folder),
@@ -332,6 +357,11 @@ def write(rows: Rows) -> None:
         labels_section(rows),
         continual_section(rows),
         tuned_section(rows, "vit", "Vision transformer: `vit`", folder),
+        tuned_section(rows, "outlines", "Dense prediction, in percent of intersection over union: `outlines`", folder),
+        *(
+            tuned_section(rows, study, f"EfficientNet-Lite{version} on emoji: `{study}`", folder)
+            for version, study in enumerate(("emoji", "emoji-lite1", "emoji-lite2"))
+        ),
         runs_section(rows),
     ]
-    (folder / "index.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "index.md").write_text("\n\n".join(filter(None, parts)) + "\n")

@@ -30,7 +30,7 @@ def arguments(run: Run, tests: Iterable[str]) -> dict[str, Any]:
         "model": f"{type(model).__name__} of {len(list(model.parameters()))} tensors with {count:,} numbers",
         "weights": digest(pretrained),
         "head": trainer.head,
-        "exclude": sorted(trainer.free - {*trainer.head}),
+        "exclude": trainer.excluded,
         "anchor": "the weights" if trainer.anchor is None else digest(trainer.start),
         "train": run.train_data.identity(),
         "validation": run.validation.identity(),

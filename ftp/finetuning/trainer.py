@@ -26,8 +26,9 @@ class Trainer:
 
     Attributes:
         head: names of the head's tensors.
-        free: names of tensors without an anchor: the head's, and those that are excluded.
-        start: anchors of the others.
+        excluded: names of other tensors without an anchor.
+        free: names of both.
+        start: anchors of all others.
         phase: of the last step; None before the first.
     """
 
@@ -40,7 +41,8 @@ class Trainer:
         self.head = sorted(resolve(head, list(self.named.items()), "head")[0])
         if not self.head and "head" in self.method.phases:
             raise ValueError(f"the method {self.method.name!r} trains the head alone, and there is none: give head=...")
-        self.free = {*self.head, *resolve(exclude, list(self.named.items()))[0]}
+        self.excluded = sorted(resolve(exclude, list(self.named.items()))[0] - {*self.head})
+        self.free = {*self.head, *self.excluded}
         self.start = {name: self._anchor_of(name) for name in self.named if name not in self.free}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.phase: Phase | None = None

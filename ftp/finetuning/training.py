@@ -123,7 +123,7 @@ def finetune(
     result = Result(
         method=method,
         seed=seed,
-        settings=settings.as_dict(),
+        settings={**settings.as_dict(), "steps_per_epoch": run.steps_per_epoch, "head": run.trainer.head, "exclude": run.trainer.excluded},
         classes=list(classes or map(str, range(_classes(evaluations)))),
         epochs=run.history,
         evaluations=evaluations,

@@ -70,6 +70,8 @@ def _only_by_engine(nested: Nested, params: Tensors) -> str:
         return f"{summed[0]} needs a total over all tensors"
     if nested.horizon.curvature == "exact":
         return "curvature='exact' differentiates the model in each step"
+    if scheduled := [key for key, each in nested.learned.items() if each.learn.scheduled_by and not each.is_own]:
+        return f"the learner of {scheduled[0]}, which is scheduled, shares values between tensors"
     special = [type(param).__name__ for param in params.values() if type(param) not in PLAIN]
     return f"a parameter is a {special[0]}, whose data the engine alone can reach" if special else ""
 

@@ -63,7 +63,7 @@ class ProgramStep:
 
     def __init__(self, nested: Nested, programs: Programs) -> None:
         self._nested, self._programs = nested, programs
-        self._own = [key for key, learned in nested.learned.items() if _is_own(learned)]
+        self._own = [key for key, learned in nested.learned.items() if learned.is_own]
         self._plans: dict[tuple[str, bool], _Plan] = {}
         self._last: PreparedStep | None = None
 
@@ -205,7 +205,7 @@ class ProgramStep:
 
         def step(*given: Tensor) -> list[Tensor | None]:
             now = filled(structure, given[len(reached) :])
-            raws, learner, counts = learned.step(now["raws"], dict(zip(reached, given, strict=False)), now["learner"], now["counts"])
+            raws, learner, counts = learned.step(now["raws"], dict(zip(reached, given, strict=False)), now["learner"], now["counts"], {})
             after = flatten({"learner": learner, "raws": raws, "counts": counts})
             return [*(None for _ in reached), *(after[path] for path in leaves)]
 
@@ -225,14 +225,9 @@ def _total(parts: list[Tensor], device: torch.device) -> Tensor:
     return functools.reduce(torch.add, [(part[0] if len(part) == 1 else part.sum(0)).to(device) for part in parts])
 
 
-def _is_own(learned: LearnedHyper) -> bool:
-    """Whether each tensor has values of its own, at all heights."""
-    return learned.learn.per != "model" and all(map(_is_own, learned.learner.learned.values()))
-
-
 def _part(used: Collection[LearnedHyper], name: str, st: State) -> State:
     """The part of an engine's state that the programs of one tensor need."""
-    own = {each.key: each for each in used if _is_own(each)}
+    own = {each.key: each for each in used if each.is_own}
     return {
         "memory": {name: st["memory"][name]},  # first, since it takes copies of what is written later
         "rule": {name: st["rule"][name]},

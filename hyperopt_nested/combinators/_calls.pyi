@@ -3,7 +3,7 @@
 from torch import device, dtype
 
 from hyperopt_nested.rule import Learn, Optimizer
-from hyperopt_nested.typing import Anchor, Ball, Combinator, Saturation
+from hyperopt_nested.typing import Anchor, Ball, Combinator, Relative, Saturation
 
 class _ema(Combinator):
     def __call__(self, optimizer: Optimizer, /, *, decay: float = 0.999) -> Optimizer:
@@ -29,18 +29,23 @@ class _lookahead(Combinator):
 lookahead: _lookahead
 
 class _coupled_decay(Combinator):
-    def __call__(self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor: Anchor = "zero") -> Optimizer:
+    def __call__(
+        self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor_decay: float = 1.0, anchor: Anchor = "zero"
+    ) -> Optimizer:
         r"""The optimizer, on \(g + \lambda(\theta - \theta_0)\): weight decay as a term of the loss.
 
         Args:
             decay: \(\lambda \ge 0\).
             anchor: \(\theta_0\): "zero", "start" or a tensor.
+            anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
         """
 
 coupled_decay: _coupled_decay
 
 class _decoupled_decay(Combinator):
-    def __call__(self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor: Anchor = "zero") -> Optimizer:
+    def __call__(
+        self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor_decay: float = 1.0, anchor: Anchor = "zero"
+    ) -> Optimizer:
         r"""The optimizer, and apart from it \(-\eta\lambda(\theta - \theta_0)\) (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
         The optimizer inside must have a hyper `lr`, which is \(\eta\): around `adam` this is `adamw`.
@@ -48,23 +53,29 @@ class _decoupled_decay(Combinator):
         Args:
             decay: \(\lambda \ge 0\).
             anchor: \(\theta_0\): "zero", "start" or a tensor.
+            anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
         """
 
 decoupled_decay: _decoupled_decay
 
 class _l2_sp(Combinator):
-    def __call__(self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor: Anchor = "start") -> Optimizer:
+    def __call__(
+        self, optimizer: Optimizer, /, decay: float | Learn = 0.01, *, anchor_decay: float = 1.0, anchor: Anchor = "start"
+    ) -> Optimizer:
         r"""L2-SP: coupled decay towards the pre-trained weights (Li et al. 2018, arXiv 1802.01483).
 
         Args:
             decay: strength, \(\alpha \ge 0\).
             anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
+            anchor_decay: as of `coupled_decay`.
         """
 
 l2_sp: _l2_sp
 
 class _spd(Combinator):
-    def __call__(self, optimizer: Optimizer, /, decay: float | Learn = 1.0, *, anchor: Anchor = "start") -> Optimizer:
+    def __call__(
+        self, optimizer: Optimizer, /, decay: float | Learn = 1.0, *, anchor_decay: float = 1.0, anchor: Anchor = "start"
+    ) -> Optimizer:
         r"""Selective projection decay (Tian et al., NeurIPS 2024, arXiv 2411.01713); around `adam` it is AdamSPD.
 
         Where the gradient and the tensor's displacement from its anchor have a positive inner product (the descent direction agrees with
@@ -74,6 +85,7 @@ class _spd(Combinator):
         Args:
             decay: strength, \(\lambda \ge 0\); 1 undoes the growth of the distance.
             anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
+            anchor_decay: as of `coupled_decay`.
         """
 
 spd: _spd
@@ -131,22 +143,31 @@ class _project(Combinator):
         *,
         onto: Ball = ...,
         saturation: Saturation = "straight-through",
+        relative: Relative = None,
+        anchor_decay: float = 1.0,
         anchor: Anchor = "start",
         anchor_dtype: dtype | None = None,
         anchor_device: str | device | None = None,
     ) -> Optimizer:
         r"""The optimizer, followed by a projection of every tensor into a ball around its anchor.
 
-        Its state holds the anchor (unless that is zero) and the largest norm of a block of the last displacement, before it was
-        projected, plus 1e-8 (`largest_norm`, shape ()): no larger radius would change it. Norms leave out elements that are not finite.
+        With the new values \(\theta\) and the displacement \(d = \theta - \theta_0\), each block \(d_i\) of a norm larger than
+        \(\gamma s_i\) is scaled to \(\gamma s_i d_i / \lVert d_i\rVert\).
+
+        Its state holds the anchor (unless that is zero) and the largest \(\lVert d_i\rVert / s_i\), plus 1e-8 (`largest_norm`, shape ()):
+        no larger radius would change the step. A radius that is learned per row has one for each row, if the ball goes by row. Norms leave
+        out elements that are not finite.
 
         Args:
-            radius: the ball's radius, >= 0.
+            radius: \(\gamma \ge 0\).
             onto: the ball: `mars`, `frobenius`, `row_l2` or `linf`.
-            anchor: the centre: "start", the parameter's values before its first step; "zero", which takes no memory; or a tensor.
+            anchor: \(\theta_0\): "start", the parameter's values before its first step; "zero", which takes no memory; or a tensor.
             anchor_dtype: what the centre is kept in, and thereby rounded to; None is the parameter's dtype.
             anchor_device: where it is kept, and fetched from in each step: "cpu" saves a GPU's memory; None is where the parameter is.
             saturation: derivative with respect to the radius where the projection is inactive; see `Saturation`.
+            relative: what radii are in units of: None, \(s_i = 1\); "tensor", the largest norm of a block of the first anchor; "row", the
+                norm of each of its rows. In the place of a row's norm that is zero stands the largest, and 1 if all are.
+            anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
 
         Example:
             >>> import hyperopt_nested as hn

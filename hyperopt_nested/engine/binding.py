@@ -49,6 +49,11 @@ class Binding:
         """Unconstrained values that the tensor called `name` uses, by learned hyper."""
         return {each.key: hypers[each.key][each.key_of(name)] for each in self.learned.values()}
 
+    def factor(self, name: str, values: Mapping[str, float | Tensor]) -> float | Tensor:
+        """What a schedule has multiplied the declared value of a hyper by; 1 if that is zero."""
+        declared = self.learned[name].declared if name in self.learned else self.optimizer.declared[name]
+        return values[name] / declared if name in values and declared else 1.0
+
     def numbers(self, values: Mapping[str, float | Tensor], device: torch.device) -> Named:
         """Values of the hypers that are not learned, shape () each, given what a schedule has made of declared values."""
         return {

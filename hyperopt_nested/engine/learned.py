@@ -13,12 +13,15 @@ from torch import Tensor
 
 from hyperopt_nested.domains import Bijection, Hyper
 from hyperopt_nested.engine.sensitivity import Named
-from hyperopt_nested.ops import number_dtype, state_dtype
+from hyperopt_nested.ops import number_dtype, row_shape, state_dtype
 from hyperopt_nested.rule import Bound, Learn
 from hyperopt_nested.trees import State, leaves, map_tree
 
 MODEL = "model"
 """Key of a learned value that all tensors share."""
+
+Factors = Mapping[str, float | Tensor]
+"""By value of a hyper: what a schedule multiplies the rate of its learner by."""
 
 Counts = dict[str, Tensor]
 """What is counted of a learned hyper, shape () each: hypergradient entries that were `nonfinite`, and values that were `pinned`."""
@@ -35,7 +38,9 @@ class Learner(Protocol):
     def init(self, params: Mapping[str, Tensor]) -> State:
         """State before the first step."""
 
-    def step(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], st: State) -> tuple[dict[str, Tensor], State]:
+    def step(
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], st: State, values: Mapping[str, Mapping[str, float | Tensor]]
+    ) -> tuple[dict[str, Tensor], State]:
         """New values and state."""
 
     def hypers(self, st: State) -> dict[str, dict[str, Tensor]]:
@@ -81,10 +86,7 @@ class LearnedHyper:
         Single numbers are kept in float64 (float32 where the device has no float64), others in `state_dtype(param)`.
         """
         single = self.learn.per in ("model", "tensor")
-        if self.learn.per == "row":
-            shape = (*param.shape[:1], *(1 for _ in param.shape[1:])) if param.ndim > 1 else (1,) * param.ndim
-        else:
-            shape = () if single else tuple(param.shape)
+        shape = row_shape(param) if self.learn.per == "row" else () if single else tuple(param.shape)
         dtype = number_dtype(param.device) if single else state_dtype(param)
         full = torch.as_tensor(value, dtype=dtype, device=param.device).expand(shape).clone()
         return self.hyper.to_unconstrained(full, self.via)
@@ -113,8 +115,13 @@ class LearnedHyper:
                 "declare a value that is not zero, or do not schedule it"
             )
 
-    def step(self, raws: Named, grads: Named, st: State, counts: Counts) -> tuple[Named, State, Counts]:
-        """Step the unconstrained values with their hypergradients.
+    @property
+    def is_own(self) -> bool:
+        """Whether each tensor has values of its own, at all heights."""
+        return self.learn.per != "model" and all(each.is_own for each in self.learner.learned.values())
+
+    def step(self, raws: Named, grads: Named, st: State, counts: Counts, factors: Factors) -> tuple[Named, State, Counts]:
+        """Step the unconstrained values with their hypergradients; `factors` multiply the learner's rate, by value.
 
         Entries that are not finite, or that would make the value or the state of the learner so, are skipped, and counted as nonfinite.
         Entries that the learner would take beyond a fixed end (of the domain, of what the dtype holds, or a bound that is a number) are
@@ -124,19 +131,21 @@ class LearnedHyper:
             grads = {key: self._transformed(grad) for key, grad in grads.items()}
         alike = len(grads) > 1 and len({(grad.shape, grad.device) for grad in grads.values()}) == 1
         if not (alike and self._acts_by_element and next(iter(grads.values())).ndim == 0):
-            return self._step(raws, grads, st, counts)
+            return self._step(raws, grads, st, counts, factors)
         many = [{"raw": raws[key], "grad": grad, "rule": st["rule"][key]} for key, grad in grads.items()]
         one = map_tree(lambda *leaves: torch.stack(leaves), *many)  # a vector of single values, for operators that act on each element
         memory = st["memory"][next(iter(grads))]  # of nothing, since the learner learns nothing
         part = {**st, "rule": {MODEL: one["rule"]}, "memory": {MODEL: memory}}
-        new_raws, new, counts = self._step({MODEL: one["raw"]}, {MODEL: one["grad"]}, part, counts)
+        stacked = {MODEL: torch.stack([torch.as_tensor(factors[key]).to(one["raw"]) for key in grads])} if factors else {}
+        new_raws, new, counts = self._step({MODEL: one["raw"]}, {MODEL: one["grad"]}, part, counts, stacked)
         rule = {key: map_tree(operator.itemgetter(i), new["rule"][MODEL]) for i, key in enumerate(grads)}
         return {**raws, **dict(zip(grads, new_raws[MODEL].unbind(), strict=True))}, {**st, "rule": {**st["rule"], **rule}}, counts
 
-    def _step(self, raws: Named, grads: Named, st: State, counts: Counts) -> tuple[Named, State, Counts]:
+    def _step(self, raws: Named, grads: Named, st: State, counts: Counts, factors: Factors) -> tuple[Named, State, Counts]:
         finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
         usable = {key: torch.where(finite[key], grad, 0) for key, grad in grads.items()}
-        stepped, new = self.learner.step(raws, usable, st)
+        values = {key: {"lr": self.learn.by.declared["lr"] * factor} for key, factor in factors.items()}
+        stepped, new = self.learner.step(raws, usable, st, values)
         new = {part: dict(tree) if part in ("rule", "memory") else tree for part, tree in new.items()}
         stepped = dict(stepped)
         nonfinite, pinned = counts["nonfinite"], counts["pinned"]

@@ -169,7 +169,7 @@ class Nested:
         if not grads:
             return {**params}, {**st}
         grads = self.descended(grads)
-        learned = self._learn(params, grads, st, learn)
+        learned = self._learn(params, grads, st, learn, values)
         hypers = learned["hypers"]
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, product)
@@ -179,13 +179,14 @@ class Nested:
         memory = {**st["memory"], **memory}
         return {**params, **new}, {**st, **learned, "rule": rule, "hypers": hypers, "memory": memory}
 
-    def hyper_step(self, params: Tensors, grads: Tensors, st: State) -> State:
+    def hyper_step(self, params: Tensors, grads: Tensors, st: State, values: Values | None = None) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
 
         Args:
             params: these tensors.
             grads: the gradients, by tensor.
             st: as the last step, or hyper step, made it.
+            values: as of `step`.
 
         Returns:
             The new state.
@@ -193,9 +194,10 @@ class Nested:
         Raises:
             ValueError: a gradient is of no tensor, or of another shape.
         """
-        check_step(params, grads, st, {}, True, self.bindings, self.learned)
+        values = {} if values is None else values
+        check_step(params, grads, st, values, True, self.bindings, self.learned)
         grads = self.descended(grads)
-        learned = self._learn(params, grads, st, True)
+        learned = self._learn(params, grads, st, True, values)
         hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in learned["hypers"].items()}
         return {**st, **learned, "hypers": hypers}
 
@@ -203,15 +205,17 @@ class Nested:
         """Gradients of what is minimized."""
         return {name: -grad if self.bindings[name].optimizer.maximize else grad for name, grad in grads.items()}
 
-    def _learn(self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str]) -> State:
+    def _learn(self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str], values: Values) -> State:
         """The parts of the state that belong to learned hypers, after one step with the hypergradients that `grads` give."""
         new = {part: dict(st[part]) for part in ("hypers", "learners", *COUNTED)}
         for key, hypergrads in self.hypergradients(params, grads, st).items() if learn else ():
             learned = self.learned[key]
             if not isinstance(learn, bool) and key not in learn:
                 continue
-            counts = {part: new[part][key] for part in COUNTED}
-            new["hypers"][key], new["learners"][key], counts = learned.step(new["hypers"][key], hypergrads, new["learners"][key], counts)
+            counts, by = {part: new[part][key] for part in COUNTED}, learned.learn.scheduled_by
+            factors = {name: self.bindings[name].factor(by, values.get(name, {})) for name in hypergrads} if by else {}
+            now = new["hypers"][key], hypergrads, new["learners"][key], counts, factors
+            new["hypers"][key], new["learners"][key], counts = learned.step(*now)
             for part, count in counts.items():
                 new[part][key] = count
         return new

@@ -282,7 +282,8 @@ class HyperOptimizer(GroupedOptimizer):
         grads, store = self._grads(), self._store
         grads = {name: grad for name, grad in grads.items() if name in store.params}
         self._mind_changes(grads.keys())
-        store.take(store.nested.hyper_step({name: p.detach() for name, p in store.params.items()}, grads, store.st), self.state)
+        now = {name: p.detach() for name, p in store.params.items()}
+        store.take(store.nested.hyper_step(now, grads, store.st, self._values()), self.state)
         self._pinned.look(store.nested, store.st)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.registry import register
-from hyperopt_nested.rules._anchor import anchor_of, displacement, keep_anchor
+from hyperopt_nested.rules._anchor import anchor_of, displacement, keep_anchor, moved_anchor
 from hyperopt_nested.rules._blocks import (
     accumulator,
     average,
@@ -51,6 +51,7 @@ __all__ = [
     "lars",
     "lion",
     "moments",
+    "moved_anchor",
     "muon",
     "nadam",
     "radam",

@@ -11,6 +11,7 @@ from hyperopt_nested.registry import register as register
 from hyperopt_nested.rules._anchor import anchor_of as anchor_of
 from hyperopt_nested.rules._anchor import displacement as displacement
 from hyperopt_nested.rules._anchor import keep_anchor as keep_anchor
+from hyperopt_nested.rules._anchor import moved_anchor as moved_anchor
 from hyperopt_nested.rules._blocks import accumulator as accumulator
 from hyperopt_nested.rules._blocks import average as average
 from hyperopt_nested.rules._blocks import copy_of as copy_of
