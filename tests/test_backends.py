@@ -396,7 +396,7 @@ def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(choice, "Inductor", broken)
-    monkeypatch.setitem(choice._BY_GRAPH, "fused", broken)
+    monkeypatch.setattr(choice, "Kernel", broken)
     for backend in ("fused", "compile"):
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
