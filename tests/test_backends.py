@@ -239,10 +239,9 @@ SYNCS = "_local_scalar_dense", "is_nonzero", "equal"
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_thousand_steps_make_nothing_more_and_wait_for_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make = choice.Inductor if backend == "compile" else choice._BY_GRAPH[backend]
-    counted = lambda *args: made.append(args) or make(*args)  # noqa: E731
-    monkeypatch.setattr(choice, "Inductor", counted)
-    monkeypatch.setitem(choice._BY_GRAPH, backend, counted)
+    name = {"compile": "Inductor", "fused": "Kernel", "foreach": "Interpreter"}[backend]
+    make = getattr(choice, name)
+    monkeypatch.setattr(choice, name, lambda *args: made.append(args) or make(*args))
     monkeypatch.setattr(PinnedValues, "look", lambda *_: None)  # which looks at a device in every hundredth step only
     problem = Problem(hn.adamw(lr=learned(0.01, "model", 1e-6)), backend).run(1)
     assert len(made) == 3  # of both tensors together: pull, update, and the learner's
@@ -397,7 +396,7 @@ def test_auto_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(choice, "Inductor", broken)
-    monkeypatch.setitem(choice._BY_GRAPH, "fused", broken)
+    monkeypatch.setattr(choice, "Kernel", broken)
     for backend in ("fused", "compile"):
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
@@ -602,3 +601,18 @@ def test_kernels_find_what_the_maximum_is_of() -> None:
         ends[backend] = [param.detach(), *(leaf for leaf in opt.state[param].values() if leaf.is_floating_point())]
     for found, expected in zip(ends["fused"], ends["reference"], strict=True):
         assert relative_error(found, expected) < EXACT
+
+
+def test_vectors_are_stepped_as_rows_only_where_the_rule_does_that():
+    """`centralize` leaves a vector as it is, and subtracts the mean of a row."""
+    params = {}
+    for backend in ("reference", "foreach"):
+        torch.manual_seed(0)
+        params[backend] = [torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for shape in ((3, 2), (6, 1), (4,), (1,))]
+        opt = hn.HyperOptimizer(params[backend], hn.centralize(hn.sgd(lr=1e-3)), backend=backend)
+        for _ in range(3):
+            for p in params[backend]:
+                p.grad = torch.ones_like(p)
+            opt.step()
+    for reference, found in zip(*params.values(), strict=True):
+        assert torch.equal(reference, found)

@@ -15,6 +15,7 @@ RESULTS = {
     "learn_a_schedule": r"Learned beat constant: .*\nLearned beat linear to zero: ",
     "learn_the_learning_rate": r"(│ 0\.0*1 +│ 0\.\d+ +│ 0\.9\d+ +│ 0\.[12]\d+ +│\n){3}",  # the same, from three starts
     "learn_weight_decays": r"start, 0\.01 +│ 0\.31\d+ (.*\n){2}│ learned per tensor +│ 0\.15\d+ ",
+    "lora": r"0\.03 +│ AdamW .* 1\.[4-9]\d +│\n│ 0\.03 +│ FTP .* 0\.[234]\d +│(.*\n)+radius/.*\.qkv\.lora_A\.default\.weight [01]\.\d+",
     "maml": r"trained on all tasks .* 3\.\d+ ± .*│ 2\.\d+ ± (.*\n)│ meta-learned .* (2\.9|3\.0)\d ± \S+ │ 0\.[678]\d ± ",
     "many_learning_rates": r"0\.000010 +│ 2\.3\d+ +│ 0\.[01]\d+ +│ 0\.[12]\d+ ",
     "write_a_rule": r"step   0  loss 0\.79.*(\n.*){3}\nstep 200  loss 0\.10\d+  lr 0\.02\d+  beta 0\.85\d+  delta 0\.05\d+",

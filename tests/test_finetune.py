@@ -302,3 +302,17 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         tune(network(), **settings)
     with pytest.raises(TypeError, match=r"epochs=2\.5 \(float\) must be a whole number"):
         tune(network(), epochs=2.5)
+
+
+def test_running_statistics_of_a_backbone_that_does_not_train_stay() -> None:
+    model, start = network(), network()
+    tune(model, method="linear-probe", freeze_norm=False)
+    assert torch.equal(model[1].running_mean, start[1].running_mean)
+
+
+@pytest.mark.parametrize(("share", "stays"), [(0.0, True), (1.0, False)])
+def test_wise_ft_interpolates_running_statistics(share: float, stays: bool) -> None:
+    model, start = network(), network()
+    tune(model, method="wise-ft", strength=share, freeze_norm=False)
+    assert torch.equal(model[1].running_mean, start[1].running_mean) == stays
+    assert torch.equal(model[0].weight, start[0].weight) == stays

@@ -33,7 +33,7 @@ MODULES = {
     for path in sorted(ROOT.glob(f"{package}/**/*.py"))
 }
 PUBLIC = ["optim", "rules", "typing"]
-OPTIONAL = ["PIL", "hypothesis", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "typer"]
+OPTIONAL = ["PIL", "hypothesis", "matplotlib", "peft", "rich", "safetensors", "scipy", "sklearn", "typer"]
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -2,7 +2,8 @@
 
 The settings were chosen by `python -m ftp.demo.tune`, by one rule for all methods: of a grid, the best mean accuracy on
 in-distribution validation images, over seeds that the demo does not use; of equals, the first. Test images, and shifted ones, play no
-part. SGD and SGDP are exempt: they run at a learning rate that is too high on purpose, to show what the projection does about it.
+part. Some run at a wrong learning rate on purpose: AdamW at one that is 100 times too low, where the learned rate starts, too; SGD and SGDP
+at one that is too high, to show what the projection does about it.
 
 The network and the length of pre-training were chosen before, on validation images too, so that a linear probe is robust: what
 pre-training has not given, fine-tuning cannot keep. It matters: on a first, shallower network, whose probe failed under inversion, SGDP
@@ -76,9 +77,9 @@ def linear_probe(lr: float) -> Method:
     return Method("linear probe", lr, optimizer)
 
 
-def adamw(lr: float) -> Method:
+def adamw(lr: float, name: str = "AdamW") -> Method:
     """AdamW on all weights."""
-    return Method("AdamW", lr, lambda network: torch.optim.AdamW(network.parameters(), lr))
+    return Method(name, lr, lambda network: torch.optim.AdamW(network.parameters(), lr))
 
 
 def adamw_learned(lr: float, learner_lr: float) -> Method:
@@ -122,13 +123,17 @@ def sgdp(lr: float) -> Method:
     return Method("SGDP", lr, lambda network: SGDP(network.named_parameters(), lr, momentum=0.9, exclude=network.head))
 
 
+LOW_LR = 1e-4
+"""The learning rate of "AdamW, low lr", and where that of "AdamW, learned lr" starts."""
+
 HIGH_LR = 3e-2
 """The learning rate of SGD and SGDP."""
 
 METHODS = (
     linear_probe(3e-2),
     adamw(1e-2),
-    adamw_learned(1e-3, learner_lr=0.3),
+    adamw(LOW_LR, "AdamW, low lr"),
+    adamw_learned(LOW_LR, learner_lr=1.0),
     l2_sp(1e-2, alpha=1e-3),
     adamp(1e-3),
     tpgm(1e-2, every=10, updates=10),

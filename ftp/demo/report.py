@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ftp.demo.data import SHIFTS
-from ftp.demo.methods import HIGH_LR, METHODS, Method
+from ftp.demo.methods import HIGH_LR, LOW_LR, METHODS, Method
 from ftp.demo.train import IN_DISTRIBUTION, Outcome
 
 Outcomes = Mapping[str, Sequence[Outcome]]
@@ -24,8 +24,9 @@ def table(outcomes: Outcomes) -> Table:
     found = Table(
         title="Fine-tuned on clean digits 5 to 9: test accuracy in percent",
         caption=f"Mean ± standard error over {seeds} seed{'s' if seeds > 1 else ''}. ID: in distribution; OOD: mean of the shifts, "
-        "which are the next columns; ms: median processor time of a step, TPGM's projections included. SGD and SGDP run at a "
-        f"deliberately high learning rate, {HIGH_LR:g}; the other settings are those with the best ID accuracy on validation images.",
+        "which are the next columns; ms: median processor time of a step, TPGM's projections included. Deliberately wrong: the learning "
+        f"rate of SGD and SGDP, {HIGH_LR:g}, is too high; {LOW_LR:g} is too low for AdamW, and is where the learned rate starts. The other "
+        "settings are those with the best ID accuracy on validation images.",
         box=SIMPLE_HEAD,
         padding=0,
         show_lines=True,

@@ -16,7 +16,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CANDIDATES: dict[str, dict[str, Method]] = {
     "linear probe": {f"lr {lr:g}": methods.linear_probe(lr) for lr in RATES},
     "AdamW": {f"lr {lr:g}": methods.adamw(lr) for lr in RATES},
-    "AdamW, learned lr": {f"learner's lr {lr:g}": methods.adamw_learned(1e-3, lr) for lr in (0.01, 0.03, 0.1, 0.3)},
+    "AdamW, learned lr": {f"learner's lr {lr:g}": methods.adamw_learned(methods.LOW_LR, lr) for lr in (0.03, 0.1, 0.3, 1.0)},
     "L2-SP": {f"lr {lr:g}, alpha {alpha:g}": methods.l2_sp(lr, alpha) for lr in RATES for alpha in (1, 0.1, 0.01, 0.001)},
     "AdamP": {f"lr {lr:g}": methods.adamp(lr) for lr in RATES},
     "TPGM": {

@@ -11,7 +11,7 @@ import torch
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors
 from ftp.directional import digrap
-from ftp.rule import ftp_rule
+from ftp.rule import Radius, ftp_rule
 from ftp.selective import learned_spd
 from ftp.tpgm import TPGM
 from ftp.validated import ValidatedOptimizer
@@ -105,6 +105,15 @@ def _learned_wise_ft(strength: float, params: Any, **how: Any) -> ValidatedOptim
     return WiSEFT(params, lr=strength, updates=100, **how)
 
 
+_K = Strength("annealing k of positive radius gradients", 1.0, (0.0, 0.5, 1.0), high=1.0)
+
+
+def _variant(name: str, summary: str, **how: Any) -> Method:
+    """A variant of FTP, with the same strength."""
+    around = functools.partial(functools.partial, ftp_rule, **how)
+    return Method(f"ftp-{name}", f"FTP, {name}", f"FTP, but {summary}", _K, around=lambda strength: around(k=strength))
+
+
 _ROWS = (
     Method("full", "Full fine-tuning", "the optimizer alone, on all weights"),
     Method("linear-probe", "Linear probe", "the optimizer on the head; the backbone stays", phases=("head",)),
@@ -163,8 +172,21 @@ _ROWS = (
         "ftp",
         "FTP",
         "projection after each step, with radii that are learned from its gradient (2310.19182)",
-        Strength("annealing k of positive radius gradients", 1.0, (0.0, 0.5, 1.0), high=1.0),
+        _K,
         around=lambda strength: functools.partial(ftp_rule, k=strength),
+    ),
+    _variant("log", "radii are learned in log space, from the first displacement on", radius=Radius(via="log", start="displacement")),
+    _variant("relative", "radii are relative to the norm of each pre-trained row", radius=Radius(relative="row")),
+    _variant("row", "each row of a tensor has a radius", radius=Radius(per="row")),
+    _variant("scheduled", "radii follow the schedule of the learning rate", radius=Radius(scheduled=True)),
+    _variant("displaced", "radii start at the first displacement", radius=Radius(start="displacement")),
+    _variant("exact", "radii learn from the exact derivative of the projection", saturation="exact"),
+    Method(
+        "moving-ftp",
+        "FTP, moving anchor",
+        "FTP around a moving average of the weights",
+        Strength("decay of the average; 1 is a fixed anchor", 0.999, (0.9, 0.99, 0.999), high=1.0),
+        around=lambda strength: functools.partial(ftp_rule, anchor_decay=strength),
     ),
 )
 

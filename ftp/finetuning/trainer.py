@@ -44,6 +44,7 @@ class Trainer:
         self.excluded = sorted(resolve(exclude, list(self.named.items()))[0] - {*self.head})
         self.free = {*self.head, *self.excluded}
         self.start = {name: self._anchor_of(name) for name in self.named if name not in self.free}
+        self._statistics = {name: each.clone() for name, each in _statistics(model).items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.phase: Phase | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -88,10 +89,11 @@ class Trainer:
         self.set_modes()
 
     def set_modes(self) -> None:
-        """Set all modules to training, but for frozen batch normalization."""
+        """Set all modules to training, but for batch normalization that is frozen, or in a backbone that does not train."""
         self.model.train()
-        for module in self.model.modules():
-            if self.settings.freeze_norm and isinstance(module, _BatchNorm):
+        frozen = self.settings.freeze_norm or (self.phase is not None and self.phase.trains == "head")
+        for module in self.model.modules() if frozen else ():
+            if isinstance(module, _BatchNorm):
                 module.eval()
 
     def step(self, number: int, inputs: Any, labels: Tensor) -> Tensor:
@@ -130,10 +132,11 @@ class Trainer:
 
     @torch.no_grad()
     def shrink(self) -> None:
-        """Leave the share of each displacement that the method leaves at the end."""
+        """Leave the share of each displacement that the method leaves at the end; of running statistics, too."""
         if self.method.share is not None and self.settings.strength is not None:
-            for name, start in self.start.items():
-                self.named[name].lerp_(start, 1 - self.method.share(self.settings.strength))
+            tensors = {**self.named, **_statistics(self.model)}
+            for name, start in (*self.start.items(), *self._statistics.items()):
+                tensors[name].lerp_(start, 1 - self.method.share(self.settings.strength))
 
     def learned(self) -> dict[str, float]:
         """What the optimizers have learned, such as `radius/layer1.weight`."""
@@ -163,3 +166,8 @@ class Trainer:
         for each, entries in ((self.optimizer, state["optimizer"]), (self.beside, state["beside"])):
             if each is not None:
                 each.load_state_dict(entries)
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of real numbers, such as running statistics."""
+    return {name: each for name, each in model.named_buffers() if each.is_floating_point()}

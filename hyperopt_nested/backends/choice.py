@@ -166,18 +166,15 @@ class Programs:
         if sort == "compile":
             if not all(map(is_dense, request.arguments[1:])):
                 raise LayoutError("a tensor has gaps")
-            same: Hashable = sort, request.of
-            return self._of_graphs.setdefault(same, [Inductor(function) for function in request.functions])
-        rows: Hashable = "rows", request.of, *(each.dtype for each in request.arguments)
-        if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs:
-            with suppress(RuntimeError):  # a tensor without rows may be as one of a single row
-                if not self._deviation(sort, self._of_graphs[rows], request):
-                    return self._of_graphs[rows]
+            return self._of_graphs.setdefault((sort, request.of), [Inductor(function) for function in request.functions])
         graphs = self._traced(sort, request)
-        same = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
+        rows: Hashable = "rows", request.of, *(each.dtype for each in request.arguments)
+        if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs and _is_one_row(request, graphs):
+            return self._of_graphs[rows]
+        same: Hashable = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
         if same not in self._of_graphs:
-            self._of_graphs[same] = [_BY_GRAPH[sort](graph) for graph in graphs]
-        if request.param.ndim > 1:
+            self._of_graphs[same] = [Kernel(graph) if sort == "fused" else Interpreter(graph) for graph in graphs]
+        if request.param.ndim > 1 and not any(request.singletons):
             self._of_graphs[rows] = self._of_graphs[same]
         return self._of_graphs[same]
 
@@ -205,10 +202,16 @@ class Programs:
         return found
 
 
+def _is_one_row(request: Request, graphs: Sequence[UpdateGraph]) -> bool:
+    """Whether a vector is stepped as a matrix of one row is."""
+    at = request.param, *request.arguments
+    param, *row = (each.reshape(1, -1) if each.shape == at[0].shape else each for each in at)
+    with suppress(UnsupportedError, RuntimeError, ValueError):
+        return [trace(each, row, param).description for each in request.functions] == [graph.description for graph in graphs]
+    return False
+
+
 def _key(request: Request) -> Hashable:
     """What programs depend on: what they do, and the form of all arguments."""
     forms = ((type(each), each.shape, each.stride(), each.dtype, each.device, each.is_neg()) for each in request.arguments)
     return request.of, request.param.shape, request.param.stride(), *forms
-
-
-_BY_GRAPH: dict[str, Callable[[UpdateGraph], Program]] = {"fused": Kernel, "foreach": Interpreter}

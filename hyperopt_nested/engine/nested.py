@@ -221,7 +221,7 @@ class Nested:
         return new
 
     def update(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
+        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named], values: Values | None = None
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
         """One step of the tensors alone, with given hypers: nothing is learned, and nothing remembered.
 
@@ -230,11 +230,12 @@ class Nested:
             grads: the gradient of each.
             rule: the rule states, `st["rule"]`.
             hypers: unconstrained values of the learned hypers, `st["hypers"]`.
+            values: as of `step`.
 
         Returns:
             The new tensors, and the new rule states.
         """
-        new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, {})
+        new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, values or {})
         return _in_dtypes_of(params, rule, new, states)
 
     def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Named]:

@@ -192,15 +192,19 @@ class Training:
         rows = torch.split(torch.eye(sum(sizes), dtype=torch.float64), sizes, dim=1)
         basis = tree_unflatten([row.reshape(-1, *value.shape).to(value) for row, value in zip(rows, flat, strict=True)], structure)
 
-        def pushed(function: Callable[[State, Values], Any], carry: State, tangents: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        # torch takes a millisecond for an operator of a tensor that has a derivative and one that has none: these get one of zero
+        fixed = {name: self._nested.bindings[name].numbers({}, p.device) for name, p in carry["params"].items()}
+        still = map_tree(torch.zeros_like, fixed)
+
+        def pushed(function: Callable[[State, Values, Values], Any], carry: State, tangents: list[Tensor]) -> tuple[Any, list[Tensor]]:
             """What the function returns, a value and anything else, and the value's derivatives along each tangent, by real leaf."""
             at, rebuilt = parted(carry, is_real)
             leaves: list[Any] = []  # of what is returned: it is not batched, and so can leave vmap this way
             places: list[int] = []
             structure: list[Any] = []
 
-            def parts(at: list[Tensor], values: Values) -> tuple[list[Tensor], list[Tensor]]:
-                returned = function(rebuilt(at), values)
+            def parts(at: list[Tensor], values: Values, fixed: Values) -> tuple[list[Tensor], list[Tensor]]:
+                returned = function(rebuilt(at), values, fixed)
                 leaves[:], tree = tree_flatten(returned)
                 structure[:] = [tree]
                 real = [i for i, leaf in enumerate(leaves[: len(tree_leaves(returned[0]))]) if is_real(leaf)]
@@ -209,7 +213,7 @@ class Training:
                 return [leaves[i] for i in real], [leaves[i] for i in others]
 
             def push(*along: Any) -> list[Tensor]:
-                pushed: Any = torch.func.jvp(parts, (at, values), along, has_aux=True)
+                pushed: Any = torch.func.jvp(parts, (at, values, fixed), (*along, still), has_aux=True)
                 real, slopes, others = pushed
                 for place, leaf in zip(places, [*real, *others], strict=True):
                     leaves[place] = leaf
@@ -224,15 +228,15 @@ class Training:
         step = first - 1
         for step, batch in enumerate(batches, start=first):
 
-            def advance(carry: State, values: Values, step: int = step, batch: Any = batch) -> tuple[State, Any]:
+            def advance(carry: State, values: Values, fixed: Values, step: int = step, batch: Any = batch) -> tuple[State, Any]:
                 loss, aux, grads, buffers = self._gradients(carry, batch)
-                return self._update(carry, grads, buffers, values, step), (loss, aux)
+                return self._update(carry, grads, buffers, values, step, fixed=fixed), (loss, aux)
 
             (carry, (loss, aux)), tangents = pushed(advance, carry, tangents)
             self.trace.add(loss, aux)
         self._check_schedules(values, step + 1)
 
-        def outer(carry: State, values: Values) -> Any:
+        def outer(carry: State, values: Values, _: Values) -> Any:
             return followed(lambda params, values: self._outer({**carry, "params": params}, values), carry["params"], values)
 
         (loss, aux), (slopes,) = pushed(outer, carry, tangents)
@@ -304,16 +308,31 @@ class Training:
             raise refuse_constant("outer_loss", "params or hypers")
         return loss, aux
 
-    def _update(self, carry: State, grads: Tensors, buffers: Tensors, values: Hypers, step: int, *, differentiable: bool = False) -> State:
-        """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone."""
+    def _update(
+        self,
+        carry: State,
+        grads: Tensors,
+        buffers: Tensors,
+        values: Hypers,
+        step: int,
+        *,
+        differentiable: bool = False,
+        fixed: Values | None = None,
+    ) -> State:
+        """One step with the values of that step: of a schedule, its entry. What has no gradient is left alone.
+
+        `fixed` are values of hypers that are not learned, by tensor; None for those that are declared.
+        """
         now: dict[str, Tensors] = {key: {**by_name} for key, by_name in values.items()}
         for key, name in self._schedules:
             if step >= len(schedule := values[key][name]):
                 raise ValueError(f"hypers[{key!r}][{name!r}] is a schedule of {len(schedule)} steps, but there are more batches")
             now[key][name] = schedule[step]
-        update = self._differentiable if differentiable else self._nested.update
         before = carry["params"]
-        params, rule = update(before, grads, carry["rule"], now)
+        if differentiable:
+            params, rule = self._differentiable(before, grads, carry["rule"], now)
+        else:
+            params, rule = self._nested.update(before, grads, carry["rule"], now, {name: fixed[name] for name in grads} if fixed else None)
         params = {**before, **params}
         if differentiable:  # gradients of the next step must not reach this one's tensors, through buffers
             params = {name: p.view_as(p) if p is before[name] else p for name, p in params.items()}
