@@ -165,6 +165,28 @@ def _labels(rows: Rows, scale: Scale) -> list[Run]:
     ]
 
 
+FRONTIER: tuple[tuple[str, float, float | None], ...] = (
+    ("full", 1e-4, None),
+    ("full", 3e-4, None),
+    ("l2-sp", 1e-3, 1.0),
+    ("l2-sp", 1e-3, 0.1),
+    ("l2-sp", 1e-3, 0.01),
+    ("wise-ft", 1e-3, 0.5),
+    ("wise-ft", 1e-3, 0.25),
+    ("ftp", 3e-4, 1.0),
+)
+"""Settings that move weights less than those that `outlines` chooses: method, learning rate, strength."""
+
+
+def _frontier(_: Rows, scale: Scale) -> list[Run]:
+    task = tasks.TASKS["outlines"]
+    return [
+        Run("frontier", "test", "outlines", "unet", method, "adamw", lr, strength, task.per_class, task.steps // scale.shorten, seed)
+        for seed in scale.seeds
+        for method, lr, strength in FRONTIER
+    ]
+
+
 def _continual(rows: Rows, scale: Scale) -> list[Run]:
     return [
         Run("continual", "test", "far", "cnn", method, "adamw", *chosen(rows, "far", method), 200, 150 // scale.shorten, seed)
@@ -182,6 +204,7 @@ STUDIES: dict[str, Study] = {
     "corruptions": _untuned(_corruptions),
     "rates": _untuned(_rates, ("full", "l2-sp", "ftp")),
     "outlines": _tuned("outlines", "outlines", "unet", small=True),
+    "frontier": _untuned(_frontier, ("full", "l2-sp", "wise-ft", "ftp")),
     "labels": _untuned(_labels),
     "far": _tuned("far", "far", "cnn"),
     "continual": _untuned(_continual),
@@ -192,5 +215,5 @@ STUDIES: dict[str, Study] = {
 }
 """By name, in the order in which they are run."""
 
-QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "labels", "far", "continual", "emoji")
+QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "frontier", "labels", "far", "continual", "emoji")
 """Studies that differ in more than the network."""
