@@ -11,6 +11,7 @@ MARGIN = 0.5
 """Percentage points that a difference may be ignored up to."""
 
 HOLDS, FAILS, NOISY, NOT_RUN = "holds", "does not hold", "too noisy to say", "not run"
+TRADE = "does not hold: a trade, more OOD for less ID"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def answer(inside: Estimate, outside: Estimate) -> str:
     """
     if outside.interval[0] > 0 and inside.mean > -MARGIN:
         return HOLDS
+    if outside.interval[0] > 0 and inside.interval[1] < -MARGIN:
+        return TRADE
     if outside.interval[1] < MARGIN or inside.interval[1] < -MARGIN:
         return FAILS
     return NOISY
