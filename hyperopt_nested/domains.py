@@ -220,8 +220,13 @@ class Hyper:
         """Coordinates after clamping the value to `[low, high]` (None: no bound); where it is inside, they stay bit for bit."""
         if low is None and high is None:
             return unconstrained
-        value = self.to_value(unconstrained, via)
-        clamped = torch.clamp(value, low, high).clamp(*self.bounds(unconstrained.dtype))  # type: ignore[arg-type]
+        value, (lower, upper) = self.to_value(unconstrained, via), self.bounds(unconstrained.dtype)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            clamped = torch.clamp(value, low, high).clamp(lower, upper)  # type: ignore[arg-type]
+        else:
+            clamped = value.clamp(lower if low is None else max(low, lower), upper if high is None else min(high, upper))
+        if via is None:
+            return clamped
         return torch.where(clamped == value, unconstrained, self.confine(self.to_unconstrained(clamped, via), via))
 
     @property

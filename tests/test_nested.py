@@ -302,3 +302,12 @@ def test_a_thread_that_traces_changes_no_other() -> None:
         done.set()
         thread.join()
     assert nothing_transforms()
+
+
+def test_update_takes_values_as_step_does():
+    nested, params, grads = hn.Nested(hn.sgd(lr=0.1)), {"w": torch.ones(2)}, {"w": torch.ones(2)}
+    st = nested.init(params)
+    values = {"w": {"lr": torch.tensor(0.25)}}
+    new, _ = nested.update(params, grads, st["rule"], st["hypers"], values)
+    assert torch.equal(new["w"], torch.full((2,), 0.75))
+    assert torch.equal(new["w"], nested.step(params, grads, st, values)[0]["w"])

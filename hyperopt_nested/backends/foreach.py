@@ -48,10 +48,10 @@ def _with_casts(graph: UpdateGraph) -> UpdateGraph:
     def operand(arg: Value, value: Value, *, condition: bool) -> Value:
         if arg.op == "constant":
             return arg
-        dtype = value.computed
-        if arg.kind == Kind.NUMBER < value.kind and dtype.is_floating_point:
-            dtype = torch.promote_types(dtype, torch.float32)
-        if arg.dtype != dtype and not condition:
+        dtype = arg.dtype if condition else value.computed
+        if arg.kind == Kind.NUMBER < value.kind:
+            return make("expand", (arg,), value.kind, torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype)
+        if arg.dtype != dtype:
             arg = make("cast", (arg,), arg.kind, dtype)
         return arg if arg.kind == value.kind else make("expand", (arg,), value.kind, arg.dtype)
 
@@ -91,7 +91,7 @@ def _expression(value: Value, operands: list[str]) -> str:
     if op == "cast":
         return f"{operands[0]}.to({dtype})"
     if op == "expand":
-        return f"tensors.expand({operands[0]}, {value.operands[0].kind:d}, {kind:d})"
+        return f"tensors.expand({operands[0]}, {value.operands[0].kind:d}, {kind:d}, {dtype})"
     if op in REDUCTIONS:
         how = "" if op == "amax" else f", dtype={dtype}"
         return f"tensors.reduce(torch.{op}, {operands[0]}, {value.operands[0].kind:d}, {kind:d}{how})"
@@ -148,16 +148,16 @@ class _Tensors:
         new = [part if part.shape == target.shape else part.reshape(target.shape) for part, target in parts]
         torch._foreach_copy_(targets, new)
 
-    def expand(self, value: Tensor, old: Kind, new: Kind) -> Tensor:
-        """Repeat each number or row for what belongs to it, where broadcasting does not."""
-        if old == new or value.ndim == 0 or self._equal:
+    def expand(self, value: Tensor, old: Kind, new: Kind, dtype: torch.dtype) -> Tensor:
+        """Repeat each number or row for what belongs to it, where broadcasting does not; operators take single numbers as they are."""
+        if value.ndim == 0:
             return value
-        return value.index_select(0, self._owners[old, new])
+        return value.to(dtype) if self._equal else value.to(dtype).index_select(0, self._owners[old, new])
 
     def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind, **how: Any) -> Tensor:
         """Reduce each row, or each tensor, to one value."""
         if self._equal:
             return reduction(value.expand(self._shapes[old]), dim=2 if new == Kind.ROW else (1, 2), keepdim=True, **how)
-        lengths, widths = self._lengths[old], self._columns if new == Kind.ROW else self._lengths[old]
-        parts = zip(torch.split_with_sizes(value.expand(sum(lengths)), lengths), widths, strict=True)
-        return torch.cat([reduction(part.reshape(-1, width), dim=1, **how) for part, width in parts])
+        parts: Sequence[Tensor] = torch.split_with_sizes(value.expand(sum(self._lengths[old])), self._lengths[old])
+        parts = [part.view(-1, width) for part, width in zip(parts, self._columns, strict=True)] if new == Kind.ROW else parts
+        return torch.cat([reduction(part, dim=-1, keepdim=new == Kind.NUMBER, **how) for part in parts])
