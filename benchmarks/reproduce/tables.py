@@ -91,7 +91,7 @@ def shifts(found: Mapping[str, BySeed]) -> str:
             title(method),
             *(shown(over_seeds(rows, lambda row, name=name: float(row[name]))) for name in names),
             f"{over_seeds(rows, seconds).mean:.1f}",
-        ]  # type: ignore[misc]
+        ]
         for method, rows in found.items()
     ]
     return table(["method", *names, "seconds"], lines)
@@ -223,7 +223,7 @@ def corruptions_section(rows: Rows, folder: Path) -> str:
     for method, by_seed in found.items():
         means = [
             over_seeds(by_seed, lambda row, end=f"/{each}": mean(float(row[n]) for n in row if n.endswith(end))) for each in severities
-        ]  # type: ignore[misc]
+        ]
         axes.errorbar(severities, [each.mean for each in means], [each.error for each in means], label=title(method), color=COLORS[method])
         lines.append([title(method), *map(shown, means)])
     axes.set(xlabel="severity", ylabel="accuracy, %", xticks=severities)
@@ -237,7 +237,7 @@ def corruptions_section(rows: Rows, folder: Path) -> str:
                 shown(over_seeds(by_seed, lambda row, start=f"{kind}/": mean(float(row[n]) for n in row if n.startswith(start))))
                 for kind in kinds
             ),
-        ]  # type: ignore[misc]
+        ]
         for method, by_seed in found.items()
     ]
     header = ["method", *(f"severity {severity}" for severity in severities)]
@@ -298,7 +298,7 @@ def continual_section(rows: Rows) -> str:
     names = ["accuracy", "forgetting", *(f"task {index}" for index in range(1, 6))]
     lines = []
     for method, by_seed in found.items():
-        values = [over_seeds(by_seed, lambda row, name=name: float(row[name])) for name in names]  # type: ignore[misc]
+        values = [over_seeds(by_seed, lambda row, name=name: float(row[name])) for name in names]
         difference = paired(by_seed, found["full"], lambda row: float(row["accuracy"]))
         lines.append([title(method), *map(shown, values), "" if method == "full" else shown(difference, True)])
     return "\n\n".join([heading, seeds_of(found), table(["method", *names, "accuracy - full"], lines)])
