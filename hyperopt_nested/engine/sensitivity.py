@@ -44,7 +44,16 @@ def pullback(function: Callable[..., tuple[Any, Any]], *at: Any) -> tuple[Any, A
         with torch.enable_grad():
             return tree_unflatten(list(torch.autograd.grad([outputs[i] for i in reached], leaves, along, **how)), spec)
 
-    return tree_unflatten([output.detach() for output in outputs], value_spec), tree_map(torch.Tensor.detach, aux), pull
+    return tree_unflatten([output.detach() for output in outputs], value_spec), _constant(aux), pull
+
+
+def _constant(tree: Any) -> Any:
+    """The same values, without graphs; of states, few leaves have one."""
+    if isinstance(tree, dict):
+        return {key: _constant(each) for key, each in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(map(_constant, tree))
+    return tree.detach() if isinstance(tree, Tensor) and tree.requires_grad else tree
 
 
 def _nothing_looks_on() -> bool:
