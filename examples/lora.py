@@ -1,6 +1,6 @@
 """Keep LoRA's update small: FTP around the factors of a peft model, with zero as their anchor.
 
-A small transformer learns the upright digits of scikit-learn; LoRA adapts it to digits that are turned by a quarter, of which few are
+A small transformer learns the upright digits of scikit-learn; LoRA adapts it to digits that are turned by a quarter; few of these are
 labeled. A new adapter adds nothing to the frozen weights, so its anchor is zero: `anchor="zero"` takes no memory. At each learning rate
 FTP's update is smaller than AdamW's, and more of the upright digits survive. It does not replace a small rate: AdamW at 0.003 is better
 on both kinds of digits than FTP at 0.03.

@@ -207,7 +207,7 @@ def test_learned_radii_against_finite_differences(seed: int, per: Any, via: Any,
 
 
 def follow(step: Callable[[Tensor, Tensor, int], Tensor], start: Tensor, decay: float, count: int = 6) -> tuple[Tensor, Tensor]:
-    """Weights and anchor after some steps, of which each is from weights, anchor and count to weights."""
+    """Weights and anchor after some steps; a step takes weights, anchor and count, and returns weights."""
     weights, anchor = start, start
     for t in range(count):
         weights = step(weights, anchor, t)

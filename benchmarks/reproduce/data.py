@@ -59,7 +59,7 @@ class Package:
         """Fetch the file unless the cache has it.
 
         Raises:
-            RuntimeError: the registry can not be reached, or its file is another one.
+            RuntimeError: the registry cannot be reached, or its file has another checksum.
         """
         path = cache() / self.file
         if not path.exists():

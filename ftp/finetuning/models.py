@@ -130,7 +130,7 @@ def _fetched(name: str, create: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path, head: str) -> None:
-    """Load a checkpoint, of which the head may be another, or missing.
+    """Load a checkpoint, whose head may differ or be missing.
 
     Raises:
         ValueError: it is no checkpoint, or of another model. The message names a tensor.

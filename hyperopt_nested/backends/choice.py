@@ -168,7 +168,7 @@ class Programs:
                 raise LayoutError("a tensor has gaps")
             return self._of_graphs.setdefault((sort, request.of), [Inductor(function) for function in request.functions])
         graphs = self._traced(sort, request)
-        rows: Hashable = "rows", request.of, *(each.dtype for each in request.arguments)
+        rows: Hashable = sort, "rows", request.of, *(each.dtype for each in request.arguments)
         if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs and _is_one_row(request, graphs):
             return self._of_graphs[rows]
         same: Hashable = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
