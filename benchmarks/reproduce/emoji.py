@@ -23,7 +23,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from benchmarks.reproduce.data import SPLIT_SEED, Examples, Package, draw
-from benchmarks.reproduce.shifts import contrast, noise, per_image, signs, uniform, warp
+from benchmarks.reproduce.shifts import warp
+from ftp.demo.data import contrast, noise, per_image, signs, uniform
 
 VENDORS = {
     "google": Package(

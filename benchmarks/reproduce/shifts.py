@@ -10,6 +10,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from ftp.demo.data import contrast, noise, per_image, signs, uniform
+
 
 def warp(images: Tensor, degrees: Tensor, pixels: Tensor, scale: Tensor) -> Tensor:
     """Images rotated by `degrees`, (n,), moved by `pixels`, (n, 2), and scaled by `scale`, (n,); what comes in is background."""
@@ -60,29 +62,3 @@ contrast of 30% around each image's mean.
 
 Each takes images and a generator of what is random, and returns images of the same shape and range.
 """
-
-
-def noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
-    """Images with normal noise of a standard deviation."""
-    return (images + scale * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-
-
-def contrast(images: Tensor, factor: float | Tensor) -> Tensor:
-    """Images with less contrast around the mean of each."""
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return mean + factor * (images - mean)
-
-
-def uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
-    """Random numbers, shape (n,)."""
-    return torch.empty(n).uniform_(low, high, generator=generator)
-
-
-def signs(n: int, generator: Generator) -> Tensor:
-    """Random signs, shape (n,)."""
-    return torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
-
-
-def per_image(values: Tensor) -> Tensor:
-    """Values, (n,), as they are broadcast over images."""
-    return values.reshape(-1, 1, 1, 1)

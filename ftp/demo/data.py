@@ -74,28 +74,28 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
         generator: of the random amounts.
     """
     n = len(images)
-    degrees = _uniform(n, -40, 40, generator)
-    pixels = torch.stack([_uniform(n, -1.5, 1.5, generator), _uniform(n, -1.5, 1.5, generator)], 1)
-    noisy = _noise(_warp(images, degrees, pixels), _per_image(_uniform(n, 0, 0.4, generator)), generator)
-    inverted = _per_image(torch.rand(n, generator=generator) < 0.5)
-    return _contrast(torch.where(inverted, 1 - noisy, noisy), _per_image(_uniform(n, 0.2, 1, generator)))
+    degrees = uniform(n, -40, 40, generator)
+    pixels = torch.stack([uniform(n, -1.5, 1.5, generator), uniform(n, -1.5, 1.5, generator)], 1)
+    noisy = noise(_warp(images, degrees, pixels), per_image(uniform(n, 0, 0.4, generator)), generator)
+    inverted = per_image(torch.rand(n, generator=generator) < 0.5)
+    return contrast(torch.where(inverted, 1 - noisy, noisy), per_image(uniform(n, 0.2, 1, generator)))
 
 
 def _rotation(images: Tensor, generator: Generator) -> Tensor:
-    return _warp(images, 30 * _signs(len(images), generator), torch.zeros(len(images), 2))
+    return _warp(images, 30 * signs(len(images), generator), torch.zeros(len(images), 2))
 
 
 def _translation(images: Tensor, generator: Generator) -> Tensor:
     n = len(images)
-    return _warp(images, torch.zeros(n), torch.stack([_signs(n, generator), _signs(n, generator)], 1))
+    return _warp(images, torch.zeros(n), torch.stack([signs(n, generator), signs(n, generator)], 1))
 
 
 SHIFTS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "rotation": _rotation,
     "translation": _translation,
-    "noise": lambda images, generator: _noise(images, 0.3, generator),
+    "noise": lambda images, generator: noise(images, 0.3, generator),
     "inversion": lambda images, _: 1 - images,
-    "contrast": lambda images, _: _contrast(images, 0.3),
+    "contrast": lambda images, _: contrast(images, 0.3),
 }
 """Shifts: 30 degrees either way; one pixel both ways; noise of standard deviation 0.3; black for white; contrast of 30%
 around each image's mean.
@@ -139,22 +139,27 @@ def _warp(images: Tensor, degrees: Tensor, pixels: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
 
 
-def _noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
+def noise(images: Tensor, scale: float | Tensor, generator: Generator) -> Tensor:
+    """Images with normal noise of a standard deviation."""
     return (images + scale * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def _contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+def contrast(images: Tensor, factor: float | Tensor) -> Tensor:
+    """Images with less contrast around the mean of each."""
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + factor * (images - mean)
 
 
-def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+def uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    """Random numbers, shape (n,)."""
     return torch.empty(n).uniform_(low, high, generator=generator)
 
 
-def _signs(n: int, generator: Generator) -> Tensor:
+def signs(n: int, generator: Generator) -> Tensor:
+    """Random signs, shape (n,)."""
     return torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
 
 
-def _per_image(values: Tensor) -> Tensor:
+def per_image(values: Tensor) -> Tensor:
+    """Values, (n,), as they are broadcast over images."""
     return values.reshape(-1, 1, 1, 1)
