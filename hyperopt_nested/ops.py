@@ -54,9 +54,9 @@ def zeros(*names: str) -> Callable[[Tensor], State]:
     return init
 
 
-def finite(x: Tensor) -> Tensor:
-    """The entries of a tensor that are finite, and zero in the place of the others."""
-    return torch.nan_to_num(x, 0.0, 0.0, 0.0)
+def finite(x: Tensor, other: float = 0.0) -> Tensor:
+    """The entries of a tensor that are finite, and a number in the place of the others."""
+    return torch.nan_to_num(x, other, other, other)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

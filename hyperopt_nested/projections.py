@@ -98,12 +98,12 @@ class Ball:
         saturation: Saturation,
     ) -> Tensor:
         """`project`, where the displacement from the center and the norms of its blocks are known already."""
-        safe = norms + EPS
-        scaled = displacement * (radius / safe)
-        inside = point
+        outside, safe = kink(norms, radius) > radius, norms + EPS
         if saturation == "straight-through":
-            inside = point + displacement / safe.detach() * (radius - radius.detach())
-        return torch.where(kink(norms, radius) > radius, scaled if center is None else center + scaled, inside)
+            safe, radius = torch.where(outside, safe, safe.detach()), torch.where(outside, radius, radius - radius.detach())
+            return torch.where(outside, 0 if center is None else center, point) + displacement * (radius / safe)
+        scaled = displacement * (radius / safe)
+        return torch.where(outside, scaled if center is None else center + scaled, point)
 
 
 mars = Ball("mars", _mars, "row")

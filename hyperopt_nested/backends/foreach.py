@@ -57,6 +57,10 @@ def _with_casts(graph: UpdateGraph) -> UpdateGraph:
 
     for value in graph.values:
         op, args = value.op, [new[arg] if isinstance(arg, Value) else arg for arg in value.args]
+        match value:  # one operator in the place of three
+            case Value(op="where", args=(Value(op="lt", args=(Value(op="abs", args=(x,)), end)), y, Value(op="constant") as other)):
+                if x is y and end.is_constant(math.inf) and x.dtype == value.dtype and x.kind == value.kind:
+                    op, args = "nan_to_num", [new[x], other]
         if op in POINTWISE:
             args = [arg and operand(arg, value, condition=op == "where" and i == 0) for i, arg in enumerate(args)]
         for bounded, bound in zip(("maximum", "minimum"), args[1:], strict=True) if op == "clamp" else ():
@@ -90,6 +94,8 @@ def _expression(value: Value, operands: list[str]) -> str:
         return f"tensors.read({value.args[0]}, {kind:d})"
     if op == "cast":
         return f"{operands[0]}.to({dtype})"
+    if op == "nan_to_num":
+        return f"torch.nan_to_num({operands[0]}, *3 * ({value.args[1].args[0]!r},))"
     if op == "expand":
         return f"tensors.expand({operands[0]}, {value.operands[0].kind:d}, {kind:d}, {dtype})"
     if op in REDUCTIONS:
@@ -138,7 +144,8 @@ class _Tensors:
             return parts[0].to(self._device).reshape(())
         if len(parts) == 1:
             return parts[0].to(self._device).reshape(self._shapes[kind])
-        return torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self._device).view(self._shapes[kind])
+        joined = torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self._device)
+        return joined.view(self._shapes[kind]) if self._equal else joined
 
     def write(self, index: int, value: Tensor, kind: Kind) -> None:
         """Write a value to an argument of all tensors."""

@@ -104,7 +104,7 @@ def project(
     reach = radius if relative is None else radius * state["anchor_norm"]
     projected = onto.shrink(new, moved, norms, reach, center=anchor_of(new, state), saturation=saturation)
     norms = norms if relative is None else norms / state["anchor_norm"]
-    top = torch.where(torch.isfinite(norms), norms, -1)
+    top = finite(norms, -1.0)
     top = top if top.shape == last.shape else largest(top)
     known = (top > 0) | ((top == 0) & torch.isfinite(moved.sum_to_size(last.shape)))  # else nothing is finite: the last one stays
     return projected, moved_anchor(projected, {**state, "largest_norm": torch.where(known, top + EPS, last)}, anchor_decay)

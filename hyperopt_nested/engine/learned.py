@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperopt_nested.domains import Bijection, Hyper
 from hyperopt_nested.engine.sensitivity import Named
-from hyperopt_nested.ops import number_dtype, row_shape, state_dtype
+from hyperopt_nested.ops import finite, number_dtype, row_shape, state_dtype
 from hyperopt_nested.rule import Bound, Learn
 from hyperopt_nested.trees import State, leaves, map_tree
 
@@ -142,14 +142,14 @@ class LearnedHyper:
         return {**raws, **dict(zip(grads, new_raws[MODEL].unbind(), strict=True))}, {**st, "rule": {**st["rule"], **rule}}, counts
 
     def _step(self, raws: Named, grads: Named, st: State, counts: Counts, factors: Factors) -> tuple[Named, State, Counts]:
-        finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
-        usable = {key: torch.where(finite[key], grad, 0) for key, grad in grads.items()}
+        is_finite = {key: torch.isfinite(grad) for key, grad in grads.items()}
+        usable = {key: torch.where(is_finite[key], grad, 0) for key, grad in grads.items()}
         values = {key: {"lr": self.learn.by.declared["lr"] * factor} for key, factor in factors.items()}
         stepped, new = self.learner.step(raws, usable, st, values)
         new = {part: dict(tree) if part in ("rule", "memory") else tree for part, tree in new.items()}
         stepped = dict(stepped)
         nonfinite, pinned = counts["nonfinite"], counts["pinned"]
-        for key, fine in finite.items():
+        for key, fine in is_finite.items():
             wanted = stepped[key]
             left = [leaf for leaf in leaves(new["rule"][key]) if leaf.shape == fine.shape and leaf.is_floating_point()]
             ok = fine & torch.isfinite(functools.reduce(torch.add, left, wanted))
@@ -157,9 +157,9 @@ class LearnedHyper:
             stepped[key] = torch.where(ok, confined, raws[key])
             for part in ("rule", "memory"):
                 new[part][key] = map_tree(_keep_where(ok), new[part][key], st[part][key])
-            nonfinite = nonfinite + (~ok).sum()
+            nonfinite = nonfinite + (~ok).sum(dtype=nonfinite.dtype)
             if self._below or self._above:
-                pinned = pinned + (ok & self._stopped(wanted, confined)).sum()
+                pinned = pinned + (ok & self._stopped(wanted, confined)).sum(dtype=pinned.dtype)
         return stepped, new, {"nonfinite": nonfinite, "pinned": pinned}
 
     def _transformed(self, grad: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _widest(end: Bound, wider: Callable[[Tensor, Tensor], Tensor], none: float, 
     if not callable(end):
         return None
     ends = [end(state).to(raw) for state in states]
-    return functools.reduce(wider, [torch.where(torch.isfinite(each), each, none) for each in ends])
+    return functools.reduce(wider, [finite(each, none) for each in ends])
 
 
 def number(value: float | Tensor, device: torch.device) -> Tensor:
