@@ -99,10 +99,11 @@ class Ball:
     ) -> Tensor:
         """`project`, where the displacement from the center and the norms of its blocks are known already."""
         outside, safe = kink(norms, radius) > radius, norms + EPS
+        factor = radius / safe
         if saturation == "straight-through":
-            safe, radius = torch.where(outside, safe, safe.detach()), torch.where(outside, radius, radius - radius.detach())
-            return torch.where(outside, 0 if center is None else center, point) + displacement * (radius / safe)
-        scaled = displacement * (radius / safe)
+            factor = torch.where(outside, factor, (radius - radius.detach()) / safe.detach())
+            return torch.where(outside, 0 if center is None else center, point) + displacement * factor
+        scaled = displacement * factor
         return torch.where(outside, scaled if center is None else center + scaled, point)
 
 

@@ -36,13 +36,9 @@ next sort, tensor by tensor, with a warning.
   "foreach". Small models take their first 16 steps by the engine while kernels are compiled in the background.
 """
 
-WARM_UP = 16
-"""Steps that the engine does for a small model while its kernels are compiled. The number is fixed, so runs are reproducible."""
-
+WARM_UP = 16  # steps that the engine does for a small model while its kernels are compiled: fixed, so that runs are reproducible
+MANY = 1_000_000  # numbers of a model that does not wait: its kernels are compiled before its first step
 _WHOLE = 1 << 16  # numbers of a tensor up to which programs of fixed sizes are tried on examples of its own size
-
-MANY = 1_000_000
-"""Numbers of a model that does not wait: its kernels are compiled before its first step."""
 
 
 def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:

@@ -20,8 +20,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"
-"""Environment variable that names the folder where compiled kernels are kept."""
+CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"  # the environment variable that names the folder where compiled kernels are kept
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _ALWAYS = ("-std=c++17", "-fopenmp", "-fPIC", "-shared", "-pipe", "-w")
@@ -31,8 +30,7 @@ _lock = threading.RLock()
 _libraries: dict[str, ctypes.CDLL] = {}
 _running: set[subprocess.Popen[bytes]] = set()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-stopping = threading.Event()
-"""Set when Python is about to end."""
+stopping = threading.Event()  # set when Python is about to end
 
 
 class CompileError(Exception):

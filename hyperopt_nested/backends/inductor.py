@@ -11,8 +11,7 @@ from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.program import Batch, Function, write_over
 from hyperopt_nested.ops import is_dense
 
-TOGETHER = frozenset(["cuda", "xpu"])
-"""Types of devices for which one program steps all tensors, so that launches do not grow with tensors. On others, each has its own."""
+TOGETHER = frozenset(["cuda", "xpu"])  # where one program steps all tensors, so that launches do not grow with them; elsewhere each has one
 
 
 class Inductor:

@@ -154,9 +154,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             case "logical_and", Value(op="eq", args=(x, y)), Value(op="ne", args=(Value(op="abs", args=(z,)) as size, end)):
                 if x is y is z and end.is_constant(torch.inf):
                     name, args, computed = "lt", [size, end], args[1].computed
-            case "add", Value(op="where", args=(c, x, zero)), Value(op="where", args=(d, other, y)):  # a gradient through both
-                if c is d and zero.is_constant(0) and other.is_constant(0) and x.dtype == y.dtype == dtype:
-                    name, args = "where", [c, x, y]
         kind = max(arg.kind for arg in args if arg is not None)
         zero, one = ([arg is not None and arg.is_constant(number) for arg in args] for number in (0, 1))
         same = None
