@@ -1,6 +1,7 @@
-"""Mechanic is `rescale` with its scale learned by coin betting: recorded trajectories of optax's and the authors' programs."""
+"""Mechanic and TRAC are `rescale` with a learned scale: recorded trajectories of published programs, and equations in NumPy."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import EXACT, Tensors, at, gradients, problem, relative_error, run
+from scipy import special
 
 import hyperopt_nested as hn
+from hyperopt_nested.rules.betting import erfi
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = 1e-11  # of the largest entry, after 50 steps
@@ -120,3 +123,47 @@ def test_a_scale_of_one_is_the_optimizer_itself() -> None:
 def test_there_is_a_discount(num_betas: int) -> None:
     with pytest.raises(ValueError, match=r"num_betas=.* must be an integer >= 1"):
         hn.Nested(hn.coin_betting(num_betas=num_betas)).init({"w": torch.ones(2)})
+
+
+def test_the_imaginary_error_function() -> None:
+    x = torch.cat([torch.linspace(-9, 9, 501)[1:-1], torch.tensor([0.0, 1e-3, 2**-0.5])]).requires_grad_()
+    expected = torch.from_numpy(special.erfi(x.detach().numpy()))
+    value = erfi(x)
+    assert bool(((value - expected).abs() <= EXACT * expected.abs() + 1e-15).all())
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(slope, 2 / math.sqrt(math.pi) * torch.exp(x.detach() ** 2), rtol=EXACT, atol=0.0)
+    assert torch.equal(erfi(torch.tensor([9.0, -9.0])), erfi(torch.tensor([1e30, -1e30])))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_trac_is_the_published_algorithm(backend: Any) -> None:
+    """Algorithms 1 and 2 around SGD with momentum, in NumPy."""
+    lr, momentum, start, eps, steps = 0.5, 0.9, 1e-6, 1e-8, 60
+    betas = np.array([0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999])
+    _, data, _ = load("torch_sgd")
+    params = {name: torch.nn.Parameter(data[f"x0/{name}"].clone()) for name in NAMES}
+    scale = hn.learn(start, by=hn.erfi_tuner(eps=eps))
+    opt = hn.HyperOptimizer(params.items(), hn.rescale(hn.sgd(lr, momentum=momentum), scale=scale), backend=backend)
+    anchor = np.concatenate([data[f"x0/{name}"].numpy().ravel() for name in NAMES])
+    x, delta, buffer = anchor, np.zeros_like(anchor), np.zeros_like(anchor)
+    squares, sigma = np.zeros(6), np.zeros(6)
+    scales = []
+    for _ in range(steps):
+        grads = grads_of(data, params)
+        for name, grad in grads.items():
+            params[name].grad = grad
+        opt.step()
+        sizes = np.cumsum([data[f"x0/{name}"].numel() for name in NAMES])[:-1]
+        parts = dict(zip(NAMES, (torch.from_numpy(part.copy()) for part in np.split(x, sizes)), strict=True))
+        shaped = {name: part.reshape(params[name].shape) for name, part in parts.items()}
+        g = np.concatenate([grads_of(data, shaped)[name].numpy().ravel() for name in NAMES])
+        h = g @ delta
+        squares, sigma = betas**2 * squares + h**2, betas * sigma - h
+        s = start / special.erfi(1 / np.sqrt(2)) * special.erfi(sigma / (np.sqrt(2) * np.sqrt(squares) + eps))
+        buffer = momentum * buffer + g
+        delta = delta - lr * buffer
+        scales.append(max(s.sum(), 0.0))
+        x = anchor + scales[-1] * delta
+        found = np.concatenate([params[name].detach().numpy().ravel() for name in NAMES])
+        assert np.abs(found - x).max() < PUBLISHED * np.abs(x).max()
+    assert max(scales) > 1e3 * start

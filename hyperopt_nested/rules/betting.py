@@ -1,5 +1,6 @@
 """Learners without a rate: tuners of a scale by betting on its hypergradients."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,3 +77,57 @@ def _gain(reward: Tensor) -> Tensor:
 def _bet(start: Tensor, reward: Tensor, squares: Tensor, largest: Tensor, eps: Tensor) -> Tensor:
     """The share of one discount in the value: its wealth over the root of its sum of squares."""
     return (start * largest + _gain(reward)) / (safe_sqrt(squares) + eps)
+
+
+_AT_ONE = 0.9534382692512609  # erfi(1 / sqrt(2))
+_REACH, _SPACING = 9.0, 0.25  # of arguments, and half of that between the nodes of the series
+
+
+def erfi(x: Tensor) -> Tensor:
+    r"""The imaginary error function, of any shape, to rounding for \(|x| \le 9\); arguments beyond are clamped.
+
+    Rybicki's series of Dawson's integral, without its shift: \(\frac{2}{\pi} \sum_{n\ \mathrm{odd}} e^{2nhx - n^2h^2} / n\).
+    """
+    last = 1 + 2 * math.ceil((_REACH + 6) / _SPACING / 2)  # what is left out is less than e^-36 of the sum
+    n = torch.arange(-last, last + 1, 2, dtype=x.dtype, device=x.device)
+    x = torch.clamp(kink(kink(x, _REACH), -_REACH), -_REACH, _REACH)[..., None]
+    return (torch.exp(n * _SPACING * (2 * x - n * _SPACING)) / n).sum(-1) * (2 / math.pi)
+
+
+@rule(_init("squares", "reward"), separable="element")
+def erfi_tuner(
+    param: Tensor,  # noqa: ARG001
+    grad: Tensor,
+    state: State,
+    *,
+    eps: Tensor = Positive(1e-8),
+    num_betas: int = 6,  # noqa: ARG001
+) -> tuple[Tensor, State]:
+    r"""The tuner of TRAC (Muppidi, Zhang and Yang 2024, arXiv 2405.16642, algorithm 2): a learner without a rate.
+
+    With the gradient \(h_t\), the start \(s_1\), and discounts \(\beta_i = 1 - 10^{-i}\), the new value is
+    \(\max(0, \sum_i s_{t+1,i})\):
+
+    \[v_{t,i} = \beta_i^2 v_{t-1,i} + h_t^2, \quad \sigma_{t,i} = \beta_i \sigma_{t-1,i} - h_t, \quad
+    s_{t+1,i} = \frac{s_1}{\mathrm{erfi}(1/\sqrt 2)}\, \mathrm{erfi}\Bigl(\frac{\sigma_{t,i}}{\sqrt{2 v_{t,i}} + \epsilon}\Bigr)\]
+
+    It learns the `scale` of [`rescale`][hyperopt_nested.combinators.rescale.rescale], which is TRAC then, from a small start such as 1e-8.
+    Before the first gradient that is not zero, the value is zero. Arguments of erfi are clamped to \(\pm 9\), where the value is
+    \(10^{34} s_1\).
+
+    Args:
+        eps: \(\epsilon > 0\), added to the root.
+        num_betas: how many discounts, >= 1.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.rescale(hn.adam(lr=1e-3), scale=hn.learn(1e-8, by=hn.erfi_tuner())).learned["scale"]
+        learn(1e-08, by=erfi_tuner(eps=1e-08))
+    """
+    new: State = {"start": state["start"], "squares": {}, "reward": {}}
+    parts = []
+    for key, reward in state["reward"].items():
+        beta = 1 - 0.1 ** int(key)
+        new["squares"][key], new["reward"][key] = beta**2 * state["squares"][key] + grad * grad, beta * reward - grad
+        parts.append(erfi(new["reward"][key] / (math.sqrt(2) * safe_sqrt(new["squares"][key]) + eps)))
+    return state["start"] * _gain(sum(parts[1:], parts[0])) / _AT_ONE, new
