@@ -283,6 +283,32 @@ class _coin_betting(FunctionRule):
 
 coin_betting: _coin_betting
 
+class _erfi_tuner(FunctionRule):
+    def __call__(self, eps: float | Learn = 1e-08, *, num_betas: int = 6, maximize: bool = False) -> Optimizer:
+        r"""The tuner of TRAC (Muppidi, Zhang and Yang 2024, arXiv 2405.16642, algorithm 2): a learner without a rate.
+
+        With the gradient \(h_t\), the start \(s_1\), and discounts \(\beta_i = 1 - 10^{-i}\), the new value is
+        \(\max(0, \sum_i s_{t+1,i})\):
+
+        \[v_{t,i} = \beta_i^2 v_{t-1,i} + h_t^2, \quad \sigma_{t,i} = \beta_i \sigma_{t-1,i} - h_t, \quad
+        s_{t+1,i} = \frac{s_1}{\mathrm{erfi}(1/\sqrt 2)}\, \mathrm{erfi}\Bigl(\frac{\sigma_{t,i}}{\sqrt{2 v_{t,i}} + \epsilon}\Bigr)\]
+
+        It learns the `scale` of [`rescale`][hyperopt_nested.combinators.rescale.rescale], which is TRAC then, from a small start such as 1e-8.
+        Before the first gradient that is not zero, the value is zero. Arguments of erfi are clamped to \(\pm 9\), where the value is
+        \(10^{34} s_1\).
+
+        Args:
+            eps: \(\epsilon > 0\), added to the root.
+            num_betas: how many discounts, >= 1.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.rescale(hn.adam(lr=1e-3), scale=hn.learn(1e-8, by=hn.erfi_tuner())).learned["scale"]
+            learn(1e-08, by=erfi_tuner(eps=1e-08))
+        """
+
+erfi_tuner: _erfi_tuner
+
 class _muon(FunctionRule):
     def __call__(
         self,
