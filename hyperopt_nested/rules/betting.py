@@ -42,8 +42,9 @@ def coin_betting(
     r_{t,i} = \max(0, \beta_i r_{t-1,i} - h_t s_{t,i}), \quad
     s_{t+1,i} = \frac{s_1 m_{t,i} / n + r_{t,i}}{\sqrt{v_{t,i}} + \epsilon}\]
 
-    It learns the `scale` of [`rescale`][hyperopt_nested.combinators.rescale.rescale], from a small start such as 1e-8, which it raises by a
-    factor of up to 2 a step. The published decay \(\lambda\) is a term of the gradient: add it by `learn(grad=...)`.
+    It learns the `scale` of [`rescale`][hyperopt_nested.combinators.rescale.rescale], from a small start such as 1e-8, so that
+    this is Mechanic. The published decay adds \(\lambda \lVert g_t\rVert \langle\theta_t, \theta_t - \theta_0\rangle /
+    \lVert\theta_t\rVert\) to \(h_t\), which `learn(grad=...)` can do.
 
     Args:
         eps: \(\epsilon > 0\), added to the root.
