@@ -16,6 +16,7 @@ from hyperopt_nested.combinators import (
     lookahead,
     project,
     spd,
+    window,
 )
 from hyperopt_nested.combinators.base import combinator
 from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
@@ -120,6 +121,7 @@ __all__ = [
     "spd",
     "sweep",
     "typing",
+    "window",
 ]
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["checks", "trees"],
     ["domains", "ops"],
-    ["registry", "signatures", "rule"],
+    ["recipes", "registry", "signatures", "rule"],
     ["projections"],
     ["rules"],
     ["combinators"],
