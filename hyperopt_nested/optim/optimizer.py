@@ -51,10 +51,9 @@ class HyperOptimizer(GroupedOptimizer):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes, for a learning rate that `hn.learn` learns without `by`; None: it has no schedule. The
-            learned value is then a level. In the first 15 % of the steps it is learned, at a rate that falls linearly to zero; then it
-            stays. The effective rate is the level times a factor that rises linearly in the first 5 % and then falls linearly to zero;
-            further steps keep the factor of the last one. Only hypers called `lr` follow it. Schedulers multiply that.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the
+            first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further
+            steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Attributes:
@@ -116,7 +115,9 @@ class HyperOptimizer(GroupedOptimizer):
             self._fill(index, group)
         self.defaults = self.defaults or self._numbers_of([])
         if total_steps is not None and self._optimizers and not any(map(has_level, self._optimizers.values())):
-            raise ValueError(f"total_steps={total_steps!r}, but no lr is learned by the default learner: give lr=hn.learn() or hn.learn(1e-3)")
+            raise ValueError(
+                f"total_steps={total_steps!r}, but no lr is learned by the default learner: give lr=hn.learn() or hn.learn(1e-3)"
+            )
         self._create_state()
         if self._nested.learned:  # torch.autograd.grad imports it in its first call, for 0.4 s: not in the first step
             importlib.import_module("torch.fx.experimental.symbolic_shapes")
