@@ -15,7 +15,9 @@ from hyperopt_nested.combinators import (
     l2_sp,
     lookahead,
     project,
+    rescale,
     spd,
+    window,
 )
 from hyperopt_nested.combinators.base import combinator
 from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
@@ -41,6 +43,7 @@ from hyperopt_nested.rules import (
     adamw,
     adan,
     asgd,
+    coin_betting,
     lamb,
     lars,
     lion,
@@ -86,6 +89,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "coin_betting",
     "combinator",
     "coupled_decay",
     "decoupled_decay",
@@ -108,6 +112,7 @@ __all__ = [
     "optim",
     "project",
     "radam",
+    "rescale",
     "rmsprop",
     "row_l2",
     "rprop",
@@ -120,6 +125,7 @@ __all__ = [
     "spd",
     "sweep",
     "typing",
+    "window",
 ]
 
 

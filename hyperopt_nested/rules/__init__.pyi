@@ -33,6 +33,7 @@ from hyperopt_nested.rules._calls import adamax as adamax
 from hyperopt_nested.rules._calls import adamw as adamw
 from hyperopt_nested.rules._calls import adan as adan
 from hyperopt_nested.rules._calls import asgd as asgd
+from hyperopt_nested.rules._calls import coin_betting as coin_betting
 from hyperopt_nested.rules._calls import lamb as lamb
 from hyperopt_nested.rules._calls import lars as lars
 from hyperopt_nested.rules._calls import lion as lion
