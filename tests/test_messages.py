@@ -424,8 +424,8 @@ CASES: list[Case] = [
     (
         lambda: with_option(rate=learned()),
         TypeError,
-        "with_option: rate=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)) is learned, but rate is an option and "
-        "not a hyper: give it a plain value, or declare its domain in the rule, such as rate=hn.Positive(0.1)",
+        "with_option: rate=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)) is learned, but rate is an option "
+        "and not a hyper: give it a plain value, or declare its domain in the rule, such as rate=hn.Positive(0.1)",
     ),
     (
         lambda: hn.sgd(nesterov=learned()),
