@@ -227,4 +227,4 @@ def extra(name: str) -> Iterator[None]:
         package = (missing.name or "").partition(".")[0]
         if package == "hyperopt_nested":
             raise
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'hyperopt-nested[{name}]'", name=package) from missing
+        raise ModuleNotFoundError(f'{package} is not installed: pip install "hyperopt-nested[{name}]"', name=package) from missing
