@@ -72,9 +72,10 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
     for key in in_total & remembered.keys():
         hyper, each = learned[key]
         if each.learn.per != "model" or remembered[key] != "forward":
+            outermost = "" if rule.reduction == rule.name else ", or put what needs the sum outermost, where it sees the raw gradients"
             raise ValueError(
                 f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
-                "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"
+                f"'auto' or 'forward'{outermost}"
             )
     _used.add(update)
 

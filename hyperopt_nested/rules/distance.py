@@ -21,10 +21,9 @@ def _sums(*terms: Tensor) -> Tensor:
 
 def _rate(state: State, lr: Tensor, beta1: Tensor, beta2: Tensor, use_bias_correction: bool) -> Tensor:
     """The learning rate of a step: the estimated distance times `lr`, and Adam's bias correction."""
-    if not use_bias_correction:
-        return state["d"] * lr
-    step = state["step"] + 1
-    return state["d"] * lr * torch.sqrt(1 - beta2**step) / (1 - beta1**step)
+    d, step = state["d"], state["step"] + 1
+    rate: Tensor = d * lr * torch.sqrt(1 - beta2**step) / (1 - beta1**step) if use_bias_correction else d * lr
+    return rate
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, moves: Tensor, d: Tensor) -> Tensor:
@@ -121,10 +120,10 @@ def dadapt_adam(
     return torch.where(moves, decayed - new["exp_avg"] / (safe_sqrt(new["exp_avg_sq"]) + eps), param), new
 
 
-def _init_prodigy(param: Tensor, *, d_coef: float | Learn, d0: float, growth_rate: float | None) -> State:
-    zero = accumulator(param, d_coef)
-    d = {key: zero + _checked(d0) for key in ("d", *["d_max"] * (growth_rate is not None))}
-    return {**counted("exp_avg", "exp_avg_sq", "s")(param), "initial": copy_of(param), **d, "numerator": accumulator(param)}
+def _init_prodigy(param: Tensor, *, d0: float, growth_rate: float | None) -> State:
+    zero = accumulator(param)
+    estimates = {key: zero + _checked(d0) for key in ("d", *["d_max"] * (growth_rate is not None))}
+    return {**counted("exp_avg", "exp_avg_sq", "s")(param), "initial": copy_of(param), **estimates, "numerator": zero}
 
 
 def _prodigy_averages(
@@ -168,12 +167,12 @@ def prodigy(
     beta2: Tensor = UnitInterval(0.999),
     eps: Tensor = Positive(1e-8),
     weight_decay: Tensor = NonNegative(0.0),
-    d_coef: Tensor = Positive(1.0),
     beta3: float | None = None,
     decouple: bool = True,
     use_bias_correction: bool = False,
     safeguard_warmup: bool = False,
     d0: float = 1e-6,
+    d_coef: float = 1.0,
     growth_rate: float | None = None,
     reduced: Tensor,
 ) -> tuple[Tensor, State]:
@@ -186,8 +185,7 @@ def prodigy(
     \(d_{k+1} = \max(d_k, c\,r_{k+1} / \|s_{k+1}\|_1)\), where both moments are of \(d_k g_k\).
 
     All tensors that one `Nested` or `HyperOptimizer` steps with it have one estimate; a tensor without a gradient keeps that of its last
-    step. Where all gradients so far are zero, nothing moves. The estimate of a step acts on the next one: beyond that, `d_coef` is
-    learned with `hn.Discounted`.
+    step. Where all gradients so far are zero, nothing moves.
 
     Args:
         lr: factor \(\eta\) of the learning rate, >= 0.
@@ -195,12 +193,12 @@ def prodigy(
         beta2: decay rate of the second moment, in [0, 1).
         eps: times the estimate, added to the root of the second moment, > 0.
         weight_decay: decoupled: the parameter shrinks by the learning rate times `weight_decay` of itself, >= 0.
-        d_coef: factor \(c > 0\) of the estimate.
         beta3: decay rate \(\beta_3\) of the estimate's averages, in [0, 1); None is the root of `beta2`.
         decouple: if not, the gradient gets `weight_decay` times the parameter instead.
         use_bias_correction: correct the moments for their bias, as Adam.
         safeguard_warmup: leave \(\eta\) out of \(s\), for learning rates that grow in a warm-up.
         d0: the first estimate, > 0; it should be below the distance.
+        d_coef: factor \(c > 0\) of the estimate.
         growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
     """
     if not decouple:

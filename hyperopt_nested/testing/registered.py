@@ -52,11 +52,8 @@ def rows(name: str, examples: int = 0) -> list[Row]:
             wrong = str(error).splitlines()[0]
 
     def verified(hyper: str) -> str:
-        return (
-            wrong or (zero if hyper in rule.nondifferentiable else f"per {', '.join(per for per in PERS if (hyper, per) in right)}")
-            if examples
-            else ""
-        )
+        at = ", ".join(per for per in PERS if (hyper, per) in right)
+        return wrong or (zero if hyper in rule.nondifferentiable else f"per {at}") if examples else ""
 
     found = [Row(name, hyper, str(rule.hypers[hyper]), f"{defaults[hyper]:g}", verified(hyper), bool(wrong)) for hyper in checked.own]
     return found or [Row(name)]
