@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
-from hyperopt_nested.ops import kink, safe_sqrt
+from hyperopt_nested.ops import finite, kink, safe_sqrt
 from hyperopt_nested.rule import Learn, rule
 from hyperopt_nested.rules._blocks import accumulator, average, copy_of, counted, larger, smaller
 from hyperopt_nested.trees import State
@@ -16,7 +16,8 @@ def _initial(param: Tensor, state: State) -> Tensor:
 
 
 def _sums(*terms: Tensor) -> Tensor:
-    return torch.stack([term.sum() for term in terms])
+    """Sums of the entries that are finite: one that is not does not stop all tensors."""
+    return torch.stack([finite(term).sum() for term in terms])
 
 
 def _rate(state: State, lr: Tensor, beta1: Tensor, beta2: Tensor, use_bias_correction: bool) -> Tensor:
@@ -234,17 +235,22 @@ def _init_dog(param: Tensor, *, reps_rel: float | Learn, eps: float | Learn, ini
     return {**counted()(param), "initial": copy_of(param), "distance": distance, "squares": squares}
 
 
-def _dog_terms(param: Tensor, grad: Tensor, state: State, *, weight_decay: Tensor) -> Tensor:
-    """Squares of the distance from the start (in the first step: of the parameter's norm) and of the gradient's norm."""
+def _squares(param: Tensor, grad: Tensor, state: State, weight_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares of how far each entry is from the start (in the first step: from zero), and of the gradient."""
     grad = grad + weight_decay * param
     moved = torch.where(state["step"] == 0, param, param - state["initial"])
-    return _sums(moved * moved, grad * grad)
+    return moved * moved, grad * grad
+
+
+def _dog_terms(param: Tensor, grad: Tensor, state: State, *, weight_decay: Tensor) -> Tensor:
+    return _sums(*_squares(param, grad, state, weight_decay))
 
 
 def _dog(
     param: Tensor,
     grad: Tensor,
     state: State,
+    distance: Tensor,
     squares: Tensor,
     lr: Tensor,
     reps_rel: Tensor,
@@ -252,13 +258,13 @@ def _dog(
     eps: Tensor,
     init_eta: float | None,
 ) -> tuple[Tensor, State]:
-    first, norm = state["step"] == 0, safe_sqrt(squares[0])
+    first, norm = state["step"] == 0, safe_sqrt(distance)
     start = reps_rel * (1 + norm) if init_eta is None else torch.zeros_like(norm)
     new = {
         "step": state["step"] + 1,
         "initial": _initial(param, state),
         "distance": torch.where(first, start, larger(norm, state["distance"])),
-        "squares": torch.where(first, eps, state["squares"]) + squares[1],
+        "squares": torch.where(first, eps, state["squares"]) + squares,
     }
     rate = lr * new["distance"] / torch.sqrt(new["squares"])
     if init_eta is not None:
@@ -292,7 +298,7 @@ def dog(
             them.
         init_eta: the first learning rate, > 0, in the place of `reps_rel`.
     """
-    return _dog(param, grad, state, reduced, lr, reps_rel, weight_decay, eps, init_eta)
+    return _dog(param, grad, state, reduced[0], reduced[1], lr, reps_rel, weight_decay, eps, init_eta)
 
 
 @rule(_init_dog, separable="tensor")
@@ -317,5 +323,5 @@ def ldog(
             them.
         init_eta: the first learning rate, > 0, in the place of `reps_rel`.
     """
-    squares = _dog_terms(param, grad, state, weight_decay=weight_decay)
-    return _dog(param, grad, state, squares, lr, reps_rel, weight_decay, eps, init_eta)
+    distance, squares = (each.sum() for each in _squares(param, grad, state, weight_decay))
+    return _dog(param, grad, state, distance, squares, lr, reps_rel, weight_decay, eps, init_eta)
