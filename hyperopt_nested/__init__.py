@@ -15,6 +15,7 @@ from hyperopt_nested.combinators import (
     l2_sp,
     lookahead,
     project,
+    rescale,
     spd,
 )
 from hyperopt_nested.combinators.base import combinator
@@ -41,6 +42,7 @@ from hyperopt_nested.rules import (
     adamw,
     adan,
     asgd,
+    coin_betting,
     dadapt_adam,
     dog,
     lamb,
@@ -90,6 +92,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "coin_betting",
     "combinator",
     "coupled_decay",
     "dadapt_adam",
@@ -116,6 +119,7 @@ __all__ = [
     "prodigy",
     "project",
     "radam",
+    "rescale",
     "rmsprop",
     "row_l2",
     "rprop",

@@ -85,7 +85,8 @@ def test_arguments_are_those_of_torch(name: str) -> None:
 
 def test_every_rule_has_a_class() -> None:
     covered = {cls._rule for cls in (getattr(hn.optim, name) for name in [*TORCH, *OWN])}
-    assert covered == {hn.get(name) for name in hn.names() if hn.get(name).__module__.startswith("hyperopt_nested.rules.")}
+    learners = {hn.coin_betting}  # which step no weights
+    assert covered == {hn.get(name) for name in hn.names() if hn.get(name).__module__.startswith("hyperopt_nested.rules.")} - learners
 
 
 @pytest.mark.parametrize("name", [*TORCH, *OWN])

@@ -17,6 +17,8 @@ CHAINS = {
     "decay, clip": lambda: hn.coupled_decay(hn.clip_by_norm(hn.adam(lr=0.05, eps=0.1), max_norm=1.3), decay=0.2),
     "global clip, decay": lambda: hn.clip_by_global_norm(hn.coupled_decay(hn.sgd(lr=0.1), decay=0.2), max_norm=1.1),
     "decay, global clip": lambda: hn.coupled_decay(hn.clip_by_global_norm(hn.sgd(lr=0.1), max_norm=1.1), decay=0.2),
+    "rescale, clip": lambda: hn.rescale(hn.clip_by_norm(hn.adam(lr=0.05, eps=0.1), max_norm=1.3), scale=0.4),
+    "decay, rescale": lambda: hn.coupled_decay(hn.rescale(hn.sgd(lr=0.1, momentum=0.9), scale=0.4), decay=0.2),
     "all": lambda: hn.project(
         hn.lookahead(hn.ema(hn.spd(hn.centralize(hn.clip_by_global_norm(hn.adamw(lr=0.05, eps=0.1), max_norm=1.1)))), k=2),
         onto=hn.row_l2,

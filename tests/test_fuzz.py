@@ -41,6 +41,7 @@ CHAINS: list[Callable[[hn.Optimizer, random.Random], hn.Optimizer]] = [
     lambda base, draw: hn.l2_sp(base, decay=0.1, anchor_decay=0.9),
     lambda base, draw: hn.spd(base, decay=0.5),
     lambda base, draw: hn.centralize(base),
+    lambda base, draw: hn.rescale(base, scale=draw.choice([0.3, 1.0])),
 ]
 SHAPES = [(), (1,), (7,), (61,), (0, 3), (1, 6), (6, 1), (6, 6), (5, 3), (13, 17), (3, 2, 5), (3, 2, 2, 2), (2, 3, 2, 1, 2)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}

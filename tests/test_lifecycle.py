@@ -5,6 +5,8 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -1020,3 +1022,37 @@ def test_warnings_point_to_the_call(call: str) -> None:
     with pytest.warns(UserWarning, match="were changed") as told:
         getattr(opt, call)()
     assert told[0].filename == __file__
+
+
+SHARDED = """
+import tempfile
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import hyperopt_nested as hn
+
+def trained(sharded):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    data = torch.randn(4, 7)
+    if sharded:
+        fully_shard(model)
+    opt = hn.HyperOptimizer(model.named_parameters(), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6))))
+    for _ in range(3):
+        opt.zero_grad()
+        model(data).square().sum().backward()
+        opt.step()
+    return [param.full_tensor() if sharded else param.detach() for param in model.parameters()], opt.learned()["lr"]
+
+with tempfile.TemporaryDirectory() as folder:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    (weights, lr), (sharded_weights, sharded_lr) = trained(False), trained(True)
+    dist.destroy_process_group()
+torch.testing.assert_close(sharded_weights, weights)
+assert lr != 1e-3 and abs(lr - sharded_lr) < 1e-9, (lr, sharded_lr)
+"""
+
+
+def test_sharded_parameters_are_stepped_as_whole_ones() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

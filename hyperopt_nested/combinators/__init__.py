@@ -4,6 +4,7 @@ from hyperopt_nested.combinators.average import ema, lookahead
 from hyperopt_nested.combinators.decay import coupled_decay, decoupled_decay, l2_sp, spd
 from hyperopt_nested.combinators.gradient import centralize, clip_by_global_norm, clip_by_norm, clip_by_value
 from hyperopt_nested.combinators.project import project
+from hyperopt_nested.combinators.rescale import rescale
 from hyperopt_nested.rules._anchor import Anchor
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "l2_sp",
     "lookahead",
     "project",
+    "rescale",
     "spd",
 ]

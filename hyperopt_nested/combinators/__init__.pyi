@@ -10,5 +10,6 @@ from hyperopt_nested.combinators._calls import ema as ema
 from hyperopt_nested.combinators._calls import l2_sp as l2_sp
 from hyperopt_nested.combinators._calls import lookahead as lookahead
 from hyperopt_nested.combinators._calls import project as project
+from hyperopt_nested.combinators._calls import rescale as rescale
 from hyperopt_nested.combinators._calls import spd as spd
 from hyperopt_nested.rules._anchor import Anchor as Anchor

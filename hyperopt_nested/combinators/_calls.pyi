@@ -176,3 +176,29 @@ class _project(Combinator):
         """
 
 project: _project
+
+class _rescale(Combinator):
+    def __call__(self, optimizer: Optimizer, /, scale: float | Learn = 1.0) -> Optimizer:
+        r"""The optimizer, with one scale of the sum of all its updates (Cutkosky et al. 2023, arXiv 2306.00144, section 2).
+
+        With the updates \(u_t\) of the optimizer inside and the weights \(\theta_0\) before the first step, the weights are
+
+        \[\theta_{t+1} = \theta_0 + s \Delta_{t+1}, \qquad \Delta_{t+1} = \Delta_t + u_t.\]
+
+        The hypergradient of the scale is \(h_t = \langle g_t, \Delta_t\rangle\), the signal of the tuners of Mechanic and TRAC: learned by
+        [`coin_betting`][hyperopt_nested.rules.betting.coin_betting] this is Mechanic.
+
+        Its state holds \(\theta_0\) (`anchor`) and \(\Delta_t\) (`displacement`). Weights that are changed between steps come back to
+        \(\theta_0 + s \Delta\) in the next step.
+
+        Args:
+            scale: \(s \ge 0\), of all updates so far and not only of the next one.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting()))
+            >>> mechanic.rule.name
+            'rescale(adamw)'
+        """
+
+rescale: _rescale

@@ -182,17 +182,13 @@ class ParamState:
 
         Copies of tensors that were given as options, such as anchors, stay.
         """
-        old: list[Tensor] = []
-        new: list[Tensor] = []
         for name in names:
             optimizer, param = self.nested.bindings[name].optimizer, self.params[name].detach()
             copies = _option_copies(optimizer.rule)
-            made = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, self.nested.state_dtype))
-            kept = [path for path in made if path not in copies]
-            old += map(flatten(self.st["rule"][name]).__getitem__, kept)
-            new += map(made.__getitem__, kept)
-        if old:
-            torch._foreach_copy_(old, new)
+            new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, self.nested.state_dtype))
+            for path, old in flatten(self.st["rule"][name]).items():
+                if path not in copies:
+                    old.copy_(new[path])
 
     def stepped(self, names: Set[str]) -> None:
         """Count a step that these tensors have taken, and note what they are now, where its memory needs that they stay so."""

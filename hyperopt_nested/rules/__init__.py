@@ -17,6 +17,7 @@ from hyperopt_nested.rules._blocks import (
     trust_ratio,
 )
 from hyperopt_nested.rules.adam import adabelief, adam, adam_hd, adamax, adamw, adan, lamb, nadam, radam
+from hyperopt_nested.rules.betting import coin_betting
 from hyperopt_nested.rules.distance import dadapt_adam, dog, ldog, prodigy
 from hyperopt_nested.rules.muon import muon
 from hyperopt_nested.rules.schedule_free import schedule_free_adamw, schedule_free_sgd
@@ -38,6 +39,7 @@ __all__ = [
     "anchor_of",
     "asgd",
     "average",
+    "coin_betting",
     "copy_of",
     "counted",
     "counter",

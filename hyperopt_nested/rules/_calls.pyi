@@ -256,6 +256,33 @@ class _radam(FunctionRule):
 
 radam: _radam
 
+class _coin_betting(FunctionRule):
+    def __call__(self, eps: float | Learn = 1e-08, *, num_betas: int = 6, clip: bool = True, maximize: bool = False) -> Optimizer:
+        r"""Coin betting, the tuner of Mechanic (Cutkosky, Defazio and Mehta 2023, arXiv 2306.00144, algorithm 1): a learner without a rate.
+
+        With the gradient \(h_t\), the start \(s_1\), and \(n\) discounts \(\beta_i = 1 - 10^{-i}\), the new value is \(\sum_i s_{t+1,i}\):
+
+        \[m_{t,i} = \max(\beta_i m_{t-1,i}, |h_t|), \quad v_{t,i} = \beta_i^2 v_{t-1,i} + h_t^2, \quad
+        r_{t,i} = \max(0, \beta_i r_{t-1,i} - h_t s_{t,i}), \quad
+        s_{t+1,i} = \frac{s_1 m_{t,i} / n + r_{t,i}}{\sqrt{v_{t,i}} + \epsilon}\]
+
+        It learns the `scale` of [`rescale`][hyperopt_nested.combinators.rescale.rescale], from a small start such as 1e-8, which it raises by a
+        factor of up to 2 a step. The published decay \(\lambda\) is a term of the gradient: add it by `learn(grad=...)`.
+
+        Args:
+            eps: \(\epsilon > 0\), added to the root.
+            num_betas: \(n \ge 1\).
+            clip: the authors' later form, as `optax.contrib.mechanize`: bets are on \(h_t\) clipped to \(\pm m_{t-1,i}\), rewards are
+                remembered where they are negative, and \(\epsilon\) is added to \(|h_t|\) in \(m\). False: as above.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.rescale(hn.sgd(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting())).learned["scale"]
+            learn(1e-08, by=coin_betting(eps=1e-08))
+        """
+
+coin_betting: _coin_betting
+
 class _dadapt_adam(FunctionRule):
     def __call__(
         self,
