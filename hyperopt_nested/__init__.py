@@ -17,6 +17,7 @@ from hyperopt_nested.combinators import (
     project,
     rescale,
     spd,
+    window,
 )
 from hyperopt_nested.combinators.base import combinator
 from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
@@ -132,6 +133,7 @@ __all__ = [
     "spd",
     "sweep",
     "typing",
+    "window",
 ]
 
 

@@ -107,7 +107,7 @@ CASES: list[Case] = [
     (lambda: learned(via="x"), ValueError, "learn: via='x' is no known bijection; choose one of log, softplus,"),
     (lambda: learned(via=5), ValueError, "learn: via=5 is no known bijection; choose one of log, softplus,"),
     (lambda: learned(per=None), ValueError, "per=None must be 'model', 'tensor', 'row' or 'element'"),
-    (lambda: hn.learn(0.1, by=None), TypeError, "by=None (NoneType) must be an optimizer of this library, such as"),
+    (lambda: hn.learn(0.1, by=1e-3), TypeError, "by=0.001 (float) must be an optimizer of this library, such as"),
     (lambda: hn.learn(0.1, by=hn.sgd), TypeError, "by=<rule sgd> (FunctionRule) must be an optimizer of this library, so"),
     (
         lambda: hn.learn(0.1, by=torch.optim.SGD(PARAMS, lr=0.1)),

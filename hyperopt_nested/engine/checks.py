@@ -97,7 +97,7 @@ def optimizers_of(optimizer: Any) -> list[Optimizer]:
 
 
 def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None:
-    """Refuse one `learn(...)` for hypers of several names or domains: its value would leave one of these.
+    """Refuse one `learn(...)` for hypers of several names, domains or starts: its value would leave one of these.
 
     Raises:
         ValueError: it is given to such.
@@ -107,6 +107,11 @@ def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None
         raise ValueError(
             f"one learn(...) object is given to {first} in {learned.hyper} and to {name} of {optimizer.rule.name} in {hyper}: give each a "
             "learn(...) of its own"
+        )
+    if learned.learn.value != (start := optimizer.declared[name]):
+        raise ValueError(
+            f"one learn() object is given to hypers {name} whose defaults differ, {learned.learn.value!r} and {start!r} of "
+            f"{optimizer.rule.name}: give it a start, learn(value)"
         )
 
 

@@ -27,6 +27,7 @@ class ASGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -49,6 +50,7 @@ class ASGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -68,6 +70,7 @@ class LAMB(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -89,6 +92,7 @@ class LAMB(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -111,6 +115,7 @@ class LARS(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -133,6 +138,7 @@ class LARS(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -155,6 +161,7 @@ class SGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -177,6 +184,7 @@ class SGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -193,6 +201,7 @@ class SGDHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
 
@@ -212,6 +221,7 @@ class SGDHD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
         **settings: Any,
     ) -> None: ...
@@ -232,6 +242,7 @@ class AdaBelief(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -253,6 +264,7 @@ class AdaBelief(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -269,6 +281,7 @@ class Adadelta(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -290,6 +303,7 @@ class Adadelta(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -310,6 +324,7 @@ class Adafactor(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -332,6 +347,7 @@ class Adafactor(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -349,6 +365,7 @@ class Adagrad(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -371,6 +388,7 @@ class Adagrad(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -391,6 +409,7 @@ class Adam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -413,6 +432,7 @@ class Adam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -429,6 +449,7 @@ class AdamHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `adam`.
 
@@ -448,6 +469,7 @@ class AdamHD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
         **settings: Any,
     ) -> None: ...
@@ -466,6 +488,7 @@ class AdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -488,6 +511,7 @@ class AdamW(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -504,6 +528,7 @@ class Adamax(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -525,6 +550,7 @@ class Adamax(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -545,6 +571,7 @@ class Adan(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -567,6 +594,7 @@ class Adan(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -595,6 +623,7 @@ class DAdaptAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -620,6 +649,7 @@ class DAdaptAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -640,6 +670,7 @@ class DoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -662,6 +693,7 @@ class DoG(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -679,6 +711,7 @@ class LDoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -701,6 +734,7 @@ class LDoG(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -716,6 +750,7 @@ class Lion(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -736,6 +771,7 @@ class Lion(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -760,6 +796,7 @@ class Muon(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -786,6 +823,7 @@ class Muon(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -806,6 +844,7 @@ class NAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -829,6 +868,7 @@ class NAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -861,6 +901,7 @@ class Prodigy(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -889,6 +930,7 @@ class Prodigy(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -908,6 +950,7 @@ class RAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -930,6 +973,7 @@ class RAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -950,6 +994,7 @@ class RMSprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -973,6 +1018,7 @@ class RMSprop(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -991,6 +1037,7 @@ class Rprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1011,6 +1058,7 @@ class Rprop(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -1032,6 +1080,7 @@ class ScheduleFreeAdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1056,6 +1105,7 @@ class ScheduleFreeAdamW(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
 
@@ -1078,6 +1128,7 @@ class ScheduleFreeSGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1101,5 +1152,6 @@ class ScheduleFreeSGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...

@@ -1,6 +1,7 @@
 """`check_rule`: is a new optimizer right?"""
 
 import functools
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ _SHRINKS = 200  # examples tried in search of a smaller one that fails
 
 _LARGE = ((40, 64), (2560,), (16, 10, 4, 4))  # shapes; the first that the rule accepts is checked
 _LATE, _LATER = 25, 101  # steps, of a large tensor and a small one, and of a small one
+
+_log = logging.getLogger("hyperopt_nested")
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,25 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     if reference is not None:
         _search(checked, same_as(reference), examples)
     for law in LAWS:
+        _say(checked, law.__name__.removeprefix("check_"))
         _search(checked, law, examples // 2 + 1)
+    _say(checked, "compile")
     _search(checked, check_compile, 1)
+    _say(checked, "hypergradients")
     report = verify(checked, examples=examples)
+    _say(checked, "derivatives")
     _search(checked, check_derivatives, examples // 2 + 1)
     _search_long(checked)
-    return replace(report, backends={name: check_backends(checked, name) for name in backends})
+    compared = {}
+    for name in backends:
+        _say(checked, f"backend {name}")
+        compared[name] = check_backends(checked, name)
+    return replace(report, backends=compared)
+
+
+def _say(checked: Subject, what: str) -> None:
+    """Log what is checked next."""
+    _log.info("checking %s: %s", checked.name, what)
 
 
 def verify(checked: Subject, *, examples: int = 30) -> Report:
