@@ -319,5 +319,39 @@ def test_only_the_default_learner_follows_total_steps() -> None:
         hn.optim.AdamW(model.parameters(), lr=hn.learn(), total_steps=1.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("horizon", [hn.OneStep(memory="kept"), hn.Discounted(0.9)], ids=str)
+def test_a_level_over_other_horizons(horizon: Any) -> None:
+    _, _, values = trained(12, lambda params: hn.optim.SGD(params, lr=hn.learn(), horizon=horizon, total_steps=20))
+    levels = [each["lr"] / shape(t + 1, 20) for t, each in enumerate(values)]
+    assert levels[0] != levels[2]
+    assert levels[3:] == pytest.approx([levels[2]] * 9)
+
+
+def test_a_level_that_validation_steps_learn() -> None:
+    """The window counts steps of the learner, the shape those of the tensors."""
+    params, loss = problem()
+    tensors = {name: torch.nn.Parameter(param) for name, param in params.items()}
+    opt = hn.optim.AdamW(tensors.values(), lr=hn.learn(), learn_from="validation", total_steps=20)
+    levels = []
+    for step in range(1, 13):
+        loss(tensors).backward()
+        opt.step()
+        if step % 2 == 0:
+            opt.hyper_step()
+            levels.append(opt.learned()["lr"] / shape(step, 20))
+    assert len(set(levels[:3])) == 3
+    assert levels[3:] == pytest.approx([levels[2]] * 3)
+
+
+def test_hypergradients_of_default_hypers_are_of_values() -> None:
+    params, loss = problem()
+
+    def pulled(**settings: Any) -> torch.Tensor:
+        found = hn.hypergradient(hn.sgd(**settings), params, range(3), lambda params, *_: loss(params), lambda params, *_: loss(params))
+        return found["lr"]["model"]
+
+    torch.testing.assert_close(pulled(lr=hn.learn(0.1)), pulled(lr=hn.learn(0.1, by=hn.sgd())))
+
+
 def test_registered_rules_are_all_tried() -> None:
     assert {"adamw", "muon", "project", "ftp", "window"} <= set(registry.names())
