@@ -17,7 +17,7 @@ def main() -> None:
         if package not in _OPTIONAL:
             raise
         extra = "demo" if "demo" in sys.argv[1:2] else "finetune"
-        sys.exit(f"{package} is not installed: pip install 'hyperopt-nested[{extra}]'")
+        sys.exit(f'{package} is not installed: pip install "hyperopt-nested[{extra}]"')
 
 
 if __name__ == "__main__":

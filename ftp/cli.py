@@ -1,5 +1,6 @@
 """The command line: `python -m ftp --help`."""
 
+import os
 import shlex
 import sys
 from dataclasses import fields
@@ -11,6 +12,17 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _checked(path: Path) -> Path:
+    """Refuse what the figure could not be written to, before anything is trained."""
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{str(path)!r} must end in .png")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(path)!r} cannot be written to")
+    return path
+
+
 @app.callback()
 def ftp() -> None:
     """Fast Trainable Projection: robust fine-tuning that learns how far each layer may move."""
@@ -19,7 +31,7 @@ def ftp() -> None:
 @app.command()
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 3,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the figure, a PNG.")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(dir_okay=False, callback=_checked, help="Where to write the figure, a PNG.")] = Path("demo.png"),
 ) -> None:
     """Fine-tune on a few handwritten digits with AdamP, SGDP and others, and test under shifts that training never saw."""
     import torch

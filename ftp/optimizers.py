@@ -7,7 +7,7 @@ import torch
 
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
-from ftp.rule import Radius, projection
+from ftp.rule import Radius, projection, starting
 
 
 class FTPOptimizer(AnchoredOptimizer):
@@ -128,7 +128,8 @@ class AdamP(FTPOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        decay = starting(weight_decay, 0.0)
+        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=decay, amsgrad=amsgrad, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}

@@ -17,6 +17,7 @@ from hyperopt_nested.combinators import (
     project,
     rescale,
     spd,
+    window,
 )
 from hyperopt_nested.combinators.base import combinator
 from hyperopt_nested.domains import Bijection, Interval, NonNegative, Positive, Real, UnitInterval
@@ -43,12 +44,16 @@ from hyperopt_nested.rules import (
     adan,
     asgd,
     coin_betting,
+    dadapt_adam,
+    dog,
     erfi_tuner,
     lamb,
     lars,
+    ldog,
     lion,
     muon,
     nadam,
+    prodigy,
     radam,
     rmsprop,
     rprop,
@@ -92,7 +97,9 @@ __all__ = [
     "coin_betting",
     "combinator",
     "coupled_decay",
+    "dadapt_adam",
     "decoupled_decay",
+    "dog",
     "ema",
     "erfi_tuner",
     "frobenius",
@@ -102,6 +109,7 @@ __all__ = [
     "l2_sp",
     "lamb",
     "lars",
+    "ldog",
     "learn",
     "linf",
     "lion",
@@ -111,6 +119,7 @@ __all__ = [
     "nadam",
     "names",
     "optim",
+    "prodigy",
     "project",
     "radam",
     "rescale",
@@ -126,6 +135,7 @@ __all__ = [
     "spd",
     "sweep",
     "typing",
+    "window",
 ]
 
 

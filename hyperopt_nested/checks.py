@@ -40,8 +40,8 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be finite")
 
 
-def checked_bounds(value: float, bounds: Any) -> tuple[Any, Any]:
-    """The bounds of a learned value that starts at `value`, infinite where there is none.
+def checked_bounds(value: float | None, bounds: Any) -> tuple[Any, Any]:
+    """The bounds of a learned value that starts at `value` (None: not known yet), infinite where there is none.
 
     Raises:
         TypeError: they are no pair of numbers, functions or None.
@@ -61,7 +61,7 @@ def checked_bounds(value: float, bounds: Any) -> tuple[Any, Any]:
     low, high = (none if end is None else end for end, none in zip(bounds, (-math.inf, math.inf), strict=True))
     if not callable(low) and not callable(high) and not low <= high:
         raise ValueError(f"bounds={bounds!r} are out of order: give (low, high) with low <= high")
-    if (not callable(low) and value < low) or (not callable(high) and value > high):
+    if value is not None and ((not callable(low) and value < low) or (not callable(high) and value > high)):
         raise ValueError(f"value={value!r} is outside bounds={bounds!r}: start inside, or widen them")
     return low, high
 
@@ -74,9 +74,13 @@ def not_an_optimizer(name: str, value: Any) -> TypeError:
         remedy = f"so call it: {value.name}({inside})"
     elif isinstance(value, torch.optim.Optimizer) or (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
         found = value if isinstance(value, type) else type(value)
-        return TypeError(
-            f"{name} is torch's {found.__name__}; it must be an optimizer of this library, such as hn.{found.__name__.lower()}(lr=1e-3)"
-        )
+        owner, same = found.__module__.split(".")[0], found.__name__.lower()
+        if owner in ("hyperopt_nested", "ftp"):
+            return TypeError(
+                f"{name} is {found.__name__}, which holds tensors; it must be a rule with its hypers, such as hn.adamw(lr=1e-3)"
+            )
+        rule = same if owner == "torch" and same not in ("lbfgs", "sparseadam") else "adamw"
+        return TypeError(f"{name} is {owner}'s {found.__name__}; it must be an optimizer of this library, such as hn.{rule}(lr=1e-3)")
     else:
         remedy = "such as hn.sgd(lr=1e-3)"
     shown = " ".join(f"{value!r}".split())
@@ -98,6 +102,19 @@ def check_dtype(name: str, dtype: Any) -> None:
         raise TypeError(f"{name}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
     if not dtype.is_floating_point:
         raise ValueError(f"{name}={dtype} must be a real floating-point dtype, such as torch.bfloat16, or None")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no integer of at least 1.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is smaller.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -172,7 +189,8 @@ def check_options(name: str, kinds: Kinds, defaults: Mapping[str, Any], given: M
         value = given[key]
         label = f"{name}: {key}"
         if type(value).__name__ == "Learn":
-            raise TypeError(f"{label}={value!r} is learned, but {key} is an option and not a hyper: give it a plain value")
+            domain = f", or declare its domain in the rule, such as {key}=hn.Positive({defaults[key]!r})" if kind is float else ""
+            raise TypeError(f"{label}={value!r} is learned, but {key} is an option and not a hyper: give it a plain value{domain}")
         if kind is bool:
             check_flag(label, value)
         elif kind is int:
@@ -214,4 +232,4 @@ def extra(name: str) -> Iterator[None]:
         package = (missing.name or "").partition(".")[0]
         if package == "hyperopt_nested":
             raise
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'hyperopt-nested[{name}]'", name=package) from missing
+        raise ModuleNotFoundError(f'{package} is not installed: pip install "hyperopt-nested[{name}]"', name=package) from missing

@@ -1,25 +1,44 @@
 """The command `hyperopt-nested`: check a rule, list all rules."""
 
 import importlib.util
+import logging
 import sys
-from importlib.metadata import entry_points
+import traceback
+from collections.abc import Collection
+from difflib import get_close_matches
+from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 from hyperopt_nested import registry
 from hyperopt_nested.checks import extra
+from hyperopt_nested.combinators.base import Combinator
+from hyperopt_nested.rule import FunctionRule, Optimizer
 
 with extra("cli"):
     import typer
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 
     from hyperopt_nested import testing
     from hyperopt_nested.testing.programs import check_names
     from hyperopt_nested.testing.registered import Row, rows
 
-app = typer.Typer(no_args_is_help=True, help="Learn any hyper-parameter of any optimizer.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+_log = logging.getLogger("hyperopt_nested")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hyperopt-nested {version('hyperopt-nested')}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    show: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Learn any hyper-parameter of any optimizer: check a rule, list all rules. Exit status 2: the arguments are wrong."""
 
 
 @app.command()
@@ -35,7 +54,7 @@ def check(
     try:
         check_names(names)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        _refuse(str(error))
     try:
         typer.echo(testing.check_rule(rule, examples=examples, backends=names))
     except testing.RuleError as error:
@@ -51,12 +70,12 @@ def rules(
 ) -> None:
     """List every hyper of every registered rule with its domain, and verify its hypergradient. Exit status 1: one is wrong."""
     _load_plugins()
-    unknown = [name for name in names or [] if name not in registry.names()]
-    if unknown:
-        raise typer.BadParameter(f"no rule is registered as {unknown[0]!r}; registered are {', '.join(registry.names())}")
-    progress = Console(stderr=True)
-    found: list[Row] = []
-    for name in track(names or registry.names(), "verifying", console=progress, transient=True, disable=not progress.is_terminal):
+    wanted, found = names or registry.names(), list[Row]()
+    for name in wanted:
+        if name not in registry.names():
+            _refuse(f"no rule is registered as {name!r}{_near(name, registry.names())}")
+    for count, name in enumerate(wanted, 1):
+        _log.info("verifying %s (%d of %d)", name, count, len(wanted))
         found += rows(name, examples)
     if markdown:
         typer.echo("| rule | hyper | domain | default | verified |\n| --- | --- | --- | --- | --- |")
@@ -77,21 +96,49 @@ def _load_plugins() -> None:
         entry.load()
 
 
-def _loaded(target: str) -> Any:
+def _loaded(target: str) -> testing.Checkable:
+    """The rule that `target` names."""
     path, colon, name = target.rpartition(":")
     if not colon:
         if name not in registry.names():
-            raise typer.BadParameter(f"{target!r} is neither path/to/file.py:rule nor a registered name")
+            file = f"; name its rule too: {target}:RULE" if Path(target).is_file() else _near(name, registry.names())
+            _refuse(f"{target!r} is neither path/to/file.py:rule nor a registered name{file}")
         return name
     if not Path(path).is_file():
-        raise typer.BadParameter(f"there is no file {path!r}; give path/to/file.py:rule")
+        _refuse(f"there is no file {path!r}; give path/to/file.py:rule")
+    entries = _run(path)
+    known = {key: entry for key, entry in entries.items() if isinstance(entry, FunctionRule | Combinator | Optimizer)}
+    if name not in entries:
+        _refuse(f"{path!r} defines no {name!r}{_near(name, known)}")
+    if name not in known:
+        _refuse(f"{name!r} of {path!r} is no rule but a {type(entries[name]).__name__}: decorate its update with @hn.rule")
+    return known[name]
+
+
+def _run(path: str) -> dict[str, object]:
+    """The names that a file defines."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise typer.BadParameter(f"{path!r} is no Python file")
+        _refuse(f"{path!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))
     sys.modules[spec.name] = module  # torch.compile looks for the update's globals there
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise typer.BadParameter(f"{path!r} defines no {name!r}")
-    return getattr(module, name)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        _refuse(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
+    return vars(module)
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    """What may have been meant by an unknown name."""
+    close = get_close_matches(name, known)
+    return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(sorted(known)) or 'no rules'}"
+
+
+def _refuse(message: str) -> NoReturn:
+    """End with one line that says what is wrong with the arguments."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(2)

@@ -10,7 +10,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, overload
 
 from torch import Tensor
@@ -18,7 +18,18 @@ from torch import Tensor
 from hyperopt_nested import registry
 from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
-from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
+from hyperopt_nested.recipes import EPS, recipe
+from hyperopt_nested.signatures import (
+    Definition,
+    Function,
+    Init,
+    Separable,
+    check_init,
+    check_reduced,
+    check_separable,
+    is_update,
+    keywords_of,
+)
 from hyperopt_nested.trees import State
 
 Per = Literal["model", "tensor", "row", "element"]
@@ -61,7 +72,11 @@ class Rule(ABC):
         """State before the first update of `param`; `settings` are the declared values of the hypers."""
 
     def global_reduce(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        """What this tensor adds to the sum that `update` needs, shape (): only where `reduction` names it. Arguments as of `update`."""
+        """What this tensor adds to the sum that `update` needs: only where `reduction` names it. Arguments as of `update`.
+
+        Returns:
+            Numbers, each of which is summed: shape (), or (n,), the same for every tensor.
+        """
         raise NotImplementedError(f"{self.name} reduces nothing")
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
@@ -79,14 +94,19 @@ class Rule(ABC):
             grad: as `param`.
             state: as `init` or the last update made it.
             hypers: the value of each hyper, a tensor that broadcasts against `param`.
-            reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`,
-                shape ().
+            reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Learn:
-    """A hyper-parameter that is learned; made by `learn`, which documents the fields."""
+    """A hyper-parameter that is learned; made by `learn`, which documents the fields.
+
+    Until an `Optimizer` has it, `value` and `by` are None where `learn` was not given them; the optimizer holds a completed one.
+
+    Attributes:
+        origin: the one that was completed to this; None if nothing was missing.
+    """
 
     value: float
     by: "Optimizer"
@@ -95,10 +115,58 @@ class Learn:
     bounds: tuple[Bound, Bound] = (-math.inf, math.inf)
     via: Bijection | Literal["projection"] | None = None
     scheduled_by: str | None = None
+    origin: "Learn | None" = None
+    _variants: dict[Hashable, "Learn"] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
-        per = "" if self.per == "model" else f", per={self.per!r}"
-        return f"learn({self.value!r}, by={self.by!r}{per})"
+        given = [repr(self.value)] if self.has_value else []
+        given += [] if self.by_default else [f"by={self.by!r}"]
+        return f"learn({', '.join([*given, *([] if self.per == 'model' else [f'per={self.per!r}'])])})"
+
+    @property
+    def key(self) -> int:
+        """What is equal for all that one `learn(...)` object was completed to: one hyper is learned."""
+        return id(self.origin or self)
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the start is known."""
+        return cast(float | None, self.value) is not None
+
+    @property
+    def by_default(self) -> bool:
+        """Whether the learner is the default one."""
+        return cast(Optimizer | None, (self.origin or self).by) is None
+
+    @property
+    def bounds_by_default(self) -> bool:
+        """Whether the bounds are those of the default recipe."""
+        return self.origin is not None and self.bounds != self.origin.bounds
+
+    def starting(self, value: float) -> "Learn":
+        """The same with this start, unless it has one."""
+        return self if self.has_value else self._variant(value, value=value, bounds=checked_bounds(value, self.bounds))
+
+    def completed(self, hyper: Hyper) -> "Learn":
+        """The same with what is missing: the start is the hyper's default; the learner, its coordinates and bounds are the recipe's."""
+        if not self.has_value:
+            return self.starting(hyper.default).completed(hyper)
+        if cast(Optimizer | None, self.by) is not None:
+            return self
+        how = recipe(hyper, self.value, self.via)
+        bounds = self.bounds if self.bounds != (-math.inf, math.inf) else how.bounds
+        by: Optimizer = registry.get("adam")(lr=how.rate, eps=EPS)
+        return self._variant(hyper, by=by, via=how.via, bounds=bounds)
+
+    def learned_by(self, made_of: Hashable, make: "Callable[[Optimizer], Optimizer]") -> "Learn":
+        """The same with another learner, made of this one's; `made_of` is equal where that does the same."""
+        return self._variant(made_of, by=make(self.by))
+
+    def _variant(self, which: Hashable, **changes: Any) -> "Learn":
+        """The same with changes: always the same object for one `which`."""
+        if which not in self._variants:
+            self._variants[which] = replace(self, **changes, origin=self.origin or self)
+        return self._variants[which]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +194,16 @@ class Optimizer:
         for name in self.rule.hypers:
             if name not in self.settings:
                 raise TypeError(f"{self.rule.name}: settings have no value for the hyper {name!r}")
-        owner: dict[int, str] = {}
-        for name, setting in self.settings.items():
+        for name in self.settings:
             if name not in self.rule.hypers:
                 raise TypeError(f"{self.rule.name} has no hyper {name!r}; it has {', '.join(self.rule.hypers) or 'none'}")
+        settings = {
+            name: setting.completed(self.rule.hypers[name]) if isinstance(setting, Learn) else setting
+            for name, setting in self.settings.items()
+        }
+        object.__setattr__(self, "settings", settings)
+        owner: dict[int, str] = {}
+        for name, setting in settings.items():
             if isinstance(setting, Learn) and setting.scheduled_by not in (None, *self.rule.hypers):
                 raise ValueError(
                     f"{self.rule.name}: {name} is learned with scheduled_by={setting.scheduled_by!r}, which is no hyper; hypers are: "
@@ -137,7 +211,7 @@ class Optimizer:
                 )
             value = setting.value if isinstance(setting, Learn) else setting
             self.rule.hypers[name].check(f"{self.rule.name}: {name}", value, self.via(name))
-            other = owner.setdefault(id(setting), name) if isinstance(setting, Learn) else name
+            other = owner.setdefault(setting.key, name) if isinstance(setting, Learn) else name
             if other != name:
                 raise ValueError(f"{self.rule.name}: {other} and {name} are one learn(...) object: give each a learn(...) of its own")
 
@@ -171,8 +245,8 @@ class Optimizer:
 
 
 def learn(
-    value: float,
-    by: Optimizer,
+    value: float | None = None,
+    by: Optimizer | None = None,
     *,
     per: Per = "model",
     grad: Callable[[Tensor], Tensor] | None = None,
@@ -182,18 +256,22 @@ def learn(
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
+    With a start alone, `learn(1e-3)`, or with nothing, `learn()`, the default recipe of the hyper's domain learns it: Adam, in the
+    logarithm of a rate and the logit of a decay rate. It has one constant for all rules, and no unit.
+
     Wherever one and the same `learn(...)` object is used (several tensors, several parameter groups), one hyper is learned; these must
     be hypers of one name and domain.
 
     Args:
-        value: the start value, in the hyper's domain.
-        by: the optimizer that learns it; its own hypers may be learned too (a tower).
+        value: the start value, in the hyper's domain; by default the default of the rule, or of the class in `hn.optim`.
+        by: the optimizer that learns it; its own hypers may be learned too (a tower). By default `adam`, at the rate of the recipe.
         per: one value per "model", "tensor", "row" (index of dim 0) or "element".
         grad: a transform of the hypergradient before the learner sees it, tensor to tensor of the same shape.
         bounds: further bounds of the value, `(low, high)`; None is no bound. Numbers apply whenever it was learned; a function from the
-            rule's new state to a bound applies after every update, where it is finite.
+            rule's new state to a bound applies after every update, where it is finite. Without `by`, and without bounds, those of the
+            recipe: a factor of 10,000 below and above the start.
         via: the bijection in whose coordinates it is learned: "log", "softplus", "logit" or a `Bijection`; "projection" for none; by
-            default what the rule declares.
+            default what the rule declares or, without `by`, the recipe.
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
 
@@ -204,21 +282,24 @@ def learn(
 
     Example:
         >>> import hyperopt_nested as hn
+        >>> hn.sgd(lr=hn.learn(0.1), momentum=hn.learn()).declared["momentum"]
+        0.0
         >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
         sgd(lr=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)), momentum=0.0, dampening=0.0, weight_decay=0.0)
     """
-    if not isinstance(by, Optimizer):
+    if by is not None and not isinstance(by, Optimizer):
         raise not_an_optimizer("by", by)
-    check_number("learn: value", value)
+    if value is not None:
+        check_number("learn: value", value)
     if per not in ("model", "tensor", "row", "element"):
         raise ValueError(f"per={per!r} must be 'model', 'tensor', 'row' or 'element'")
     if grad is not None and not callable(grad):
         raise TypeError(f"grad={grad!r} ({type(grad).__name__}) must be a function from a hypergradient to one of the same shape, or None")
     coordinates: Any = via if via == "projection" else bijection("learn", via)
-    if scheduled_by is not None and (per == "model" or "lr" not in by.settings):
+    if scheduled_by is not None and (per == "model" or (by is not None and "lr" not in by.settings)):
         why = "all tensors share the value, and may have several schedules" if per == "model" else f"{by!r} has no lr to multiply"
         raise ValueError(f"scheduled_by={scheduled_by!r} cannot be used: {why}")
-    return Learn(value, by, per, grad, checked_bounds(value, bounds), coordinates, scheduled_by)
+    return Learn(cast(float, value), cast(Optimizer, by), per, grad, checked_bounds(value, bounds), coordinates, scheduled_by)
 
 
 class FunctionRule(Definition, Rule):
@@ -227,13 +308,25 @@ class FunctionRule(Definition, Rule):
     after = (inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),)
     types = float | Learn, Optimizer
 
-    def __init__(self, function: Function, initial: Init | None, separable: Separable, nondifferentiable: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        function: Function,
+        initial: Init | None,
+        separable: Separable,
+        nondifferentiable: tuple[str, ...] = (),
+        global_reduce: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__(function, initial)
-        if self.free:
+        check_reduced(self, global_reduce)
+        if free := [name for name in self.free if name != "reduced"]:
             raise TypeError(
-                f"{self.name}: parameter {self.free[0]!r} has no default: declare its domain, such as {self.free[0]}=hn.Positive(1e-3), or "
+                f"{self.name}: parameter {free[0]!r} has no default: declare its domain, such as {free[0]}=hn.Positive(1e-3), or "
                 "give an option its value"
             )
+        self._global_reduce, self._reduced_from = global_reduce, keywords_of(global_reduce)
+        if odd := [name for name in self._reduced_from if name not in (*self.hypers, *self.options)]:
+            raise TypeError(f"{self.name}: global_reduce takes {odd[0]!r}, which the update does not: add it there")
+        self.reduction = self.name if global_reduce else ""
         if odd := [name for name in nondifferentiable if name not in self.hypers]:
             raise TypeError(f"nondifferentiable names {odd[0]!r}, which is no hyper; hypers are: {', '.join(self.hypers) or 'none'}")
         self.separable, self.nondifferentiable = separable, frozenset(nondifferentiable)
@@ -248,9 +341,16 @@ class FunctionRule(Definition, Rule):
         grad: Tensor,
         state: State,
         hypers: Mapping[str, Tensor],
-        reduced: Tensor | None = None,  # noqa: ARG002
+        reduced: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        return self.call(param, grad, state, options=self.options, **hypers)
+        total = {"reduced": reduced} if self.reduction else {}
+        return self.call(param, grad, state, options=self.options, **hypers, **total)
+
+    def global_reduce(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        if self._global_reduce is None:
+            return super().global_reduce(param, grad, state, hypers)
+        values: dict[str, Any] = {**hypers, **self.options}
+        return self._global_reduce(param, grad, state, **{name: values[name] for name in self._reduced_from})
 
     def finishes(self, finish: Callable[..., Tensor], late: tuple[str, ...]) -> None:
         """Declare the last part of the update, and the hypers that act in it alone. Internal."""
@@ -295,11 +395,23 @@ def rule(update: Function, /) -> FunctionRule: ...
 
 @overload
 def rule(
-    init: Init | None = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()
+    init: Init | None = None,
+    /,
+    *,
+    separable: Separable = "tensor",
+    nondifferentiable: tuple[str, ...] = (),
+    global_reduce: Callable[..., Tensor] | None = None,
 ) -> Callable[[Function], FunctionRule]: ...
 
 
-def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()) -> Any:
+def rule(
+    init: Any = None,
+    /,
+    *,
+    separable: Separable = "tensor",
+    nondifferentiable: tuple[str, ...] = (),
+    global_reduce: Callable[..., Tensor] | None = None,
+) -> Any:
     """Make a rule of a function, and register it under the function's name.
 
     The function is `update(param, grad, state, *, <hypers>, <options>) -> (param, state)`: pure, in torch operations. Its keyword-only
@@ -313,9 +425,13 @@ def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentia
             where true, lets hypers of that granularity be learned with less memory.
         nondifferentiable: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them
             is refused.
+        global_reduce: `global_reduce(param, grad, state, *, ...)`, from one tensor to what it adds to sums over all tensors: numbers of
+            shape () or (n,), the same for every tensor. Its keyword-only parameters are hypers and options of the function, which gets
+            the sums as `reduced`.
 
     Raises:
-        TypeError: a parameter of the function has no default, a hyper is not keyword-only, or `init` is no function.
+        TypeError: a parameter of the function has no default, a hyper is not keyword-only, `init` is no function, or `global_reduce` and
+            `reduced` are not given together.
         ValueError: another rule has that name, or `separable` is unknown.
 
     Example:
@@ -333,6 +449,6 @@ def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentia
     check_separable("rule", separable)
 
     def decorate(function: Function) -> FunctionRule:
-        return registry.register(function.__name__, FunctionRule(function, init, separable, nondifferentiable))
+        return registry.register(function.__name__, FunctionRule(function, init, separable, nondifferentiable, global_reduce))
 
     return decorate

@@ -205,6 +205,23 @@ def test_help_lists_the_demo_and_its_options():
     assert "--out" in text
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("demo.svg", "must end in .png"),
+        ("demo", "must end in .png"),
+        ("absent/demo.png", "there is no folder"),
+        ("folder.png", "is a directory"),
+    ],
+)
+def test_a_figure_that_cannot_be_written_is_refused_before_training(out, words, tmp_path, monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("something was trained"))
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / out)], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert words in result.output
+
+
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "typer"])
 def test_a_missing_package_gives_one_line_that_says_what_to_install(module, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("ftp.cli", "ftp.demo", f"{module}."))]:
@@ -213,7 +230,7 @@ def test_a_missing_package_gives_one_line_that_says_what_to_install(module, monk
     monkeypatch.setattr(sys, "argv", ["ftp", "demo"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == f"{module} is not installed: pip install 'hyperopt-nested[demo]'"
+    assert stopped.value.code == f'{module} is not installed: pip install "hyperopt-nested[demo]"'
 
 
 def test_another_missing_module_is_an_error_as_ever(monkeypatch):

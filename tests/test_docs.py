@@ -87,6 +87,13 @@ def test_every_public_name_has_a_docstring(package: str) -> None:
         assert not shown.is_module, f"{package}.{path} is a module: give the path of the object"
 
 
+def test_the_tests_that_contributors_are_sent_to_exist() -> None:
+    named = re.findall(r"`(?:tests/)?(\w+\*?\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    tests = [name for name in named if name.startswith(("test_", "cases", "mutants"))]
+    assert len(tests) > 20
+    assert [name for name in tests if not list((ROOT / "tests").glob(name))] == []
+
+
 def test_make_targets_exist() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for page in ("README.md", "CONTRIBUTING.md"):

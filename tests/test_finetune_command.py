@@ -244,4 +244,4 @@ def test_a_missing_package_is_named_with_its_extra(module: str, here: Path, tmp_
     found = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, env=environment, check=False)
     assert found.returncode == 1
     name = {"PIL": "pillow"}.get(module, module)
-    assert f"{name} is not installed: pip install 'hyperopt-nested[finetune]'" in found.stdout + found.stderr
+    assert f'{name} is not installed: pip install "hyperopt-nested[finetune]"' in found.stdout + found.stderr

@@ -78,7 +78,7 @@ def extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as missing:
         package = {"PIL": "pillow"}.get(name := (missing.name or "").partition(".")[0], name)
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'hyperopt-nested[finetune]'", name=missing.name) from missing
+        raise ModuleNotFoundError(f'{package} is not installed: pip install "hyperopt-nested[finetune]"', name=missing.name) from missing
 
 
 def package(name: str) -> Any:

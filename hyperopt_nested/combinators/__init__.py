@@ -5,6 +5,7 @@ from hyperopt_nested.combinators.decay import coupled_decay, decoupled_decay, l2
 from hyperopt_nested.combinators.gradient import centralize, clip_by_global_norm, clip_by_norm, clip_by_value
 from hyperopt_nested.combinators.project import project
 from hyperopt_nested.combinators.rescale import rescale
+from hyperopt_nested.combinators.window import window
 from hyperopt_nested.rules._anchor import Anchor
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "project",
     "rescale",
     "spd",
+    "window",
 ]

@@ -12,4 +12,5 @@ from hyperopt_nested.combinators._calls import lookahead as lookahead
 from hyperopt_nested.combinators._calls import project as project
 from hyperopt_nested.combinators._calls import rescale as rescale
 from hyperopt_nested.combinators._calls import spd as spd
+from hyperopt_nested.combinators._calls import window as window
 from hyperopt_nested.rules._anchor import Anchor as Anchor

@@ -202,3 +202,20 @@ class _rescale(Combinator):
         """
 
 rescale: _rescale
+
+class _window(Combinator):
+    def __call__(self, optimizer: Optimizer, /, *, steps: int = 1000) -> Optimizer:
+        r"""The optimizer in its first steps alone: what a step does falls linearly to zero, and then the parameter stays.
+
+        With the optimizer's \(\theta_t + d_t\), step \(t = 0, 1, \dots\) of \(n\) gives \(\theta_t + \max(0, 1 - t/n)\, d_t\). It is made for
+        what learns a hyper: the value is learned early and then stays.
+
+        Args:
+            steps: \(n \ge 1\).
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.window(hn.adam(lr=0.1), steps=150), via="log"))
+        """
+
+window: _window

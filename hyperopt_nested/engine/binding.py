@@ -149,13 +149,13 @@ class Bindings:
 
     Args:
         optimizer: one for all tensors, or a mapping from each tensor's name to its optimizer.
-        learned: the learned hypers, by the id of the `learn` that declares them.
+        learned: the learned hypers, by the key of the `learn` that declares them.
         kind_of: how last updates are remembered.
     """
 
     def __init__(self, optimizer: Optimizer | Mapping[str, Optimizer], learned: Mapping[int, LearnedHyper], kind_of: KindOf) -> None:
         def bind(one: Optimizer) -> Binding:
-            return Binding(one, {name: learned[id(learn)] for name, learn in one.learned.items()}, kind_of)
+            return Binding(one, {name: learned[learn.key] for name, learn in one.learned.items()}, kind_of)
 
         if isinstance(optimizer, Optimizer):
             self._all, self._by_name = bind(optimizer), None

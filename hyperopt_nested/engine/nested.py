@@ -70,14 +70,14 @@ class Nested:
         by_learn: dict[int, LearnedHyper] = {}
         for each in optimizers_of(optimizer):
             for name, learn in each.learned.items():
-                if id(learn) in by_learn:
-                    check_shared(by_learn[id(learn)], each, name)
+                if learn.key in by_learn:
+                    check_shared(by_learn[learn.key], each, name)
                 else:
                     horizon.check(each, name, learn)
                     same = sum(learned.key.split("#")[0] == name for learned in by_learn.values())
                     key = f"{name}#{same + 1}" if same else name
                     learner = Nested(learn.by, horizon=horizon.for_learners)
-                    by_learn[id(learn)] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
+                    by_learn[learn.key] = LearnedHyper(key, learn, each.rule.hypers[name], each.via(name), learner)
         self.learned = {learned.key: learned for learned in by_learn.values()}
         self.bindings = Bindings(optimizer, by_learn, horizon.kind_of)
         self._memory = horizon.remember(self.bindings)

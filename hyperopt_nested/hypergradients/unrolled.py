@@ -178,8 +178,8 @@ def in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dic
 
     def plain(each: Optimizer) -> Optimizer:
         for learn in each.learned.values():
-            made.setdefault(id(learn), replace(learn, via="projection"))
-        return each.replace(**{name: made[id(learn)] for name, learn in each.learned.items()})
+            made.setdefault(learn.key, replace(learn, via="projection"))
+        return each.replace(**{name: made[learn.key] for name, learn in each.learned.items()})
 
     if isinstance(optimizer, Optimizer):
         return plain(optimizer)

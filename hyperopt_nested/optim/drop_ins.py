@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested import rules
-from hyperopt_nested.checks import packs
+from hyperopt_nested.checks import is_number, packs
 from hyperopt_nested.optim.optimizer import HyperOptimizer, Params
 from hyperopt_nested.optim.param_groups import Choice
 from hyperopt_nested.rule import Learn, Optimizer
@@ -39,7 +39,7 @@ _NUMBER = float | Learn
 def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]) -> Parameters:
     """What a class takes: arguments of its rule, where several hypers may be one tuple, and those that all classes share."""
     single = {each.name: each for each in inspect.signature(rule).parameters.values()}
-    tuples = packs(single)
+    tuples = _tuples(rule)
     whole = {part: name for name, parts in tuples.items() for part in parts}
     parameters: Parameters = {}
     for name in dict.fromkeys(whole.get(name, name) for name in single):
@@ -56,15 +56,27 @@ def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]
     return dict(sorted({**first, **rest}.items(), key=lambda item: item[1].kind))
 
 
+def _tuples(rule: Factory) -> dict[str, list[str]]:
+    """Hypers that a class takes as one tuple, by its name; what may be None is an argument of its own."""
+    return packs(name for name, each in inspect.signature(rule).parameters.items() if each.default is not None)
+
+
 def _tuple_of(values: Sequence[float | None]) -> Any:
     return types.GenericAlias(tuple, tuple(_NUMBER if value is not None else _NUMBER | None for value in values))
+
+
+def _starting(value: Any, default: Any) -> Any:
+    """A value, or a tuple of them, where a `learn` without a start has that of the class's default, if this is a number."""
+    if isinstance(value, Sequence) and isinstance(default, Sequence) and len(value) == len(default):
+        return tuple(map(_starting, value, default))
+    return value.starting(default) if isinstance(value, Learn) and is_number(default) else value
 
 
 def _documentation(cls: "type[DropIn]") -> str:
     """A docstring: that of the rule, with the class's arguments and an example."""
     text = inspect.getdoc(cls._rule) or ""
     shared, own = _entries(inspect.getdoc(HyperOptimizer) or ""), _entries(text)
-    own |= {name: "; ".join(own[part].rstrip(".") for part in parts) + "." for name, parts in packs(own).items()}
+    own |= {name: "; ".join(own[part].rstrip(".") for part in parts) + "." for name, parts in _tuples(cls._rule).items()}
     own |= {"maximize": "whether gradients are ascended."}
     said = {**own, **shared}
     lines = [f"    {name}: {said[name]}" for name in ("params", *cls._takes) if name in said]
@@ -164,7 +176,7 @@ class DropIn(HyperOptimizer):
                 remedy = _REMEDIES.get(name) or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(['params', *takes])}")
                 raise TypeError(f"{label} has no argument {name!r} (given {value!r}): {remedy}")
         arguments |= settings
-        values = {name: value for name, value in arguments.items() if name not in _SHARED}
+        values = {name: _starting(value, cls._defaults.get(name)) for name, value in arguments.items() if name not in _SHARED}
         return {**cls._defaults, **values}, {name: value for name, value in arguments.items() if name in _SHARED}
 
     @classmethod
@@ -254,6 +266,18 @@ class ScheduleFreeSGD(DropIn, rule=rules.schedule_free_sgd): ...
 
 
 class ScheduleFreeAdamW(DropIn, rule=rules.schedule_free_adamw): ...
+
+
+class DAdaptAdam(DropIn, rule=rules.dadapt_adam, order="lr betas eps weight_decay"): ...
+
+
+class Prodigy(DropIn, rule=rules.prodigy, order="lr betas beta3 eps weight_decay"): ...
+
+
+class DoG(DropIn, rule=rules.dog, order="reps_rel lr weight_decay eps init_eta"): ...
+
+
+class LDoG(DropIn, rule=rules.ldog, order="reps_rel lr weight_decay eps init_eta"): ...
 
 
 class SGDHD(DropIn, rule=rules.sgd_hd): ...

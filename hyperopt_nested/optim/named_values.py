@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -19,8 +19,8 @@ from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State
 
 Path = tuple[str, ...]
-Numbers = Sequence[Mapping[str, Any]]
-"""What each parameter group holds for each hyper."""
+Numbers = Mapping[str, Mapping[str, Any]]
+"""By tensor: what schedules have made of the declared value of each hyper."""
 
 _SHOWN = 8
 """Values that a list in text shows at most."""
@@ -33,7 +33,7 @@ class LearnedValue:
     Attributes:
         learned: what it is a value of.
         path: where its coordinates are in the engine's state.
-        number: what its parameter group holds for the hyper; None for hypers of learners.
+        number: what schedules have made of the declared value; None for hypers of learners.
     """
 
     learned: LearnedHyper
@@ -78,14 +78,14 @@ def learned_values(nested: Nested, st: State, group_of: Mapping[str, int], numbe
         nested: the engine.
         st: its state.
         group_of: the parameter group of each tensor.
-        numbers: what groups hold.
+        numbers: what schedules have made of declared values.
     """
     values: dict[str, LearnedValue] = {}
     shared: dict[str, dict[tuple[str, int], LearnedValue]] = {}
     for name in st["rule"]:
         for hyper, learned in nested.bindings[name].learned.items():
             group, key = group_of[name], learned.key_of(name)
-            value = LearnedValue(learned, ("hypers", learned.key, key), float(numbers[group][hyper]))
+            value = LearnedValue(learned, ("hypers", learned.key, key), float(numbers[name][hyper]))
             if key == MODEL:
                 shared.setdefault(hyper, {})[learned.key, group] = value
             else:

@@ -11,13 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.checks import caller_level, not_an_optimizer
+from hyperopt_nested.checks import caller_level, check_count, not_an_optimizer
 from hyperopt_nested.engine.binding import Hessian
 from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
+from hyperopt_nested.optim.level import has_level
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
@@ -50,6 +51,9 @@ class HyperOptimizer(GroupedOptimizer):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the
+            first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further
+            steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Attributes:
@@ -61,7 +65,8 @@ class HyperOptimizer(GroupedOptimizer):
 
     Raises:
         TypeError: `optimizer` is no optimizer of this library, or a tensor's dtype is not real floating-point.
-        ValueError: a value is outside its domain, a learned hyper is not used, or a group names a hyper wrongly.
+        ValueError: a value is outside its domain, a learned hyper is not used, a group names a hyper wrongly, or `total_steps` is given
+            and no `lr` is learned without `by`.
 
     Example:
         >>> import torch, hyperopt_nested as hn
@@ -87,6 +92,7 @@ class HyperOptimizer(GroupedOptimizer):
         horizon: Horizon = OneStep(),
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: torch.dtype | None = None,
+        total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) and (not callable(optimizer) or isinstance(optimizer, NO_CHOICES)):
@@ -94,7 +100,9 @@ class HyperOptimizer(GroupedOptimizer):
         check_params(params)
         if learn_from not in ("training", "validation"):
             raise ValueError(f"learn_from={learn_from!r} must be 'training' or 'validation'")
-        self._choice, self._learn_from = optimizer, learn_from
+        if total_steps is not None:
+            check_count("total_steps", total_steps)
+        self._choice, self._learn_from, self._total_steps = optimizer, learn_from, total_steps
         self._backend: Backend = backend
         self._programs: Programs | None = None
         self._how: dict[str, Any] = {"horizon": horizon, "state_dtype": state_dtype}
@@ -106,6 +114,10 @@ class HyperOptimizer(GroupedOptimizer):
         for index, group in enumerate(self.param_groups):
             self._fill(index, group)
         self.defaults = self.defaults or self._numbers_of([])
+        if total_steps is not None and self._optimizers and not any(map(has_level, self._optimizers.values())):
+            raise ValueError(
+                f"total_steps={total_steps!r}, but no lr is learned by the default learner: give lr=hn.learn() or hn.learn(1e-3)"
+            )
         self._create_state()
         if self._nested.learned:  # torch.autograd.grad imports it in its first call, for 0.4 s: not in the first step
             importlib.import_module("torch.fx.experimental.symbolic_shapes")
@@ -303,7 +315,8 @@ class HyperOptimizer(GroupedOptimizer):
                     if used is learned:
                         raw = st["hypers"][key][learned.key_of(name)]
                         label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
-                        result[key][label] = learned.value(raw, unpack(self.param_groups[where[name]])[hyper]).detach().clone()
+                        number = self._scheduled(where[name], self._optimizers[name])[hyper]
+                        result[key][label] = learned.value(raw, number).detach().clone()
         return result
 
     def learned(self) -> dict[str, float]:
@@ -357,7 +370,8 @@ class HyperOptimizer(GroupedOptimizer):
             group.update(pack({key: value if key == hyper else number for key, number in unpack(group).items()}))
 
     def _learned_values(self, st: State) -> dict[str, LearnedValue]:
-        return learned_values(self._nested, st, self._roster.group_of, [unpack(group) for group in self.param_groups])
+        numbers = {name: self._scheduled(group, self._optimizers[name]) for name, group in self._roster.group_of.items()}
+        return learned_values(self._nested, st, self._roster.group_of, numbers)
 
     def __repr__(self) -> str:
         name, _, groups = super().__repr__().partition("(")
@@ -449,7 +463,7 @@ class HyperOptimizer(GroupedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow()
-        own = ("_choice", "_how", "_learn_from", "_backend", "_overrides", "_optimizers", "changed")
+        own = ("_choice", "_how", "_learn_from", "_total_steps", "_backend", "_overrides", "_optimizers", "changed")
         tracked = [*self._store.params]
         own_state = {**{name: getattr(self, name) for name in own}, "_names": self._roster.names, "_tracked": tracked}
         return {**super().__getstate__(), **own_state}  # the rest is made again

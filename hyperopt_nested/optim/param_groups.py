@@ -14,6 +14,7 @@ from hyperopt_nested.checks import PAIRS, is_number, not_an_optimizer, packs
 from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.optim.level import has_level, shape, with_level
 from hyperopt_nested.optim.outside_dynamo import add_param_group
 from hyperopt_nested.optim.param_state import ParamState
 from hyperopt_nested.optim.roster import Group, Roster, free_name
@@ -176,12 +177,14 @@ register_pytree_node(ByName, lambda found: (list(found.values()), (found._what, 
 
 
 def with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimizer:
-    """Values of a group: a number replaces a number or a `learn`, but scales what is learned."""
+    """Values of a group: a number replaces a number, but scales what is learned; a `learn` without a start starts at the declared value."""
     settings: dict[str, Any] = {}
     for name, value in overrides.items():
         if name not in optimizer.settings:
             continue
-        if isinstance(optimizer.settings[name], Learn) and not isinstance(value, Learn):
+        if isinstance(value, Learn):
+            settings[name] = value.starting(optimizer.declared[name])
+        elif isinstance(optimizer.settings[name], Learn):
             optimizer.rule.hypers[name].check(f"{optimizer.rule.name}: {name}", value)
         else:
             settings[name] = value
@@ -219,6 +222,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     _overrides: list[dict[str, Any]]  # values of groups that were arguments
     _roster: Roster
     _store: ParamState = NO_STORE
+    _total_steps: int | None
     _shapes: dict[str, torch.Size]
 
     def _create_state(
@@ -247,15 +251,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         overrides = _values_of(param_group)
         chosen = self._choose(dict(named), overrides)
         check_betas(param_group, chosen.values())
+        numbers = {key: value for key, value in overrides.items() if not isinstance(value, Learn)}
         declared: dict[str, float] = {}
         for name, optimizer in chosen.items():
             for hyper, value in self._declared(optimizer).items():
-                if hyper not in overrides and declared.setdefault(hyper, value) != value:
+                if hyper not in numbers and declared.setdefault(hyper, value) != value:
                     raise ValueError(
                         f"group {index} has tensors with {hyper}={declared[hyper]!r} and {hyper}={value!r} (of {name!r}); "
                         "a group holds one number a hyper: put them into groups of their own"
                     )
-        numbers = {key: value.value if isinstance(value, Learn) else value for key, value in overrides.items()}
         for group in self.param_groups:
             if not group["params"] and entries:  # torch wants all groups with names, or none
                 group.pop("param_names", None)
@@ -274,8 +278,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _declared(self, optimizer: Optimizer) -> dict[str, float]:
         """What numbers of groups are relative to: the declared value of each hyper, or what the run declared whose state was loaded."""
-        known = {id(learned.learn): learned.declared for learned in self._store.nested.learned.values()} if self._store else {}
-        return {**optimizer.declared, **{hyper: known[id(learn)] for hyper, learn in optimizer.learned.items() if id(learn) in known}}
+        known = {learned.learn.key: learned.declared for learned in self._store.nested.learned.values()} if self._store else {}
+        return {**optimizer.declared, **{hyper: known[learn.key] for hyper, learn in optimizer.learned.items() if learn.key in known}}
 
     def _numbers_of(self, names: list[str]) -> dict[str, Any]:
         """What a group with these tensors, or with any if there are none, holds for each hyper."""
@@ -297,7 +301,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if not isinstance(base, Optimizer):
                 raise not_an_optimizer(f"optimizer({name!r}, tensor) returned", base)
             if id(base) not in replaced:
-                replaced[id(base)] = base, with_overrides(base, overrides)
+                own = with_overrides(base, overrides)
+                replaced[id(base)] = base, own if self._total_steps is None else with_level(own, self._total_steps)
             chosen[name] = replaced[id(base)][1]
         check_keys(overrides, chosen.values())
         return chosen
@@ -356,15 +361,22 @@ class GroupedOptimizer(torch.optim.Optimizer):
             users.setdefault((self._roster.group_of[name], id(self._optimizers[name]), param.device), []).append(name)
         self._users = list(users.items())
 
+    def _scheduled(self, index: int, optimizer: Optimizer) -> dict[str, Any]:
+        """The numbers that a group holds now, with the shape of the next step where an optimizer of the group has a level."""
+        numbers = unpack(self.param_groups[index])
+        if self._total_steps is None or not has_level(optimizer):
+            return numbers
+        return {**numbers, "lr": numbers["lr"] * shape(self._store.taken, self._total_steps)}
+
     def _values(self, *, as_tensors: bool = False) -> dict[str, Any]:
         """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
-        if as_tensors and self._lists:
+        if as_tensors and self._lists and self._total_steps is None:
             return self._lists
         result: dict[str, Any] = {}
         for key, names in self._users:
             index, _, device = key
             optimizer, learned = self._optimizers[names[0]], self._nested.bindings[names[0]].learned
-            numbers = unpack(self.param_groups[index])
+            numbers = self._scheduled(index, optimizer)
             if as_tensors:
                 of_group: Any = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, device, learned)
             else:

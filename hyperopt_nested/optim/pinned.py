@@ -11,6 +11,7 @@ from hyperopt_nested.checks import caller_level
 from hyperopt_nested.engine.learned import LearnedHyper, Learner
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.sensitivity import Named
+from hyperopt_nested.recipes import FACTOR
 from hyperopt_nested.trees import State
 
 _EVERY = 100
@@ -66,10 +67,15 @@ def _message(path: str, learned: LearnedHyper, raws: Mapping[str, Tensor]) -> st
     low, high = learned.learn.bounds
     bounds = [f"bounds=({_shown(low)}, {_shown(high)})"] if learned.has_bounds else []
     ends = " with ".join([str(learned.hyper), *bounds])
+    remedy = (
+        f"These bounds are the default, a factor of {FACTOR:g} about its start: start it nearer to where it goes, or give "
+        "learn(value, bounds=(low, high)); (0, None) has no upper one"
+        if learned.learn.bounds_by_default
+        else "Give learn(..., bounds=(low, high)) around the values that make sense, or its learner (by=...) a smaller rate"
+    )
     return (
-        f"the learned value {path} was stopped at an end of its range, {ends}{now}: it may stay there, and training with it. Give "
-        f"learn(..., bounds=(low, high)) around the values that make sense, or its learner (by=...) a smaller rate. This is told once; "
-        "pinned() counts such steps"
+        f"the learned value {path} was stopped at an end of its range, {ends}{now}: it may stay there, and training with it. {remedy}. "
+        "This is told once; pinned() counts such steps"
     )
 
 

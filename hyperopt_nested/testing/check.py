@@ -1,9 +1,10 @@
 """`check_rule`: is a new optimizer right?"""
 
 import functools
+import logging
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.comparison import RuleError
 from hyperopt_nested.testing.derivatives import check_derivatives
-from hyperopt_nested.testing.hypergradients import PERS, Record, check_granularities
+from hyperopt_nested.testing.hypergradients import PERS, Record, check_granularities, learnable
 from hyperopt_nested.testing.laws import LAWS, Law, Reference, check_compile, check_precision, check_purity, check_structure, same_as
 from hyperopt_nested.testing.programs import Comparison, check_backends, check_names
 from hyperopt_nested.testing.strategies import SHAPES, Case, Shape, cases, inside, normal_case
@@ -24,6 +25,8 @@ _SHRINKS = 200  # examples tried in search of a smaller one that fails
 
 _LARGE = ((40, 64), (2560,), (16, 10, 4, 4))  # shapes; the first that the rule accepts is checked
 _LATE, _LATER = 25, 101  # steps, of a large tensor and a small one, and of a small one
+
+_log = logging.getLogger("hyperopt_nested")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: every law holds"]
         for name in dict.fromkeys(name for name, _ in self.verified):
-            errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS)
+            errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS if (name, per) in self.verified)
             lines.append(f"  {name}: hypergradient verified, largest relative error per {errors}")
         lines += [f"  {name}: nondifferentiable (derivative zero); learning it is refused" for name in self.nondifferentiable]
         if self.kinks:
@@ -63,7 +66,8 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     granularities, and how many updates come before. Of each example:
 
     * forward memory, reverse memory and finite differences give the same hypergradient, of every hyper;
-    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero;
+    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero; those that enter a sum over all tensors are
+      learned per model;
     * the derivatives of the new parameter and of the new state with respect to parameter, gradient, state and hypers, on which
       hypergradients through several steps rely, are those of finite differences, in late steps and for a large tensor too;
     * the update is pure, keeps structure, dtype and device, computes in float64 if it is given float64, and stays finite, at closed
@@ -103,18 +107,31 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     if reference is not None:
         _search(checked, same_as(reference), examples)
     for law in LAWS:
+        _say(checked, law.__name__.removeprefix("check_"))
         _search(checked, law, examples // 2 + 1)
+    _say(checked, "compile")
     _search(checked, check_compile, 1)
+    _say(checked, "hypergradients")
     report = verify(checked, examples=examples)
+    _say(checked, "derivatives")
     _search(checked, check_derivatives, examples // 2 + 1)
     _search_long(checked)
-    return replace(report, backends={name: check_backends(checked, name) for name in backends})
+    compared = {}
+    for name in backends:
+        _say(checked, f"backend {name}")
+        compared[name] = check_backends(checked, name)
+    return replace(report, backends=compared)
+
+
+def _say(checked: Subject, what: str) -> None:
+    """Log what is checked next."""
+    _log.info("checking %s: %s", checked.name, what)
 
 
 def verify(checked: Subject, *, examples: int = 30) -> Report:
     """The law of hypergradients alone, as in `check_rule`."""
     rule = checked.template.rule
-    record = Record([(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS])
+    record = Record(list(_to_verify(checked)))
     law = functools.partial(check_granularities, record=record)
     rounds = max(_ROUNDS, _EXAMPLES // examples)
     for turn in range(rounds if checked.own else 0):
@@ -129,6 +146,14 @@ def verify(checked: Subject, *, examples: int = 30) -> Report:
         )
     zero = tuple(name for name in checked.own if name in rule.nondifferentiable)
     return Report(checked.name, {pair: record.worst[pair] for pair in record.wanted}, zero, record.kinks)
+
+
+def _to_verify(checked: Subject) -> Iterator[tuple[str, Per]]:
+    """Hypers and granularities that the engine learns."""
+    values = {name: inside(checked.template.rule.hypers[name]) for name in checked.own}
+    case = normal_case(values, {"a": next(iter(checked.shapes()), ())}, 1)
+    for name in checked.own:
+        yield from ((name, per) for per in PERS if learnable(checked, replace(case, per=per), name))
 
 
 def check_case(rule: Checkable, case: Case) -> None:

@@ -1,0 +1,138 @@
+"""What is published: the wheel, the source distribution, their metadata, and the workflow that publishes them."""
+
+import ast
+import email
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+import release
+import yaml
+
+import hyperopt_nested as hn
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("hyperopt_nested", "ftp")
+FILES = {
+    path.relative_to(ROOT).as_posix()
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*")
+    if path.is_file() and path.suffix not in (".pyc", ".pyo")
+}
+NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # of packages whose modules are called otherwise
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both, built without a network."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(wheel.read(name))
+
+
+def test_the_wheel_has_every_file_of_the_packages_and_no_other(wheel: zipfile.ZipFile) -> None:
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == FILES
+    assert {f"{package}/py.typed" for package in PACKAGES} <= FILES
+    assert {"hyperopt_nested/optim/__init__.pyi", "hyperopt_nested/backends/kernel.h", "hyperopt_nested/backends/driver.h"} <= FILES
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_source_distribution_has_no_tests_and_pages(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    others = {name for name in names if not name.startswith(tuple(f"{package}/" for package in PACKAGES))}
+    assert names - others == FILES
+    assert others == {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+
+
+def test_the_wheel_runs_the_first_example(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    code, _, shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", f"{code}\nprint(hn.__file__)"]
+    found = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    *printed, file = found.stdout.splitlines()
+    assert printed == shown.partition("```text\n")[2].partition("\n```")[0].splitlines()
+    assert Path(file).is_relative_to(tmp_path)
+
+
+def test_the_metadata_says_what_is_needed_and_where_things_are(metadata: Message) -> None:
+    needed = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
+    assert [re.split(r"\W", each)[0] for each in needed] == ["torch"]
+    assert {"testing", "cli", "demo", "finetune", "docs", "all"} <= set(metadata.get_all("Provides-Extra", []))
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL", []))
+    assert {"Repository", "Documentation", "Changelog", "Issues"} == set(urls)
+    assert all(url.startswith("https://") for url in urls.values())
+    assert metadata["Author"] or metadata["Author-Email"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
+
+
+def test_all_is_every_extra_that_the_packages_import(metadata: Message) -> None:
+    def needs(extra: str) -> set[str]:
+        """Packages of an extra, and of the extras that it consists of."""
+        mine = [each for each in metadata.get_all("Requires-Dist", []) if re.search(rf"extra == ['\"]{extra}['\"]", each)]
+        inner = [name for each in mine for name in re.findall(r"^hyperopt-nested\[(.*?)\]", each)]
+        found = {re.split(r"[^\w-]", each)[0] for each in mine}
+        return found.union(*(needs(name) for names in inner for name in names.split(","))) - {"hyperopt-nested"}
+
+    users = ("testing", "cli", "demo", "finetune", "docs")
+    assert needs("all") == set().union(*map(needs, users))
+    imported = set()
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            imported |= {name.split(".")[0] for name in [*names, *([str(node.module)] if isinstance(node, ast.ImportFrom) else [])]}
+    others = {NAMES.get(name, name) for name in imported - sys.stdlib_module_names - {*PACKAGES, "torch", "pytest"}}
+    assert others <= needs("all")
+
+
+def test_one_version_stands_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hn.__version__
+    with pytest.raises(ValueError, match=rf"the tag is 'v9\.9', but the version in pyproject\.toml is {hn.__version__}"):
+        release.notes("v9.9", ROOT)
+
+
+def test_release_notes_are_the_section_of_the_version(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.0.0"\n')
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text(
+        "# Changelog\n\n## [Unreleased]\n\n## [1.0.0] - 2026-01-01\n\n### Added\n\n- This.\n\n## [0.9.0]\n\n- That.\n\n[1.0.0]: https://x\n"
+    )
+    assert release.notes("v1.0.0", tmp_path) == "### Added\n\n- This."
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.9.0"\n')
+    assert release.notes("v0.9.0", tmp_path) == "- That."
+    changelog.write_text("# Changelog\n\n## [Unreleased]\n\n- This.\n")
+    with pytest.raises(ValueError, match=r"has no section '## \[0\.9\.0\]'"):
+        release.notes("v0.9.0", tmp_path)
+
+
+def test_the_workflow_publishes_what_is_tagged_and_tested() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads "on" as true
+    build, publish, notes = (workflow["jobs"][name] for name in ("build", "publish", "release"))
+    runs = [step["run"] for step in build["steps"] if "run" in step]
+    assert runs[0].startswith('python tools/release.py "$GITHUB_REF_NAME"')
+    assert "bash .ci/run" in runs
+    assert (publish["needs"], publish["permissions"], publish["environment"]) == ("build", {"id-token": "write"}, "pypi")
+    assert not re.search("secrets|password", str(workflow))
+    assert (notes["needs"], notes["permissions"]) == ("publish", {"contents": "write"})
