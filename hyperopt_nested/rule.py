@@ -19,7 +19,17 @@ from hyperopt_nested import registry
 from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
 from hyperopt_nested.recipes import EPS, recipe
-from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
+from hyperopt_nested.signatures import (
+    Definition,
+    Function,
+    Init,
+    Separable,
+    check_init,
+    check_reduced,
+    check_separable,
+    is_update,
+    keywords_of,
+)
 from hyperopt_nested.trees import State
 
 Per = Literal["model", "tensor", "row", "element"]
@@ -62,7 +72,11 @@ class Rule(ABC):
         """State before the first update of `param`; `settings` are the declared values of the hypers."""
 
     def global_reduce(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
-        """What this tensor adds to the sum that `update` needs, shape (): only where `reduction` names it. Arguments as of `update`."""
+        """What this tensor adds to the sum that `update` needs: only where `reduction` names it. Arguments as of `update`.
+
+        Returns:
+            Numbers, each of which is summed: shape (), or (n,), the same for every tensor.
+        """
         raise NotImplementedError(f"{self.name} reduces nothing")
 
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
@@ -80,8 +94,7 @@ class Rule(ABC):
             grad: as `param`.
             state: as `init` or the last update made it.
             hypers: the value of each hyper, a tensor that broadcasts against `param`.
-            reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`,
-                shape ().
+            reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`.
         """
 
 
@@ -295,13 +308,25 @@ class FunctionRule(Definition, Rule):
     after = (inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),)
     types = float | Learn, Optimizer
 
-    def __init__(self, function: Function, initial: Init | None, separable: Separable, nondifferentiable: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        function: Function,
+        initial: Init | None,
+        separable: Separable,
+        nondifferentiable: tuple[str, ...] = (),
+        global_reduce: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__(function, initial)
-        if self.free:
+        check_reduced(self, global_reduce)
+        if free := [name for name in self.free if name != "reduced"]:
             raise TypeError(
-                f"{self.name}: parameter {self.free[0]!r} has no default: declare its domain, such as {self.free[0]}=hn.Positive(1e-3), or "
+                f"{self.name}: parameter {free[0]!r} has no default: declare its domain, such as {free[0]}=hn.Positive(1e-3), or "
                 "give an option its value"
             )
+        self._global_reduce, self._reduced_from = global_reduce, keywords_of(global_reduce)
+        if odd := [name for name in self._reduced_from if name not in (*self.hypers, *self.options)]:
+            raise TypeError(f"{self.name}: global_reduce takes {odd[0]!r}, which the update does not: add it there")
+        self.reduction = self.name if global_reduce else ""
         if odd := [name for name in nondifferentiable if name not in self.hypers]:
             raise TypeError(f"nondifferentiable names {odd[0]!r}, which is no hyper; hypers are: {', '.join(self.hypers) or 'none'}")
         self.separable, self.nondifferentiable = separable, frozenset(nondifferentiable)
@@ -316,9 +341,16 @@ class FunctionRule(Definition, Rule):
         grad: Tensor,
         state: State,
         hypers: Mapping[str, Tensor],
-        reduced: Tensor | None = None,  # noqa: ARG002
+        reduced: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        return self.call(param, grad, state, options=self.options, **hypers)
+        total = {"reduced": reduced} if self.reduction else {}
+        return self.call(param, grad, state, options=self.options, **hypers, **total)
+
+    def global_reduce(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
+        if self._global_reduce is None:
+            return super().global_reduce(param, grad, state, hypers)
+        values: dict[str, Any] = {**hypers, **self.options}
+        return self._global_reduce(param, grad, state, **{name: values[name] for name in self._reduced_from})
 
     def finishes(self, finish: Callable[..., Tensor], late: tuple[str, ...]) -> None:
         """Declare the last part of the update, and the hypers that act in it alone. Internal."""
@@ -363,11 +395,23 @@ def rule(update: Function, /) -> FunctionRule: ...
 
 @overload
 def rule(
-    init: Init | None = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()
+    init: Init | None = None,
+    /,
+    *,
+    separable: Separable = "tensor",
+    nondifferentiable: tuple[str, ...] = (),
+    global_reduce: Callable[..., Tensor] | None = None,
 ) -> Callable[[Function], FunctionRule]: ...
 
 
-def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentiable: tuple[str, ...] = ()) -> Any:
+def rule(
+    init: Any = None,
+    /,
+    *,
+    separable: Separable = "tensor",
+    nondifferentiable: tuple[str, ...] = (),
+    global_reduce: Callable[..., Tensor] | None = None,
+) -> Any:
     """Make a rule of a function, and register it under the function's name.
 
     The function is `update(param, grad, state, *, <hypers>, <options>) -> (param, state)`: pure, in torch operations. Its keyword-only
@@ -381,9 +425,13 @@ def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentia
             where true, lets hypers of that granularity be learned with less memory.
         nondifferentiable: hypers that act only through functions like `sign`, whose derivative is zero wherever it exists: learning them
             is refused.
+        global_reduce: `global_reduce(param, grad, state, *, ...)`, from one tensor to what it adds to sums over all tensors: numbers of
+            shape () or (n,), the same for every tensor. Its keyword-only parameters are hypers and options of the function, which gets
+            the sums as `reduced`.
 
     Raises:
-        TypeError: a parameter of the function has no default, a hyper is not keyword-only, or `init` is no function.
+        TypeError: a parameter of the function has no default, a hyper is not keyword-only, `init` is no function, or `global_reduce` and
+            `reduced` are not given together.
         ValueError: another rule has that name, or `separable` is unknown.
 
     Example:
@@ -401,6 +449,6 @@ def rule(init: Any = None, /, *, separable: Separable = "tensor", nondifferentia
     check_separable("rule", separable)
 
     def decorate(function: Function) -> FunctionRule:
-        return registry.register(function.__name__, FunctionRule(function, init, separable, nondifferentiable))
+        return registry.register(function.__name__, FunctionRule(function, init, separable, nondifferentiable, global_reduce))
 
     return decorate

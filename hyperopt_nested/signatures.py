@@ -131,6 +131,16 @@ def check_init(init: Any) -> None:
         raise TypeError(f"init={init!r} ({type(init).__name__}) must be a function from a parameter to a state, {remedy}")
 
 
+def check_reduced(definition: Definition, global_reduce: Callable[..., Tensor] | None) -> None:
+    """Refuse a function that takes no sum over all tensors though there is one, or the reverse.
+
+    Raises:
+        TypeError: it is so.
+    """
+    if ("reduced" in definition.free) != (global_reduce is not None):
+        raise TypeError(f"{definition.name}: `global_reduce=` and the parameter `reduced` need each other; give both or neither")
+
+
 def check_separable(name: str, separable: Any) -> None:
     """Refuse an unknown part of a tensor.
 

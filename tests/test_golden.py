@@ -53,6 +53,37 @@ def trajectory(
         yield {name: p.detach() for name, p in params.items()}, [opt.hypers()["radius"][name] for name in config["constrained"]]
 
 
+DISTANCE = sorted(path.stem for path in GOLDEN.glob("distance_*.npz"))
+
+
+@pytest.mark.parametrize("name", DISTANCE)
+def test_distances_are_estimated_as_published(name: str) -> None:
+    config, data = load(name)
+    rule, drop_in = {
+        "DAdaptAdam": (hn.dadapt_adam, hn.optim.DAdaptAdam),
+        "DoG": (hn.dog, hn.optim.DoG),
+        "LDoG": (hn.ldog, hn.optim.LDoG),
+        "Prodigy": (hn.prodigy, hn.optim.Prodigy),
+    }[config["optimizer"]]
+    nested, params = hn.Nested(rule(**config["settings"])), starts(data)
+    st = nested.init(params)
+    weights = {key: torch.nn.Parameter(value.clone()) for key, value in params.items()}
+    opt: Any = drop_in(weights.items(), **config["settings"])
+    for step in range(config["steps"]):
+        grads, lr = {key: data[f"grad/{key}"][step] for key in params}, data["lr"][step].item()
+        params, st = nested.step(params, grads, st, {key: {"lr": lr} for key in params})
+        opt.param_groups[0]["lr"] = lr
+        for key, weight in weights.items():
+            weight.grad = grads[key].clone()
+        opt.step()
+        for key, new in params.items():
+            for found in (new, weights[key].detach()):
+                assert relative_error(found, data[f"param/{key}"][step]) < EXACT, (key, step)
+        if "d" in data:
+            for state in st["rule"].values():
+                assert state["d"].item() == pytest.approx(data["d"][step].item(), rel=EXACT)
+
+
 def drop_in(
     config: dict[str, Any], data: dict[str, torch.Tensor], backend: Any = "reference"
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:

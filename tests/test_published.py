@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import prodigyopt
 import pytest
 import pytorch_optimizer
 import schedulefree
@@ -179,6 +180,24 @@ PAIRS: dict[str, Pair] = {
         hn.schedule_free_adamw,
         lambda params, s: schedule_free_reference(schedulefree.AdamWScheduleFree(params, **betas(s)), params),
         never_zero="beta1",
+    ),
+    "prodigy": Pair(
+        drawn(
+            {
+                **adam_like,
+                "beta2": of_squares,
+                "d_coef": st.floats(0.1, 3.0),
+                "d0": st.sampled_from([1e-6, 1e-2]),
+                "beta3": st.sampled_from([None, 0.8]),
+                "growth_rate": st.sampled_from([1.1, float("inf")]),
+                **{option: st.booleans() for option in ("decouple", "use_bias_correction", "safeguard_warmup")},
+            }
+        ),
+        hn.prodigy,
+        lambda params, s: Reference(
+            prodigyopt.Prodigy(params, beta3=s["beta3"], **betas({key: value for key, value in s.items() if key != "beta3"}))
+        ),
+        never_zero="lr",
     ),
     "lookahead": Pair(
         drawn({**momentum_like, "k": st.integers(1, 7), "alpha": st.floats(0.0, 0.99)}), around_sgd(hn.lookahead), lookahead_reference

@@ -53,6 +53,32 @@ def test_hypers_are_declared_never_inferred() -> None:
         hn.HyperOptimizer([torch.ones(2, requires_grad=True)], "adam")  # type: ignore[arg-type]
 
 
+def test_a_rule_may_need_sums_over_all_tensors() -> None:
+    def sums(param: Any, grad: Any, state: Any, *, power: int) -> Any:
+        return torch.stack([grad.sum(), (param**power).sum()])
+
+    @hn.rule(global_reduce=sums)
+    def summed(param: Any, grad: Any, state: Any, *, lr: Any = hn.Positive(0.1), power: int = 2, reduced: Any) -> Any:
+        return param - lr * reduced[0] / reduced[1], state
+
+    params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+    nested = hn.Nested(summed(0.5, power=3))
+    new, _ = nested.step(params, {"a": torch.ones(2), "b": torch.tensor(4.0)}, nested.init(params))
+    assert all(torch.equal(new[key], params[key] - 0.5 * 6 / 36) for key in params)
+    with pytest.raises(TypeError, match="`global_reduce=` and the parameter `reduced` need each other"):
+        hn.rule(lambda param, grad, state, *, reduced: (param, state))
+    with pytest.raises(TypeError, match="global_reduce takes 'decay', which the update does not: add it there"):
+        hn.rule(global_reduce=lambda param, grad, state, *, decay: grad)(lambda param, grad, state, *, reduced: (param, state))
+
+
+def test_hypers_in_a_sum_are_learned_per_model_where_it_matters() -> None:
+    by, params = hn.sgd(lr=0.1), {"a": torch.ones(2)}
+    hn.Nested(hn.prodigy(lr=hn.learn(1.0, by), beta1=hn.learn(0.9, by, per="tensor"))).init(params)
+    hn.Nested(hn.dadapt_adam(lr=hn.learn(1.0, by, per="tensor"))).init(params)  # the sum acts on the next step alone
+    with pytest.raises(ValueError, match="lr enters the sum over all tensors that prodigy needs: learn it per 'model', with memory 'auto'"):
+        hn.Nested(hn.prodigy(lr=hn.learn(1.0, by, per="tensor"))).init(params)
+
+
 def test_calls_are_checked() -> None:
     with pytest.raises(TypeError, match="sgd has no argument 'learning_rate'; it has lr, momentum"):
         hn.sgd(learning_rate=0.1)

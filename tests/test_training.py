@@ -19,6 +19,7 @@ RULES: dict[str, Callable[[Any], hn.Optimizer]] = {
     "ema": lambda lr: hn.ema(hn.sgd(lr=lr, momentum=0.5), decay=0.7),
     "lookahead": lambda lr: hn.lookahead(hn.adam(lr=lr, eps=1e-3), k=2),
     "clipped": lambda lr: hn.clip_by_global_norm(hn.sgd(lr=lr, momentum=0.9), max_norm=0.5),
+    "prodigy": lambda lr: hn.prodigy(lr=lr, d0=0.1, eps=1e-3),
     "schedule-free": lambda lr: hn.schedule_free_sgd(lr=lr),
 }
 METHODS: dict[str, dict[str, Any]] = {

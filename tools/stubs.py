@@ -67,8 +67,8 @@ def function(name: str, signature: inspect.Signature, doc: str | None, *, is_met
     parts, kind = ["self"] if is_method else [], None
     parameters = list(signature.parameters.values())
     if betas:
-        one = written(float | hn.Learn)
-        tuples = {key: f"tuple[{', '.join([one] * len(names))}]" for key, names in packs(signature.parameters).items() if len(names) > 1}
+        one, hypers = written(float | hn.Learn), [each.name for each in parameters if each.default is not None]
+        tuples = {key: f"tuple[{', '.join([one] * len(names))}]" for key, names in packs(hypers).items() if len(names) > 1}
         parameters += [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=each) for key, each in tuples.items()]
     for each in parameters:
         if kind is each.POSITIONAL_ONLY and each.kind is not kind:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperopt_nested import registry
 from hyperopt_nested.checks import not_an_optimizer
 from hyperopt_nested.rule import Learn, Optimizer, Rule
-from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_separable, is_update
+from hyperopt_nested.signatures import Definition, Function, Init, Separable, check_init, check_reduced, check_separable, is_update
 from hyperopt_nested.trees import State
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +38,7 @@ class Combinator(Definition):
     ) -> None:
         super().__init__(function, initial)
         self.separable, self.global_reduce = separable, global_reduce
-        if ("reduced" in self.free) != (global_reduce is not None):
-            raise TypeError(f"{self.name}: `global_reduce=` and the parameter `reduced` need each other; give both or neither")
+        check_reduced(self, global_reduce)
         self.borrowed = tuple(name for name in self.free if name != "reduced")
 
     def __call__(self, optimizer: Optimizer, /, *args: Any, **settings: Any) -> Optimizer:

@@ -56,8 +56,11 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
     probe = torch.zeros(param.shape, dtype=param.dtype, device=device)
     raws = {key: each.start(probe, each.learn.value) for key, (_, each) in learned.items()}
     trial = binding.update(probe, probe, rule.init(probe, optimizer.settings), {})
-    total = torch.zeros((), dtype=torch.float32, device=device) if rule.reduction else None
-    in_total = set(raws) - set(unused(trial.reduced, raws)) if rule.reduction else set()
+    total, in_total = None, set[str]()
+    if rule.reduction:
+        total = torch.zeros_like(trial.reduced(raws))
+        if not unused(lambda totals: trial.param(raws, totals["total"]), {"total": total}):
+            in_total = set(raws) - set(unused(trial.reduced, raws))
     for key in unused(functools.partial(trial.param, total=total), raws):
         hyper = learned[key][0]
         if key not in in_total and hyper not in rule.nondifferentiable:
@@ -69,9 +72,10 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
     for key in in_total & remembered.keys():
         hyper, each = learned[key]
         if each.learn.per != "model" or remembered[key] != "forward":
+            outermost = "" if rule.reduction == rule.name else ", or put what needs the sum outermost, where it sees the raw gradients"
             raise ValueError(
                 f"{hyper} enters the sum over all tensors that {rule.name} needs: learn it per 'model', with memory "
-                "'auto' or 'forward', or put what needs the sum outermost, where it sees the raw gradients"
+                f"'auto' or 'forward'{outermost}"
             )
     _used.add(update)
 

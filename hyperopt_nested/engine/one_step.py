@@ -125,9 +125,11 @@ class OneStepMemory:
         memory = {}
         for name, param in params.items():
             none = {key: torch.zeros_like(param, dtype=self._dtype) for key in self._bindings[name].memory["forward"]}
-            totals = {self._bindings[name].optimizer.rule.reduction: torch.zeros((), dtype=state_dtype(param), device=param.device)}
-            raws = self._bindings[name].unconstrained(name, hypers)
-            memory[name] = self._remembered(name, 0.0, none, param, torch.zeros_like(param), rule[name], raws, {}, totals)
+            binding, zero = self._bindings[name], torch.zeros_like(param)
+            raws, reduction = binding.unconstrained(name, hypers), binding.optimizer.rule.reduction
+            part = binding.update(param, zero, rule[name], {}).reduced(raws) if reduction else zero
+            totals = {reduction: torch.zeros_like(part)}
+            memory[name] = self._remembered(name, 0.0, none, param, zero, rule[name], raws, {}, totals)
         return memory
 
     def step(

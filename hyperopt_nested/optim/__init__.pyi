@@ -598,6 +598,146 @@ class Adan(DropIn):
         backend: Backend = "auto",
     ) -> None: ...
 
+class DAdaptAdam(DropIn):
+    r"""Adam with D-Adaptation (Defazio and Mishchenko 2023, arXiv 2301.07733, algorithm 5), as `dadaptation.DAdaptAdam`.
+
+    The learning rate is \(\gamma_k = d_k\,\eta\), with an estimate \(d\) of the distance from the start to the solution, over all tensors:
+
+    \(s_{k+1} = \sqrt{\beta_2}\,s_k + (1 - \sqrt{\beta_2})\,\gamma_k g_k\), \(r_{k+1} = \sqrt{\beta_2}\,r_k + (1 - \sqrt{\beta_2})\,
+    \gamma_k \langle g_k, s_k / (\sqrt{v_k} + \epsilon)\rangle\), \(d_{k+1} = \max(d_k, r_{k+1} / ((1 - \sqrt{\beta_2}) \|s_{k+1}\|_1))\).
+
+    All tensors that one `Nested` or `HyperOptimizer` steps with it have one estimate; a tensor without a gradient keeps that of its last
+    step. Where all gradients so far are zero, nothing moves.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        lr: factor \(\eta\) of the learning rate, >= 0.
+        betas: decay rate of the first moment, in [0, 1); decay rate of the second moment, in [0, 1); its root is that of the estimate's averages.
+        eps: added to the root of the second moment, > 0.
+        weight_decay: added to the gradient times the parameter, >= 0.
+        decouple: shrink the parameter by the learning rate times `weight_decay` of itself instead, as AdamW.
+        use_bias_correction: correct the moments for their bias, as Adam.
+        d0: the first estimate, > 0; it should be below the distance.
+        growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+        maximize: whether gradients are ascended.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
+        state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> opt = hn.optim.DAdaptAdam(model.parameters(), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+    """
+    def __init__(
+        self,
+        params: Iterable[Tensor | tuple[str, Tensor] | dict[str, Any]],
+        lr: float | Learn = 1.0,
+        betas: tuple[float | Learn, float | Learn] = (0.9, 0.999),
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        *,
+        decouple: bool = False,
+        use_bias_correction: bool = False,
+        d0: float = 1e-06,
+        growth_rate: float | None = None,
+        maximize: bool = False,
+        horizon: Horizon = ...,
+        learn_from: Literal["training", "validation"] = "training",
+        state_dtype: dtype | None = None,
+        total_steps: int | None = None,
+        backend: Backend = "auto",
+    ) -> None: ...
+
+class DoG(DropIn):
+    r"""DoG, distance over gradients (Ivgi, Hinder and Carmon 2023, arXiv 2302.12022), as `dog.DoG`.
+
+    SGD with the learning rate \(\eta_t = c \max_{i \le t} \|x_i - x_0\| / \sqrt{\sum_{i \le t} \|g_i\|^2 + \epsilon}\), where norms are
+    over all tensors that one `Nested` or `HyperOptimizer` steps with it. The paper evaluates an average of the weights: see `ema`.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        reps_rel: the first distance, relative to one plus the norm of the start, > 0.
+        lr: factor \(c \ge 0\) of the learning rate.
+        weight_decay: added to the gradient times the parameter, >= 0.
+        eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to them.
+        init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+        maximize: whether gradients are ascended.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
+        state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> opt = hn.optim.DoG(model.parameters(), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+    """
+    def __init__(
+        self,
+        params: Iterable[Tensor | tuple[str, Tensor] | dict[str, Any]],
+        reps_rel: float | Learn = 1e-06,
+        lr: float | Learn = 1.0,
+        weight_decay: float | Learn = 0.0,
+        eps: float | Learn = 1e-08,
+        init_eta: float | None = None,
+        *,
+        maximize: bool = False,
+        horizon: Horizon = ...,
+        learn_from: Literal["training", "validation"] = "training",
+        state_dtype: dtype | None = None,
+        total_steps: int | None = None,
+        backend: Backend = "auto",
+    ) -> None: ...
+
+class LDoG(DropIn):
+    r"""Layer-wise DoG (Ivgi, Hinder and Carmon 2023, arXiv 2302.12022, L-DoG), as `dog.LDoG`: `dog` for each tensor on its own.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        reps_rel: the first distance, relative to one plus the norm of the start, > 0.
+        lr: factor of the learning rate, >= 0.
+        weight_decay: added to the gradient times the parameter, >= 0.
+        eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to them.
+        init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+        maximize: whether gradients are ascended.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
+        state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> opt = hn.optim.LDoG(model.parameters(), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+    """
+    def __init__(
+        self,
+        params: Iterable[Tensor | tuple[str, Tensor] | dict[str, Any]],
+        reps_rel: float | Learn = 1e-06,
+        lr: float | Learn = 1.0,
+        weight_decay: float | Learn = 0.0,
+        eps: float | Learn = 1e-08,
+        init_eta: float | None = None,
+        *,
+        maximize: bool = False,
+        horizon: Horizon = ...,
+        learn_from: Literal["training", "validation"] = "training",
+        state_dtype: dtype | None = None,
+        total_steps: int | None = None,
+        backend: Backend = "auto",
+    ) -> None: ...
+
 class Lion(DropIn):
     r"""Lion, the sign of a momentum that looks ahead (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
@@ -724,6 +864,68 @@ class NAdam(DropIn):
         momentum_decay: float | Learn = 0.004,
         decoupled_weight_decay: bool = False,
         *,
+        maximize: bool = False,
+        horizon: Horizon = ...,
+        learn_from: Literal["training", "validation"] = "training",
+        state_dtype: dtype | None = None,
+        total_steps: int | None = None,
+        backend: Backend = "auto",
+    ) -> None: ...
+
+class Prodigy(DropIn):
+    r"""Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101, algorithm 4), as `prodigyopt.Prodigy`.
+
+    Adam with the learning rate \(\gamma_k = d_k\,\eta\), with an estimate \(d\) of the distance from the start to the solution, over all
+    tensors:
+
+    \(r_{k+1} = \beta_3 r_k + d_k \gamma_k \langle g_k, x_0 - x_k\rangle\), \(s_{k+1} = \beta_3 s_k + d_k \gamma_k g_k\),
+    \(d_{k+1} = \max(d_k, c\,r_{k+1} / \|s_{k+1}\|_1)\), where both moments are of \(d_k g_k\).
+
+    All tensors that one `Nested` or `HyperOptimizer` steps with it have one estimate; a tensor without a gradient keeps that of its last
+    step. Where all gradients so far are zero, nothing moves.
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        lr: factor \(\eta\) of the learning rate, >= 0.
+        betas: decay rate of the first moment, in [0, 1); decay rate of the second moment, in [0, 1).
+        beta3: decay rate \(\beta_3\) of the estimate's averages, in [0, 1); None is the root of `beta2`.
+        eps: times the estimate, added to the root of the second moment, > 0.
+        weight_decay: decoupled: the parameter shrinks by the learning rate times `weight_decay` of itself, >= 0.
+        decouple: if not, the gradient gets `weight_decay` times the parameter instead.
+        use_bias_correction: correct the moments for their bias, as Adam.
+        safeguard_warmup: leave \(\eta\) out of \(s\), for learning rates that grow in a warm-up.
+        d0: the first estimate, > 0; it should be below the distance.
+        d_coef: factor \(c > 0\) of the estimate.
+        growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+        maximize: whether gradients are ascended.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
+        state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> opt = hn.optim.Prodigy(model.parameters(), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+    """
+    def __init__(
+        self,
+        params: Iterable[Tensor | tuple[str, Tensor] | dict[str, Any]],
+        lr: float | Learn = 1.0,
+        betas: tuple[float | Learn, float | Learn] = (0.9, 0.999),
+        beta3: float | None = None,
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        *,
+        decouple: bool = True,
+        use_bias_correction: bool = False,
+        safeguard_warmup: bool = False,
+        d0: float = 1e-06,
+        d_coef: float = 1.0,
+        growth_rate: float | None = None,
         maximize: bool = False,
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",

@@ -39,7 +39,7 @@ _NUMBER = float | Learn
 def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]) -> Parameters:
     """What a class takes: arguments of its rule, where several hypers may be one tuple, and those that all classes share."""
     single = {each.name: each for each in inspect.signature(rule).parameters.values()}
-    tuples = packs(single)
+    tuples = _tuples(rule)
     whole = {part: name for name, parts in tuples.items() for part in parts}
     parameters: Parameters = {}
     for name in dict.fromkeys(whole.get(name, name) for name in single):
@@ -54,6 +54,11 @@ def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]
     first = {name: parameters[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in order or hypers}
     rest = {name: each for name, each in {**parameters, **_SHARED}.items() if name not in first}
     return dict(sorted({**first, **rest}.items(), key=lambda item: item[1].kind))
+
+
+def _tuples(rule: Factory) -> dict[str, list[str]]:
+    """Hypers that a class takes as one tuple, by its name; what may be None is an argument of its own."""
+    return packs(name for name, each in inspect.signature(rule).parameters.items() if each.default is not None)
 
 
 def _tuple_of(values: Sequence[float | None]) -> Any:
@@ -71,7 +76,7 @@ def _documentation(cls: "type[DropIn]") -> str:
     """A docstring: that of the rule, with the class's arguments and an example."""
     text = inspect.getdoc(cls._rule) or ""
     shared, own = _entries(inspect.getdoc(HyperOptimizer) or ""), _entries(text)
-    own |= {name: "; ".join(own[part].rstrip(".") for part in parts) + "." for name, parts in packs(own).items()}
+    own |= {name: "; ".join(own[part].rstrip(".") for part in parts) + "." for name, parts in _tuples(cls._rule).items()}
     own |= {"maximize": "whether gradients are ascended."}
     said = {**own, **shared}
     lines = [f"    {name}: {said[name]}" for name in ("params", *cls._takes) if name in said]
@@ -261,6 +266,18 @@ class ScheduleFreeSGD(DropIn, rule=rules.schedule_free_sgd): ...
 
 
 class ScheduleFreeAdamW(DropIn, rule=rules.schedule_free_adamw): ...
+
+
+class DAdaptAdam(DropIn, rule=rules.dadapt_adam, order="lr betas eps weight_decay"): ...
+
+
+class Prodigy(DropIn, rule=rules.prodigy, order="lr betas beta3 eps weight_decay"): ...
+
+
+class DoG(DropIn, rule=rules.dog, order="reps_rel lr weight_decay eps init_eta"): ...
+
+
+class LDoG(DropIn, rule=rules.ldog, order="reps_rel lr weight_decay eps init_eta"): ...
 
 
 class SGDHD(DropIn, rule=rules.sgd_hd): ...

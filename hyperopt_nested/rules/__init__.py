@@ -18,6 +18,7 @@ from hyperopt_nested.rules._blocks import (
 )
 from hyperopt_nested.rules.adam import adabelief, adam, adam_hd, adamax, adamw, adan, lamb, nadam, radam
 from hyperopt_nested.rules.betting import coin_betting
+from hyperopt_nested.rules.distance import dadapt_adam, dog, ldog, prodigy
 from hyperopt_nested.rules.muon import muon
 from hyperopt_nested.rules.schedule_free import schedule_free_adamw, schedule_free_sgd
 from hyperopt_nested.rules.sgd import asgd, lars, sgd, sgd_hd
@@ -42,20 +43,24 @@ __all__ = [
     "copy_of",
     "counted",
     "counter",
+    "dadapt_adam",
     "decayed",
     "direction",
     "displacement",
+    "dog",
     "is_on",
     "keep_anchor",
     "kink",
     "lamb",
     "larger",
     "lars",
+    "ldog",
     "lion",
     "moments",
     "moved_anchor",
     "muon",
     "nadam",
+    "prodigy",
     "radam",
     "register",
     "rmsprop",

@@ -34,11 +34,15 @@ from hyperopt_nested.rules._calls import adamw as adamw
 from hyperopt_nested.rules._calls import adan as adan
 from hyperopt_nested.rules._calls import asgd as asgd
 from hyperopt_nested.rules._calls import coin_betting as coin_betting
+from hyperopt_nested.rules._calls import dadapt_adam as dadapt_adam
+from hyperopt_nested.rules._calls import dog as dog
 from hyperopt_nested.rules._calls import lamb as lamb
 from hyperopt_nested.rules._calls import lars as lars
+from hyperopt_nested.rules._calls import ldog as ldog
 from hyperopt_nested.rules._calls import lion as lion
 from hyperopt_nested.rules._calls import muon as muon
 from hyperopt_nested.rules._calls import nadam as nadam
+from hyperopt_nested.rules._calls import prodigy as prodigy
 from hyperopt_nested.rules._calls import radam as radam
 from hyperopt_nested.rules._calls import rmsprop as rmsprop
 from hyperopt_nested.rules._calls import rprop as rprop

@@ -283,6 +283,144 @@ class _coin_betting(FunctionRule):
 
 coin_betting: _coin_betting
 
+class _dadapt_adam(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 1.0,
+        *,
+        beta1: float | Learn = 0.9,
+        beta2: float | Learn = 0.999,
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        decouple: bool = False,
+        use_bias_correction: bool = False,
+        d0: float = 1e-06,
+        growth_rate: float | None = None,
+        maximize: bool = False,
+        betas: tuple[float | Learn, float | Learn] = ...,
+    ) -> Optimizer:
+        r"""Adam with D-Adaptation (Defazio and Mishchenko 2023, arXiv 2301.07733, algorithm 5), as `dadaptation.DAdaptAdam`.
+
+        The learning rate is \(\gamma_k = d_k\,\eta\), with an estimate \(d\) of the distance from the start to the solution, over all tensors:
+
+        \(s_{k+1} = \sqrt{\beta_2}\,s_k + (1 - \sqrt{\beta_2})\,\gamma_k g_k\), \(r_{k+1} = \sqrt{\beta_2}\,r_k + (1 - \sqrt{\beta_2})\,
+        \gamma_k \langle g_k, s_k / (\sqrt{v_k} + \epsilon)\rangle\), \(d_{k+1} = \max(d_k, r_{k+1} / ((1 - \sqrt{\beta_2}) \|s_{k+1}\|_1))\).
+
+        All tensors that one `Nested` or `HyperOptimizer` steps with it have one estimate; a tensor without a gradient keeps that of its last
+        step. Where all gradients so far are zero, nothing moves.
+
+        Args:
+            lr: factor \(\eta\) of the learning rate, >= 0.
+            beta1: decay rate of the first moment, in [0, 1).
+            beta2: decay rate of the second moment, in [0, 1); its root is that of the estimate's averages.
+            eps: added to the root of the second moment, > 0.
+            weight_decay: added to the gradient times the parameter, >= 0.
+            decouple: shrink the parameter by the learning rate times `weight_decay` of itself instead, as AdamW.
+            use_bias_correction: correct the moments for their bias, as Adam.
+            d0: the first estimate, > 0; it should be below the distance.
+            growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+        """
+
+dadapt_adam: _dadapt_adam
+
+class _dog(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 1.0,
+        *,
+        reps_rel: float | Learn = 1e-06,
+        weight_decay: float | Learn = 0.0,
+        eps: float | Learn = 1e-08,
+        init_eta: float | None = None,
+        maximize: bool = False,
+    ) -> Optimizer:
+        r"""DoG, distance over gradients (Ivgi, Hinder and Carmon 2023, arXiv 2302.12022), as `dog.DoG`.
+
+        SGD with the learning rate \(\eta_t = c \max_{i \le t} \|x_i - x_0\| / \sqrt{\sum_{i \le t} \|g_i\|^2 + \epsilon}\), where norms are
+        over all tensors that one `Nested` or `HyperOptimizer` steps with it. The paper evaluates an average of the weights: see `ema`.
+
+        Args:
+            lr: factor \(c \ge 0\) of the learning rate.
+            reps_rel: the first distance, relative to one plus the norm of the start, > 0.
+            weight_decay: added to the gradient times the parameter, >= 0.
+            eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
+                them.
+            init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+        """
+
+dog: _dog
+
+class _ldog(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 1.0,
+        *,
+        reps_rel: float | Learn = 1e-06,
+        weight_decay: float | Learn = 0.0,
+        eps: float | Learn = 1e-08,
+        init_eta: float | None = None,
+        maximize: bool = False,
+    ) -> Optimizer:
+        r"""Layer-wise DoG (Ivgi, Hinder and Carmon 2023, arXiv 2302.12022, L-DoG), as `dog.LDoG`: `dog` for each tensor on its own.
+
+        Args:
+            lr: factor of the learning rate, >= 0.
+            reps_rel: the first distance, relative to one plus the norm of the start, > 0.
+            weight_decay: added to the gradient times the parameter, >= 0.
+            eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
+                them.
+            init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+        """
+
+ldog: _ldog
+
+class _prodigy(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 1.0,
+        *,
+        beta1: float | Learn = 0.9,
+        beta2: float | Learn = 0.999,
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        beta3: float | None = None,
+        decouple: bool = True,
+        use_bias_correction: bool = False,
+        safeguard_warmup: bool = False,
+        d0: float = 1e-06,
+        d_coef: float = 1.0,
+        growth_rate: float | None = None,
+        maximize: bool = False,
+        betas: tuple[float | Learn, float | Learn] = ...,
+    ) -> Optimizer:
+        r"""Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101, algorithm 4), as `prodigyopt.Prodigy`.
+
+        Adam with the learning rate \(\gamma_k = d_k\,\eta\), with an estimate \(d\) of the distance from the start to the solution, over all
+        tensors:
+
+        \(r_{k+1} = \beta_3 r_k + d_k \gamma_k \langle g_k, x_0 - x_k\rangle\), \(s_{k+1} = \beta_3 s_k + d_k \gamma_k g_k\),
+        \(d_{k+1} = \max(d_k, c\,r_{k+1} / \|s_{k+1}\|_1)\), where both moments are of \(d_k g_k\).
+
+        All tensors that one `Nested` or `HyperOptimizer` steps with it have one estimate; a tensor without a gradient keeps that of its last
+        step. Where all gradients so far are zero, nothing moves.
+
+        Args:
+            lr: factor \(\eta\) of the learning rate, >= 0.
+            beta1: decay rate of the first moment, in [0, 1).
+            beta2: decay rate of the second moment, in [0, 1).
+            eps: times the estimate, added to the root of the second moment, > 0.
+            weight_decay: decoupled: the parameter shrinks by the learning rate times `weight_decay` of itself, >= 0.
+            beta3: decay rate \(\beta_3\) of the estimate's averages, in [0, 1); None is the root of `beta2`.
+            decouple: if not, the gradient gets `weight_decay` times the parameter instead.
+            use_bias_correction: correct the moments for their bias, as Adam.
+            safeguard_warmup: leave \(\eta\) out of \(s\), for learning rates that grow in a warm-up.
+            d0: the first estimate, > 0; it should be below the distance.
+            d_coef: factor \(c > 0\) of the estimate.
+            growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+        """
+
+prodigy: _prodigy
+
 class _muon(FunctionRule):
     def __call__(
         self,

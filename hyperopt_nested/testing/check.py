@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.comparison import RuleError
 from hyperopt_nested.testing.derivatives import check_derivatives
-from hyperopt_nested.testing.hypergradients import PERS, Record, check_granularities
+from hyperopt_nested.testing.hypergradients import PERS, Record, check_granularities, learnable
 from hyperopt_nested.testing.laws import LAWS, Law, Reference, check_compile, check_precision, check_purity, check_structure, same_as
 from hyperopt_nested.testing.programs import Comparison, check_backends, check_names
 from hyperopt_nested.testing.strategies import SHAPES, Case, Shape, cases, inside, normal_case
@@ -50,7 +50,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: every law holds"]
         for name in dict.fromkeys(name for name, _ in self.verified):
-            errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS)
+            errors = ", ".join(f"{per} {self.verified[name, per]:.0e}" for per in PERS if (name, per) in self.verified)
             lines.append(f"  {name}: hypergradient verified, largest relative error per {errors}")
         lines += [f"  {name}: nondifferentiable (derivative zero); learning it is refused" for name in self.nondifferentiable]
         if self.kinks:
@@ -66,7 +66,8 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
     granularities, and how many updates come before. Of each example:
 
     * forward memory, reverse memory and finite differences give the same hypergradient, of every hyper;
-    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero;
+    * every hyper has one, but those declared nondifferentiable, whose derivative must be zero; those that enter a sum over all tensors are
+      learned per model;
     * the derivatives of the new parameter and of the new state with respect to parameter, gradient, state and hypers, on which
       hypergradients through several steps rely, are those of finite differences, in late steps and for a large tensor too;
     * the update is pure, keeps structure, dtype and device, computes in float64 if it is given float64, and stays finite, at closed
@@ -130,7 +131,7 @@ def _say(checked: Subject, what: str) -> None:
 def verify(checked: Subject, *, examples: int = 30) -> Report:
     """The law of hypergradients alone, as in `check_rule`."""
     rule = checked.template.rule
-    record = Record([(name, per) for name in checked.own if name not in rule.nondifferentiable for per in PERS])
+    record = Record(list(_to_verify(checked)))
     law = functools.partial(check_granularities, record=record)
     rounds = max(_ROUNDS, _EXAMPLES // examples)
     for turn in range(rounds if checked.own else 0):
@@ -145,6 +146,14 @@ def verify(checked: Subject, *, examples: int = 30) -> Report:
         )
     zero = tuple(name for name in checked.own if name in rule.nondifferentiable)
     return Report(checked.name, {pair: record.worst[pair] for pair in record.wanted}, zero, record.kinks)
+
+
+def _to_verify(checked: Subject) -> Iterator[tuple[str, Per]]:
+    """Hypers and granularities that the engine learns."""
+    values = {name: inside(checked.template.rule.hypers[name]) for name in checked.own}
+    case = normal_case(values, {"a": next(iter(checked.shapes()), ())}, 1)
+    for name in checked.own:
+        yield from ((name, per) for per in PERS if learnable(checked, replace(case, per=per), name))
 
 
 def check_case(rule: Checkable, case: Case) -> None:

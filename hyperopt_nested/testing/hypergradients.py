@@ -43,6 +43,18 @@ class Record:
         return [pair for pair in self.wanted if pair not in self.worst]
 
 
+def learnable(subject: Subject, case: Case, name: str, memory: Memory = "kept") -> bool:
+    """Whether the engine can learn a hyper at the granularity of a case: not all that enter a sum over all tensors."""
+    rule = subject.template.rule
+    if name in rule.nondifferentiable or not rule.reduction:
+        return name not in rule.nondifferentiable
+    try:
+        Nested(subject.learning(case, {name: case.per}), horizon=OneStep(memory)).init(case.params)
+    except ValueError as error:
+        return "enters the sum" not in str(error)
+    return True
+
+
 def check_granularities(subject: Subject, case: Case, record: Record) -> None:
     """`check_hypergradients`, and again at other granularities where those of the hypers that the case resolves are still missing."""
     resolved = check_hypergradients(subject, case, record)
@@ -61,10 +73,11 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
     step, focus = subject.step(case), record.focus
     rule = step.optimizer.rule
     names = [name for name in subject.own if focus in (None, name)]
-    differences = _by_differences(step, case, names)
-    learned = {name: case.per for name in names if name not in rule.nondifferentiable}
     memories: tuple[Memory, ...] = ("kept", "reverse", "auto") if rule.late else ("kept", "reverse")
-    found = {memory: _by_engine(subject, case, step, learned, memory) for memory in memories} if learned else {}
+    learned = {memory: {name: case.per for name in names if learnable(subject, case, name, memory)} for memory in memories}
+    names = [name for name in names if name in learned["kept"] or name in rule.nondifferentiable]
+    differences = _by_differences(step, case, names) if names else {}
+    found = {memory: _by_engine(subject, case, step, hypers, memory) for memory, hypers in learned.items() if hypers}
     where = f"per {case.per}, {case.where}"
     resolved: set[str] = set()
     for name, (expected, ok) in differences.items():
@@ -77,9 +90,10 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
                 raise RuleError(f"{name} is declared nondifferentiable, but its hypergradient is {by_differences} ({where})")
             continue
         largest = float(smooth.value.abs().amax()) if smooth.value.numel() else 0.0
-        for memory, (values, _) in found.items():
+        found_here = {memory: values for memory, (values, _) in found.items() if name in values}
+        for memory, values in found_here.items():
             if not smooth.agrees(values[name][ok]):
-                only_forward = memory != "reverse" and smooth.agrees(found["reverse"][0][name][ok])
+                only_forward = memory != "reverse" and "reverse" in found_here and smooth.agrees(found_here["reverse"][name][ok])
                 doubt = f"; in reverse it is right: is the rule's separable={rule.separable!r} true?" if only_forward else ""
                 raise RuleError(
                     f"the hypergradient of {name} is {_shown(values[name][ok])} with memory={memory!r}, but {by_differences}, "
@@ -93,7 +107,7 @@ def check_hypergradients(subject: Subject, case: Case, record: Record) -> set[st
                     f"memory={memory!r} ({where})"
                 )
         if largest > 0 and float(smooth.error.amax()) <= TOLERANCE * largest:
-            off = max(float((values[name][ok] - smooth.value).abs().amax()) for values, _ in found.values()) / largest
+            off = max(float((values[name][ok] - smooth.value).abs().amax()) for values in found_here.values()) / largest
             record.worst[name, case.per] = max(off, record.worst.get((name, case.per), 0.0))
             resolved.add(name)
     record.focus = focus

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from hyperopt_nested import registry
+from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.check import verify
 from hyperopt_nested.testing.comparison import RuleError
 from hyperopt_nested.testing.hypergradients import PERS
@@ -43,15 +44,16 @@ def rows(name: str, examples: int = 0) -> list[Row]:
     """Rows of one entry of the registry; verified with so many examples, or, with none, not verified."""
     checked = subject(name)
     rule, defaults = checked.template.rule, checked.template.declared
-    zero, wrong = "derivative zero; learning is refused", ""
+    zero, wrong, right = "derivative zero; learning is refused", "", dict[tuple[str, Per], float]()
     if examples and checked.own:
         try:
-            verify(checked, examples=examples)
+            right |= verify(checked, examples=examples).verified
         except RuleError as error:
             wrong = str(error).splitlines()[0]
 
     def verified(hyper: str) -> str:
-        return wrong or (zero if hyper in rule.nondifferentiable else f"per {', '.join(PERS)}") if examples else ""
+        at = ", ".join(per for per in PERS if (hyper, per) in right)
+        return wrong or (zero if hyper in rule.nondifferentiable else f"per {at}") if examples else ""
 
     found = [Row(name, hyper, str(rule.hypers[hyper]), f"{defaults[hyper]:g}", verified(hyper), bool(wrong)) for hyper in checked.own]
     return found or [Row(name)]

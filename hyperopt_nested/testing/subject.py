@@ -159,7 +159,7 @@ def direct(
     """One step by the rule's own functions; `hypers` by tensor and name."""
     rule = optimizer.rule
     inputs = {name: (param, grads[name], states[name], hypers[name]) for name, param in params.items()}
-    total = torch.stack([rule.global_reduce(*each) for each in inputs.values()]).sum() if rule.reduction else None
+    total = torch.stack([rule.global_reduce(*each) for each in inputs.values()]).sum(0) if rule.reduction else None
     updated = {name: rule.update(*each, total) for name, each in inputs.items()}
     return {name: pair[0] for name, pair in updated.items()}, {name: pair[1] for name, pair in updated.items()}
 
