@@ -58,7 +58,7 @@ def test_programs_are_made_without_torchs_own_compiler(tmp_path: Path) -> None:
 def test_the_first_compilation_says_one_line(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (result(1), result(2)) == (1, 2)
     (line,) = caplog.messages
-    for words in ("compiling optimizer kernels, once", str(kept), f"{compiler.CACHE_VARIABLE} moves them", "backend='reference' avoids them"):
+    for words in ("compiling optimizer kernels, once", str(kept), compiler.CACHE_VARIABLE, "backend='reference' avoids them"):
         assert words in line
 
 
