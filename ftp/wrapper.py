@@ -94,8 +94,8 @@ class FTP(torch.optim.Optimizer):
         anchor_device: str | torch.device | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"optimizer has type {kind}; it must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters())")
+            kind = f"is the class {optimizer.__name__}" if isinstance(optimizer, type) else f"has type {type(optimizer).__name__}"
+            raise TypeError(f"optimizer {kind}; it must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters())")
         if isinstance(optimizer, (FTP, FTPOptimizer)):
             raise ValueError(f"optimizer is {type(optimizer).__name__}, which projects already: use it alone, or give what is inside")
         names = {} if named_parameters is None else {id(p): name for name, p in named_parameters}

@@ -74,9 +74,13 @@ def not_an_optimizer(name: str, value: Any) -> TypeError:
         remedy = f"so call it: {value.name}({inside})"
     elif isinstance(value, torch.optim.Optimizer) or (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
         found = value if isinstance(value, type) else type(value)
-        return TypeError(
-            f"{name} is torch's {found.__name__}; it must be an optimizer of this library, such as hn.{found.__name__.lower()}(lr=1e-3)"
-        )
+        owner, same = found.__module__.split(".")[0], found.__name__.lower()
+        if owner in ("hyperopt_nested", "ftp"):
+            return TypeError(
+                f"{name} is {found.__name__}, which holds tensors; it must be a rule with its hypers, such as hn.adamw(lr=1e-3)"
+            )
+        rule = same if owner == "torch" and same not in ("lbfgs", "sparseadam") else "adamw"
+        return TypeError(f"{name} is {owner}'s {found.__name__}; it must be an optimizer of this library, such as hn.{rule}(lr=1e-3)")
     else:
         remedy = "such as hn.sgd(lr=1e-3)"
     shown = " ".join(f"{value!r}".split())
@@ -185,7 +189,8 @@ def check_options(name: str, kinds: Kinds, defaults: Mapping[str, Any], given: M
         value = given[key]
         label = f"{name}: {key}"
         if type(value).__name__ == "Learn":
-            raise TypeError(f"{label}={value!r} is learned, but {key} is an option and not a hyper: give it a plain value")
+            domain = f", or declare its domain in the rule, such as {key}=hn.Positive({defaults[key]!r})" if kind is float else ""
+            raise TypeError(f"{label}={value!r} is learned, but {key} is an option and not a hyper: give it a plain value{domain}")
         if kind is bool:
             check_flag(label, value)
         elif kind is int:

@@ -55,6 +55,13 @@ def test_programs_are_made_without_torchs_own_compiler(tmp_path: Path) -> None:
     assert done.stdout.split() == ["fused", "0.8"], done
 
 
+def test_the_first_compilation_says_one_line(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert (result(1), result(2)) == (1, 2)
+    (line,) = caplog.messages
+    for words in ("compiling optimizer kernels, once", str(kept), compiler.CACHE_VARIABLE, "backend='reference' avoids them"):
+        assert words in line
+
+
 def test_libraries_are_kept_for_the_user_alone(kept: Path) -> None:
     assert result(1) == 1
     (path,) = kept.iterdir()

@@ -193,11 +193,11 @@ def trained(steps: int, make: Any, scheduler: Any = None, begin: Any = None) -> 
     return opt, tensors, values
 
 
-@pytest.mark.parametrize("total", [None, 40])
+@pytest.mark.parametrize(("total", "decay"), [(None, hn.learn()), (40, hn.learn()), (40, 0.1)], ids=["none", "level", "settled"])
 @pytest.mark.parametrize("backend", ["foreach", "fused"])
-def test_backends_agree_and_resume(backend: Any, total: Any) -> None:
+def test_backends_agree_and_resume(backend: Any, total: Any, decay: Any) -> None:
     def make(backend: Any) -> Any:
-        return lambda params: hn.optim.AdamW(params, lr=hn.learn(1e-3), weight_decay=hn.learn(), backend=backend, total_steps=total)
+        return lambda params: hn.optim.AdamW(params, lr=hn.learn(1e-3), weight_decay=decay, backend=backend, total_steps=total)
 
     _, expected, values = trained(12, make("reference"))
     opt, found, others = trained(12, make(backend))
@@ -294,6 +294,19 @@ def test_a_level_is_a_learned_hyper_under_a_schedule() -> None:
     assert [each["lr"] for each in others] == pytest.approx([each["lr"] for each in values])
     for name, p in found.items():
         torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_pulled_back_when_all_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settled level costs what a plain number does; what else is learned goes on."""
+    calls: list[str] = []
+    pull = hn.Nested.hypergradients
+    monkeypatch.setattr(hn.Nested, "hypergradients", lambda nested, *args: calls.extend(nested.learned) or pull(nested, *args))
+    for settings, count in (({}, 6), ({"weight_decay": hn.learn()}, 40)):
+        calls.clear()
+        trained(
+            20, lambda params, settings=settings: hn.optim.AdamW(params, lr=hn.learn(), total_steps=40, backend="reference", **settings)
+        )
+        assert len(calls) == count
 
 
 def test_schedulers_multiply_the_shape() -> None:

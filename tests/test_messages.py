@@ -21,6 +21,11 @@ def learned(value: Any = 0.1, **how: Any) -> hn.Learn:
     return hn.learn(value, by=hn.sgd(), **how)
 
 
+@hn.rule
+def with_option(param: Any, grad: Any, state: Any, *, rate: float = 0.1) -> Any:
+    return param - rate * grad, state
+
+
 def started(optimizer: Any) -> Any:
     return hn.Nested(optimizer).init({"w": torch.ones(2, 2)})
 
@@ -385,6 +390,53 @@ CASES: list[Case] = [
     (lambda: hn.sgd(lr=torch.tensor(0.1)), TypeError, "sgd: lr=tensor(0.1000) (Tensor) must be a number, or learn(<number>,"),
     (lambda: hn.sgd(lr=nan), ValueError, "sgd: lr=nan is outside its domain NonNegative [0, inf): choose a"),
     (lambda: hn.sgd(lr=True), TypeError, "sgd: lr=True (bool) must be a number, or learn(<number>,"),
+    (
+        lambda: made(hn.optim.SGD(PARAMS)),
+        TypeError,
+        "optimizer is SGD, which holds tensors; it must be a rule with its hypers, such as hn.adamw(",
+    ),
+    (
+        lambda: hn.learn(0.1, by=torch.optim.LBFGS),
+        TypeError,
+        "by is torch's LBFGS; it must be an optimizer of this library, such as hn.adamw(",
+    ),
+    (
+        lambda: made(net),
+        TypeError,
+        "optimizer=Linear(in_features=2, out_features=2, bias=True) (Linear) must be an optimizer of this library, such as",
+    ),
+    (lambda: hn.HyperOptimizer(net, hn.sgd()), TypeError, "params is a module (Linear): give its parameters, model.named_parameters()"),
+    (
+        lambda: hn.project(hn.sgd),
+        TypeError,
+        "optimizer=<rule sgd> (FunctionRule) must be an optimizer of this library, so call it: sgd(...)",
+    ),
+    (
+        lambda: hn.Nested(torch.optim.AdamW),
+        TypeError,
+        "optimizer is torch's AdamW; it must be an optimizer of this library, such as hn.adamw(lr=1e-3)",
+    ),
+    (
+        lambda: ftp.FTP(torch.optim.AdamW),
+        TypeError,
+        "optimizer is the class AdamW; it must be a torch.optim.Optimizer, such as torch.optim.AdamW(",
+    ),
+    (
+        lambda: with_option(rate=learned()),
+        TypeError,
+        "with_option: rate=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)) is learned, but rate is an option "
+        "and not a hyper: give it a plain value, or declare its domain in the rule, such as rate=hn.Positive(0.1)",
+    ),
+    (
+        lambda: hn.sgd(nesterov=learned()),
+        TypeError,
+        "sgd: nesterov=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)) is learned, but nesterov is an option",
+    ),
+    (
+        lambda: hn.sweep(hn.sgd(lr=learned()), {"w": torch.ones(2)}, [0], lambda p, b: p["w"].sum()),
+        ValueError,
+        "nothing differs between runs: give starts, such as",
+    ),
     (lambda: hn.sgd(lr=None), TypeError, "sgd: lr=None (NoneType) must be a number, or learn(<number>,"),
 ]
 

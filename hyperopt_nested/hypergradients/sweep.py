@@ -85,8 +85,12 @@ def sweep(
     sizes = {f"starts[{key!r}]": len(value) for key, value in starts.items()}
     if batched_params:
         sizes |= {f"params[{name!r}]": len(value) for name, value in params.items()}
+    if not sizes:
+        raise ValueError(
+            "nothing differs between runs: give starts, such as starts={'lr': torch.tensor([0.1, 0.2])}, or batched_params=True"
+        )
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the number of runs must be one and the same in all that is batched: {sizes or 'nothing is: give starts'}")
+        raise ValueError(f"the number of runs must be one and the same in all that is batched: {sizes}")
     runs = next(iter(sizes.values()))
     for key in starts.keys() & nested.learned.keys():
         check_values(f"starts[{key!r}]", starts[key], nested.learned[key].hyper, nested.learned[key].via)

@@ -18,7 +18,7 @@ from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
-from hyperopt_nested.optim.level import has_level
+from hyperopt_nested.optim.level import has_level, is_settled
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
@@ -198,8 +198,8 @@ class HyperOptimizer(GroupedOptimizer):
             return loss
         self._prepare(grads)
         self._mind_changes(grads.keys())
-        learn = self._learn_from == "training"
-        store = self._store
+        store, total = self._store, self._total_steps
+        learn = self._learn_from == "training" and (total is None or not is_settled(self._optimizers.values(), store.taken, total))
         if not self._step_by_programs(store, grads, learn):
             now = {name: store.params[name].detach() for name in grads}
             new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian)
