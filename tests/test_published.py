@@ -169,6 +169,11 @@ PAIRS: dict[str, Pair] = {
             pytorch_optimizer.Adan(params, **betas({k: v for k, v in s.items() if k != "no_prox"}), weight_decouple=s["no_prox"])
         ),
     ),
+    "mada, yogi": Pair(
+        drawn({**adam_like, "beta2": of_squares}),
+        lambda **s: hn.mada(yogi=1.0, **s),
+        lambda params, s: Reference(pytorch_optimizer.Yogi(params, initial_accumulator=0.0, adam_debias=False, **betas(s))),
+    ),
     "schedule_free_sgd": Pair(
         drawn({**averaging, "momentum": interpolation}),
         hn.schedule_free_sgd,
@@ -270,6 +275,46 @@ def test_rules_are_the_published_programs(name: str, data: st.DataObject, seed: 
     vanishing = data.draw(st.sampled_from([None, *(key for key in settings if key in MAY_VANISH and key != pair.never_zero)]))
     settings = {key: 0.0 if key == vanishing else value for key, value in settings.items()}
     assert compare(pair, settings, seed) < EXACT, settings
+
+
+def trajectory(optimizer: hn.Optimizer) -> list[Tensors]:
+    """Tensors after each of some steps."""
+    generator = torch.Generator().manual_seed(0)
+    params = {key: randn(shape, generator) for key, shape in START.items()}
+    nested, seen = hn.Nested(optimizer), []
+    state = nested.init(params)
+    for _ in range(STEPS):
+        grads = {key: randn(shape, generator) * (torch.rand(shape, generator=generator) > 0.2) for key, shape in START.items()}
+        params, state = nested.step(params, grads, state)
+        seen.append(params)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("corner", "expected"),
+    [
+        (hn.mada(0.1), hn.adam(0.1)),
+        (hn.mada(0.1, weight_decay=0.2), hn.adamw(0.1, weight_decay=0.2)),
+        (hn.mada(0.1, amsgrad=1.0, weight_decay=0.2, beta2=0.9), hn.adamw(0.1, amsgrad=True, weight_decay=0.2, beta2=0.9)),
+        (hn.mada(0.1, betas=(0.98, 0.99, 0.92)), hn.adan(0.1)),
+        (hn.mada(0.1, betas=(0.8, 0.9, 0.7), weight_decay=0.2), hn.adan(0.1, betas=(0.8, 0.7, 0.9), weight_decay=0.2, no_prox=True)),
+    ],
+)
+def test_corners_of_mada_are_other_rules(corner: hn.Optimizer, expected: hn.Optimizer) -> None:
+    for found, wanted in zip(trajectory(corner), trajectory(expected), strict=True):
+        for key, value in wanted.items():
+            assert relative_error(found[key], value) < EXACT
+
+
+def test_averages_and_maxima_in_mada_by_hand() -> None:
+    """Gradients 2, 1 and 0 with beta1 = 0 and beta2 = 1/2: second moments 2, 3/2 and 3/4, without their bias 4, 2 and 6/7."""
+    for settings, second in (({"avgrad": 1.0}, 3.0), ({"avgrad": 0.5}, 2.5), ({"avgrad": 0.5, "amsgrad": 0.5}, (7 / 3 + 3) / 2)):
+        nested = hn.Nested(hn.mada(0.1, betas=(0.0, 0.5, 0.0), eps=NEGLIGIBLE, **settings))
+        before, params = {}, {"w": torch.tensor(0.0, dtype=torch.float64)}
+        state = nested.init(params)
+        for grad in (2.0, 1.0):
+            before, (params, state) = params, nested.step(params, {"w": torch.tensor(grad, dtype=torch.float64)}, state)
+        assert (before["w"] - params["w"]).item() == pytest.approx(0.1 / second**0.5, rel=EXACT)
 
 
 def test_layerwise_rules_by_hand() -> None:

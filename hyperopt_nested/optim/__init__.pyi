@@ -142,6 +142,63 @@ class LARS(DropIn):
         backend: Backend = "auto",
     ) -> None: ...
 
+class MADA(DropIn):
+    r"""Between Adam, Adan, Yogi, AMSGrad and AVGrad, wherever learned coefficients lead (MADA, Ozkara et al. 2024, arXiv 2401.08893).
+
+    With \(\Delta = g_t - g_{t-1}\), zero in the first step:
+
+    \(m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t\), \(n_t = \beta_3 n_{t-1} + (1 - \beta_3) \Delta\), \(\hat g = g_t + \beta_3 \Delta\),
+
+    \(v_t = \beta_2 v_{t-1} + (1 - \beta_2) ((1 - y) \hat g^2 + y\,(v_{t-1} + \hat g^2\,\mathrm{sign}(\hat g^2 - v_{t-1})))\),
+
+    \(u_t = (1 - a)\,((1 - s)\,v_t + s \max_{i \le t} v_i) + a\,\mathrm{mean}_{i \le t} v_i\), and the step is
+    \(-\eta\,(m_t + \beta_3 n_t) / (\sqrt{u_t} + \epsilon)\), where averages are corrected for their bias, as Adam's.
+
+    All coefficients at zero is AdamW. `beta3` alone is Adan, and the others alone at 1 are Yogi, AMSGrad and AVGrad. A state is only kept
+    for coefficients that are learned or not zero. The paper's \(\rho\) is \(1 - a\), and its \(c\) is \(1 - y\).
+
+    Args:
+        params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values for some hypers. A number given for a learned hyper scales it in that group; a `learn(...)` makes the group learn its own.
+        lr: learning rate, >= 0.
+        betas: decay rate of the first moment, in [0, 1); decay rate of the second moment, in [0, 1); decay rate \(\beta_3\) and weight of the average of gradient differences, in [0, 1).
+        eps: added to the root of the second moment, > 0.
+        weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+        yogi: share \(y\) of Yogi's additive second moment, in [0, 1].
+        amsgrad: share \(s\) of the largest second moment so far, in [0, 1].
+        avgrad: share \(a\) of the mean of all second moments so far, in [0, 1].
+        maximize: whether gradients are ascended.
+        horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
+        learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
+        state_dtype: the dtype of what rules keep; see `Nested`.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        backend: what runs the steps, with the same results up to rounding; see `Backend`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> opt = hn.optim.MADA(model.parameters(), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+    """
+    def __init__(
+        self,
+        params: Iterable[Tensor | tuple[str, Tensor] | dict[str, Any]],
+        lr: float | Learn = 0.001,
+        betas: tuple[float | Learn, float | Learn, float | Learn] = (0.9, 0.999, 0.0),
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        yogi: float | Learn = 0.0,
+        amsgrad: float | Learn = 0.0,
+        avgrad: float | Learn = 0.0,
+        *,
+        maximize: bool = False,
+        horizon: Horizon = ...,
+        learn_from: Literal["training", "validation"] = "training",
+        state_dtype: dtype | None = None,
+        total_steps: int | None = None,
+        backend: Backend = "auto",
+    ) -> None: ...
+
 class SGD(DropIn):
     r"""Stochastic gradient descent with momentum and coupled weight decay, as `torch.optim.SGD`.
 

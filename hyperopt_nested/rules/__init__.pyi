@@ -41,6 +41,7 @@ from hyperopt_nested.rules._calls import lamb as lamb
 from hyperopt_nested.rules._calls import lars as lars
 from hyperopt_nested.rules._calls import ldog as ldog
 from hyperopt_nested.rules._calls import lion as lion
+from hyperopt_nested.rules._calls import mada as mada
 from hyperopt_nested.rules._calls import muon as muon
 from hyperopt_nested.rules._calls import nadam as nadam
 from hyperopt_nested.rules._calls import prodigy as prodigy

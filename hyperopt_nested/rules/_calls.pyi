@@ -198,6 +198,55 @@ class _lamb(FunctionRule):
 
 lamb: _lamb
 
+class _mada(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 0.001,
+        *,
+        beta1: float | Learn = 0.9,
+        beta2: float | Learn = 0.999,
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        beta3: float | Learn = 0.0,
+        yogi: float | Learn = 0.0,
+        amsgrad: float | Learn = 0.0,
+        avgrad: float | Learn = 0.0,
+        maximize: bool = False,
+        betas: tuple[float | Learn, float | Learn, float | Learn] = ...,
+    ) -> Optimizer:
+        r"""Between Adam, Adan, Yogi, AMSGrad and AVGrad, wherever learned coefficients lead (MADA, Ozkara et al. 2024, arXiv 2401.08893).
+
+        With \(\Delta = g_t - g_{t-1}\), zero in the first step:
+
+        \(m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t\), \(n_t = \beta_3 n_{t-1} + (1 - \beta_3) \Delta\), \(\hat g = g_t + \beta_3 \Delta\),
+
+        \(v_t = \beta_2 v_{t-1} + (1 - \beta_2) ((1 - y) \hat g^2 + y\,(v_{t-1} + \hat g^2\,\mathrm{sign}(\hat g^2 - v_{t-1})))\),
+
+        \(u_t = (1 - a)\,((1 - s)\,v_t + s \max_{i \le t} v_i) + a\,\mathrm{mean}_{i \le t} v_i\), and the step is
+        \(-\eta\,(m_t + \beta_3 n_t) / (\sqrt{u_t} + \epsilon)\), where averages are corrected for their bias, as Adam's.
+
+        All coefficients at zero is AdamW. `beta3` alone is Adan, and the others alone at 1 are Yogi, AMSGrad and AVGrad. A state is only kept
+        for coefficients that are learned or not zero. The paper's \(\rho\) is \(1 - a\), and its \(c\) is \(1 - y\).
+
+        Args:
+            lr: learning rate, >= 0.
+            beta1: decay rate of the first moment, in [0, 1).
+            beta2: decay rate of the second moment, in [0, 1).
+            eps: added to the root of the second moment, > 0.
+            weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+            beta3: decay rate \(\beta_3\) and weight of the average of gradient differences, in [0, 1).
+            yogi: share \(y\) of Yogi's additive second moment, in [0, 1].
+            amsgrad: share \(s\) of the largest second moment so far, in [0, 1].
+            avgrad: share \(a\) of the mean of all second moments so far, in [0, 1].
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> by = hn.adam(1e-2)
+            >>> optimizer = hn.mada(1e-3, beta3=hn.learn(0.5, by), yogi=hn.learn(0.5, by), avgrad=hn.learn(0.5, by))
+        """
+
+mada: _mada
+
 class _nadam(FunctionRule):
     def __call__(
         self,

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
+from hyperopt_nested.domains import Interval, NonNegative, Positive, UnitInterval
 from hyperopt_nested.ops import kink, safe_sqrt
 from hyperopt_nested.projections import frobenius
 from hyperopt_nested.registry import register
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, learn, rule
-from hyperopt_nested.rules._blocks import accumulator, average, counted, decayed, direction, larger, moments, trust_ratio
+from hyperopt_nested.rules._blocks import accumulator, average, counted, decayed, direction, is_on, larger, moments, trust_ratio
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.signatures import Init, Separable
 from hyperopt_nested.trees import State
@@ -293,3 +293,83 @@ def adan(
     new = param * (1 - lr * weight_decay) - move if no_prox else (param - move) / (1 + lr * weight_decay)
     averages = {"exp_avg": exp_avg, "exp_avg_diff": exp_avg_diff, "exp_avg_sq": exp_avg_sq}
     return new, {"step": step, **averages, "previous_grad": grad.clone()}
+
+
+def _init_mada(param: Tensor, *, beta3: float | Learn, amsgrad: float | Learn, avgrad: float | Learn) -> State:
+    adan, largest, mean = map(is_on, (beta3, amsgrad, avgrad))
+    more = [*["exp_avg_diff", "previous_grad"] * adan, *["max_exp_avg_sq"] * largest, *["mean_sq"] * mean]
+    return counted("exp_avg", "exp_avg_sq", *more)(param)
+
+
+def _move_mada(param: Tensor, state: State, h: Hypers, beta3: Tensor, amsgrad: Tensor, avgrad: Tensor) -> Tensor:
+    step, second = state["step"], state["exp_avg_sq"]
+    first: Tensor = state["exp_avg"] / (1 - h.beta1**step)
+    if "exp_avg_diff" in state:
+        first = first + beta3 * state["exp_avg_diff"] / (1 - beta3**step)
+    if "max_exp_avg_sq" in state:
+        second = average(state["max_exp_avg_sq"], second, amsgrad)
+    second = second / (1 - h.beta2**step)
+    if "mean_sq" in state:
+        second = average(state["mean_sq"], second, avgrad)
+    return param - h.lr * h.weight_decay * param - h.lr * first / (safe_sqrt(second) + h.eps)
+
+
+@_like_adam(_init_mada)
+def mada(
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    h: Hypers,
+    *,
+    beta3: Tensor = UnitInterval(0.0),
+    yogi: Tensor = Interval(0.0, 0.0, 1.0),
+    amsgrad: Tensor = Interval(0.0, 0.0, 1.0),
+    avgrad: Tensor = Interval(0.0, 0.0, 1.0),
+) -> tuple[Tensor, State]:
+    r"""Between Adam, Adan, Yogi, AMSGrad and AVGrad, wherever learned coefficients lead (MADA, Ozkara et al. 2024, arXiv 2401.08893).
+
+    With \(\Delta = g_t - g_{t-1}\), zero in the first step:
+
+    \(m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t\), \(n_t = \beta_3 n_{t-1} + (1 - \beta_3) \Delta\), \(\hat g = g_t + \beta_3 \Delta\),
+
+    \(v_t = \beta_2 v_{t-1} + (1 - \beta_2) ((1 - y) \hat g^2 + y\,(v_{t-1} + \hat g^2\,\mathrm{sign}(\hat g^2 - v_{t-1})))\),
+
+    \(u_t = (1 - a)\,((1 - s)\,v_t + s \max_{i \le t} v_i) + a\,\mathrm{mean}_{i \le t} v_i\), and the step is
+    \(-\eta\,(m_t + \beta_3 n_t) / (\sqrt{u_t} + \epsilon)\), where averages are corrected for their bias, as Adam's.
+
+    All coefficients at zero is AdamW. `beta3` alone is Adan, and the others alone at 1 are Yogi, AMSGrad and AVGrad. A state is only kept
+    for coefficients that are learned or not zero. The paper's \(\rho\) is \(1 - a\), and its \(c\) is \(1 - y\).
+
+    Args:
+        weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+        beta3: decay rate \(\beta_3\) and weight of the average of gradient differences, in [0, 1).
+        yogi: share \(y\) of Yogi's additive second moment, in [0, 1].
+        amsgrad: share \(s\) of the largest second moment so far, in [0, 1].
+        avgrad: share \(a\) of the mean of all second moments so far, in [0, 1].
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> by = hn.adam(1e-2)
+        >>> optimizer = hn.mada(1e-3, beta3=hn.learn(0.5, by), yogi=hn.learn(0.5, by), avgrad=hn.learn(0.5, by))
+    """
+    ahead, new = grad, {"step": state["step"] + 1, "exp_avg": average(state["exp_avg"], grad, h.beta1)}
+    if "exp_avg_diff" in state:
+        change = torch.where(state["step"] == 0, 0, grad - state["previous_grad"])
+        new["exp_avg_diff"], new["previous_grad"] = average(state["exp_avg_diff"], change, beta3), grad.clone()
+        ahead = grad + beta3 * change
+    square, before = ahead * ahead, state["exp_avg_sq"]
+    additive = before + square * kink(square - before).sign()
+    second = new["exp_avg_sq"] = average(before, average(additive, square, yogi), h.beta2)
+    if "max_exp_avg_sq" in state:
+        new["max_exp_avg_sq"] = larger(state["max_exp_avg_sq"], second)
+    if "mean_sq" in state:
+        new["mean_sq"] = state["mean_sq"] + (second / (1 - h.beta2 ** new["step"]) - state["mean_sq"]) / new["step"]
+    return _move_mada(param, new, h, beta3, amsgrad, avgrad), new
+
+
+def _finish_mada(param: Tensor, state: State, *, yogi: Tensor, **hypers: Tensor) -> Tensor:  # noqa: ARG001 - not of the last part
+    beta3, amsgrad, avgrad = (hypers.pop(name) for name in ("beta3", "amsgrad", "avgrad"))
+    return _move_mada(param, state, Hypers(**hypers), beta3, amsgrad, avgrad)
+
+
+mada.finishes(_finish_mada, late=("lr", "eps", "weight_decay", "amsgrad", "avgrad"))
