@@ -167,5 +167,5 @@ def test_images_that_are_none_are_refused(images, message):
 
 def test_the_extra_with_pillow_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^pillow is not installed: pip install 'hyperopt-nested\[finetune\]'$"):
+    with pytest.raises(ModuleNotFoundError, match=r'^pillow is not installed: pip install "hyperopt-nested\[finetune\]"$'):
         CORRUPTIONS["jpeg_compression"](pictures((1, 1, 8, 8)), 1, generator())

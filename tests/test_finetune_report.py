@@ -284,5 +284,5 @@ def test_the_extra_with_matplotlib_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "ftp.finetuning.figures", raising=False)
     monkeypatch.delattr("ftp.finetuning.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^matplotlib is not installed: pip install 'hyperopt-nested\[finetune\]'$"):
+    with pytest.raises(ModuleNotFoundError, match=r'^matplotlib is not installed: pip install "hyperopt-nested\[finetune\]"$'):
         write_report([run()], tmp_path / "report.html")

@@ -42,7 +42,7 @@ def exact(problem: Problem, optimizer: hn.Optimizer) -> dict[str, Tensors]:
 
 
 @pytest.mark.parametrize("per", ["model", "tensor"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "coin_betting"])  # whose first derivative is rounding alone
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 5))
 @examples(2)
 def test_with_curvature_and_no_discount_all_steps_are_looked_through(name: str, per: Any, seed: int, steps: int) -> None:

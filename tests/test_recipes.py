@@ -21,7 +21,7 @@ def check(found: Tensors, expected: Tensors) -> None:
 
 
 @hn.rule(lambda param: {"previous": hn.rules.copy_of(param)}, separable="element")
-def heavy_ball(param: Any, grad: Any, state: Any, *, lr: Any = hn.Real(0.1), beta: Any = hn.Real(0.9)) -> Any:
+def two_rates(param: Any, grad: Any, state: Any, *, lr: Any = hn.Real(0.1), beta: Any = hn.Real(0.9)) -> Any:
     return param - lr * grad + beta * (param - state["previous"]), {"previous": param}
 
 
@@ -40,7 +40,7 @@ def test_hypergradient_descent_with_heavy_ball() -> None:
     """
     rate, eps = 0.02, 1e-10
     adagrad = hn.adagrad(lr=rate, eps=eps)
-    optimizer = per_squared_norm(heavy_ball(lr=hn.learn(0.01, by=adagrad, per="element"), beta=hn.learn(0.5, by=adagrad)))
+    optimizer = per_squared_norm(two_rates(lr=hn.learn(0.01, by=adagrad, per="element"), beta=hn.learn(0.5, by=adagrad)))
     x, loss = problem(0)
     nested = hn.Nested(optimizer)
     params, st = x, nested.init(x)

@@ -54,7 +54,7 @@ def test_nothing_happens_in_no_steps() -> None:
 def test_runs_must_be_counted_alike() -> None:
     params, loss = problem(0)
     for how, words in (
-        ({}, "nothing is: give starts"),
+        ({}, "nothing differs between runs: give starts"),
         ({"starts": {"lr": torch.ones(2), "beta1": torch.ones(3)}}, r"\"starts\['lr'\]\": 2"),
         ({"starts": {"momentum": torch.ones(2)}}, "start names 'momentum', which is not learned"),
     ):

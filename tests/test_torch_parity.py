@@ -10,6 +10,7 @@ import torch
 from cases import EXACT, SHAPES, examples, problem, randn, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from test_unrolled import PER_MODEL, RULES
 from torch.testing._internal.common_optimizers import optim_db
 
 import hyperopt_nested as hn
@@ -223,7 +224,7 @@ KEPT += [("row", torch.float64), ("element", torch.float64)]
 
 
 @pytest.mark.parametrize(("per", "dtype"), KEPT)
-@pytest.mark.parametrize("name", [name for name in hn.__all__ if isinstance(getattr(hn, name), hn.typing.FunctionRule)])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in PER_MODEL])
 def test_learners_that_do_not_move_change_nothing(name: str, per: Any, dtype: torch.dtype) -> None:
     rule = hn.get(name)
     values = {hyper: declared or 0.1 for hyper, declared in rule().declared.items()}
