@@ -6,7 +6,7 @@ from torch import Tensor
 from hyperopt_nested.domains import NonNegative, Positive, UnitInterval
 from hyperopt_nested.ops import finite, kink, safe_sqrt
 from hyperopt_nested.rule import Learn, rule
-from hyperopt_nested.rules._blocks import accumulator, average, copy_of, counted, larger, smaller
+from hyperopt_nested.rules._blocks import accumulator, average, copy_of, counted, decayed, larger, smaller
 from hyperopt_nested.trees import State
 
 
@@ -56,9 +56,8 @@ def _dadapt_terms(
     decouple: bool,
     use_bias_correction: bool,
 ) -> Tensor:
-    if not decouple:
-        grad = grad + weight_decay * param
     rate = _rate(state, lr, beta1, beta2, use_bias_correction)
+    _, grad = decayed(param, grad, rate, weight_decay, decouple)
     along = rate * grad * state["s"] / (safe_sqrt(state["exp_avg_sq"]) + eps)
     return _sums(along, kink(average(state["s"], rate * grad, torch.sqrt(beta2))).abs())
 
@@ -101,9 +100,8 @@ def dadapt_adam(
         d0: the first estimate, > 0; it should be below the distance.
         growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
     """
-    if not decouple:
-        grad = grad + weight_decay * param
     rate, root = _rate(state, lr, beta1, beta2, use_bias_correction), torch.sqrt(beta2)
+    shrunk, grad = decayed(param, grad, rate, weight_decay, decouple)
     along, size = reduced.unbind()
     moves = kink(size) > 0
     numerator = average(state["numerator"], along, root)
@@ -117,8 +115,7 @@ def dadapt_adam(
         "d": larger(bounded, state["d"]),
         "numerator": torch.where(moves, numerator, state["numerator"]),
     }
-    decayed = param - rate * weight_decay * param if decouple else param
-    return torch.where(moves, decayed - new["exp_avg"] / (safe_sqrt(new["exp_avg_sq"]) + eps), param), new
+    return torch.where(moves, shrunk - new["exp_avg"] / (safe_sqrt(new["exp_avg_sq"]) + eps), param), new
 
 
 def _init_prodigy(param: Tensor, *, d0: float, growth_rate: float | None) -> State:
@@ -150,9 +147,8 @@ def _prodigy_terms(
     safeguard_warmup: bool,
     d0: float,
 ) -> Tensor:
-    if not decouple:
-        grad = grad + weight_decay * param
     rate = _rate(state, lr, beta1, beta2, use_bias_correction)
+    _, grad = decayed(param, grad, rate, weight_decay, decouple)
     _, s = _prodigy_averages(grad, state, rate, beta2, beta3, safeguard_warmup, d0)
     return _sums(state["d"] / d0 * rate * grad * (_initial(param, state) - param), kink(s).abs())
 
@@ -202,9 +198,8 @@ def prodigy(
         d_coef: factor \(c > 0\) of the estimate.
         growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
     """
-    if not decouple:
-        grad = grad + weight_decay * param
     d, rate = state["d"], _rate(state, lr, beta1, beta2, use_bias_correction)
+    shrunk, grad = decayed(param, grad, rate, weight_decay, decouple)
     decay, s = _prodigy_averages(grad, state, rate, beta2, beta3, safeguard_warmup, d0)
     along, size = reduced.unbind()
     moves = kink(size) > 0
@@ -223,9 +218,8 @@ def prodigy(
         first = kink(d, d0) == d0  # the first estimate is replaced at once
         new["d_max"] = larger(d_hat, state["d_max"])
         new["d"] = torch.where(moves, smaller(new["d_max"], torch.where(first, larger(d_hat, d), d) * growth_rate), d)
-    decayed = param - rate * weight_decay * param if decouple else param
     step = rate * new["exp_avg"] / (safe_sqrt(new["exp_avg_sq"]) + new["d"] * eps)
-    return torch.where(moves, decayed - step, param), new
+    return torch.where(moves, shrunk - step, param), new
 
 
 def _init_dog(param: Tensor, *, reps_rel: float | Learn, eps: float | Learn, init_eta: float | None) -> State:
