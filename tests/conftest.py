@@ -26,6 +26,18 @@ def _float64_and_seed() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_in_vain(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Kernels are compiled when a step needs them; those begun with the first step are of use to few tests (`compiled_ahead`)."""
+    if "compiled_ahead" not in request.fixturenames:
+        monkeypatch.setattr("hyperopt_nested.backends.choice.Programs.begin", lambda *_: None)
+
+
+@pytest.fixture
+def compiled_ahead() -> None:
+    """Kernels are begun with the first step, and are compiled beside the engine's steps, as for users."""
+
+
 @pytest.fixture
 def quick_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are made without optimization: as they are traced, without inductor's code, or in the compiler's quickest way."""

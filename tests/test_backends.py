@@ -259,7 +259,7 @@ def test_one_program_steps_all_tensors_of_a_gpu(name: str, monkeypatch: pytest.M
         return lambda *given: calls.append(len(given)) or graph(*given)
 
     monkeypatch.setattr("torch._inductor.compile", compiled)
-    shapes = [(4, 3), (3,), (2, 3, 2, 2)] * 50
+    shapes = [(4, 3), (3,), (2, 3, 2, 2)] * 20
     ends = []
     for backend in ("compile", "reference"):
         params = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)]
@@ -275,7 +275,7 @@ def test_one_program_steps_all_tensors_of_a_gpu(name: str, monkeypatch: pytest.M
         assert opt.backend == backend
         if backend == "compile":
             assert 0 < len(calls) < 20
-            assert max(calls) > 150
+            assert max(calls) > 60
     for found, expected in zip(*ends, strict=True):
         assert relative_error(found, expected) < EXACT
 

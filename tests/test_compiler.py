@@ -194,6 +194,7 @@ def test_a_forked_child_steps() -> None:
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
+@pytest.mark.usefixtures("compiled_ahead")
 def test_the_switch_comes_at_a_fixed_step(kept: Path) -> None:
     """Short runs wait for no compiler, and a resumed run is the same, bit for bit."""
     import copy
