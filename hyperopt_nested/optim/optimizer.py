@@ -71,7 +71,8 @@ class HyperOptimizer(GroupedOptimizer):
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> model = torch.nn.Linear(3, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+        >>> adamw = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), adamw)
         >>> for _ in range(3):
         ...     opt.zero_grad()
         ...     model(torch.ones(4, 3)).square().mean().backward()
@@ -330,7 +331,8 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> decay = hn.learn(1e-2, by=hn.adam(lr=1e-3), per="tensor")
-            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)), weight_decay=decay)
+            >>> lr = hn.learn(1e-3, by=hn.sgd(lr=1e-5))
+            >>> optimizer = hn.adamw(lr=lr, weight_decay=decay)
             >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), optimizer)
             >>> opt.learned()
             {'lr': 0.001, 'weight_decay/weight': 0.01, 'weight_decay/bias': 0.01}
@@ -354,7 +356,9 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))))
+            >>> sgd = hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), sgd)
             >>> opt.set_hyper("lr", 0.05)
             >>> opt.set_hyper("momentum", 0.9)
             >>> opt.learned()["lr"], opt.param_groups[0]["momentum"]
@@ -402,8 +406,10 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> model = torch.nn.Linear(2, 1)
-            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
-            >>> prediction = torch.func.functional_call(model, opt.eval_params(), torch.ones(3, 2))
+            >>> ema = hn.ema(hn.sgd(), decay=0.9)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), ema)
+            >>> x = torch.ones(3, 2)
+            >>> prediction = torch.func.functional_call(model, opt.eval_params(), x)
         """
         st, store = self._state(), self._store
         params = {name: p.detach() for name, p in store.params.items()}
