@@ -14,7 +14,7 @@ from typing import Any, Self
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 OPTIONS = (
     "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+    "--in-process-gpu", "--no-zygote", "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
 SECONDS = 60  # without a message, after which the browser is given up
@@ -31,11 +31,12 @@ class Browser:
         os.close(reads)
         os.close(writes)
         self._count, self._session, self._rest, self._requests = 0, dict[str, str](), b"", dict[str, str]()
-        self.errors: list[str] = []
+        self._loaded, self.errors = set[str](), list[str]()
         (tab,) = (each for each in self("Target.getTargets")["targetInfos"] if each["type"] == "page")
         self._session = {"sessionId": self("Target.attachToTarget", targetId=tab["targetId"], flatten=True)["sessionId"]}
         for domain in ("Page", "Network", "Runtime", "Log"):
             self(f"{domain}.enable")
+        self("Page.setLifecycleEventsEnabled", enabled=True)
 
     def __enter__(self) -> Self:
         return self
@@ -60,9 +61,9 @@ class Browser:
     def open(self, url: str, width: int) -> None:
         """Load a page, and wait until all that it loads is there."""
         self.resize(width)
-        self("Page.navigate", url=url)
-        while self._read().get("method") != "Page.loadEventFired":
-            pass
+        loader = self("Page.navigate", url=url)["loaderId"]
+        while loader not in self._loaded:
+            self._read()
 
     def resize(self, width: int) -> None:
         """Have the tab the width of a screen, in pixels: up to 600 a phone's."""
@@ -99,6 +100,8 @@ class Browser:
 
     def _note(self, event: str | None, params: dict[str, Any]) -> None:
         match event:
+            case "Page.lifecycleEvent" if params["name"] == "load":
+                self._loaded.add(params["loaderId"])
             case "Network.requestWillBeSent":
                 url = self._requests[params["requestId"]] = params["request"]["url"]
                 if not url.startswith(("http://127.0.0.1:", "data:", "blob:")):
