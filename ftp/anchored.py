@@ -67,7 +67,7 @@ class AnchoredOptimizer(hn.HyperOptimizer):
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> near = functools.partial(hn.l2_sp, decay=0.1)
         >>> opt = AnchoredOptimizer(
-        ...     model.named_parameters(), hn.adam(lr=1e-3), near, exclude="1.*", anchor=None
+        ...     model.named_parameters(), hn.adam(), near, exclude="1.*", anchor=None
         ... )
     """
 

@@ -73,6 +73,13 @@ def test_code_fits_80_columns(page: Path) -> None:
         assert max(map(len, block.splitlines())) <= 80, block
 
 
+@pytest.mark.parametrize("package", PACKAGES, ids=label)
+def test_examples_of_docstrings_fit_80_columns(package: ModuleType) -> None:
+    for path in (ROOT / package.__name__).rglob("*.py"):
+        for example in re.findall(r"^ *((?:>>>|\.\.\.) .*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert len(example) <= 80, f"{path.name}: {example}"
+
+
 def test_the_api_pages_show_the_public_names() -> None:
     assert hooks.problems(ROOT / "docs") == []
 

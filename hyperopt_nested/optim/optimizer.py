@@ -387,7 +387,9 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0))
+            >>> optimizer = hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0)
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), optimizer)
             >>> _ = opt.rule_states()["bias"]["base"]["momentum_buffer"].fill_(1.0)
         """
         return dict(self._state()["rule"])
