@@ -5,7 +5,7 @@ The first code blocks of a page are run; a function here continues from what the
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -42,7 +42,7 @@ def quickstart() -> None:
     """A rate that is learned, and the test loss, against a constant."""
     page = defined_by("quickstart", 1)
     rate, loss = axes(("step", "learning rate"), ("step", "test loss"))
-    learned = {
+    learned: dict[str, Any] = {
         "constant": 0.01,
         "learned by SGD": hn.learn(0.01, by=hn.sgd(lr=0.1)),
         "learned by Adam, log": hn.learn(0.01, by=hn.adam(lr=0.1), via="log"),
@@ -64,20 +64,17 @@ def quickstart() -> None:
 def online() -> None:
     """A rate that is learned with three horizons."""
     page = defined_by("online", 1)
-    rate, loss = axes(("step", "learning rate"), ("step", "loss of the batch, mean of 10"))
-    batches = page["draw_batches"](60)
-    for horizon, color in zip((hn.OneStep(), hn.Discounted(0.9), hn.Discounted(0.99)), (GRAY, BLUE, ORANGE), strict=True):
+    (panel,) = axes(("step", "learning rate"))
+    horizons: list[Any] = [hn.OneStep(), hn.Discounted(0.9), hn.Discounted(0.99)]
+    for horizon, color in zip(horizons, (GRAY, BLUE, ORANGE), strict=True):
         model = page["network"]()
         opt = hn.HyperOptimizer(model.named_parameters(), page["learned"], horizon=horizon, backend="reference")
-        rates, losses = [], []
-        for batch in batches:
-            with torch.no_grad():
-                losses.append(torch.nn.functional.cross_entropy(model(page["images"][batch]), page["labels"][batch]).item())
+        rates = []
+        for batch in page["draw_batches"](60):
             page["fit"](model, opt, [batch])
             rates.append(opt.learned()["lr"])
-        rate.plot(rates, color=color, label=str(horizon))
-        loss.plot(torch.tensor(losses).unfold(0, 10, 1).mean(1), color=color)
-    rate.legend(frameon=False)
+        panel.plot(rates, color=color, label=str(horizon))
+    panel.legend(frameon=False)
 
 
 def reverse() -> None:
@@ -89,7 +86,7 @@ def reverse() -> None:
     for lr in (0.01, 0.03, 0.05, 0.08):
         optimizer = hn.sgd(lr=hn.learn(lr), momentum=0.9, weight_decay=0.01)
         losses = page["train_loss"], page["outer_loss"]
-        found = hn.hypergradient(optimizer, page["model"].params, page["batches"], *losses, outer_batch=page["held_out"])
+        found: Any = hn.hypergradient(optimizer, page["model"].params, page["batches"], *losses, outer_batch=page["held_out"])
         near = torch.tensor([-0.007, 0.007])
         label = "hypergradient" if lr == 0.01 else None
         panel.plot(lr + near, found.loss + found["lr"]["model"] * near, color=ORANGE, lw=2.5, label=label)
@@ -106,7 +103,7 @@ def implicit() -> None:
     for decay in (0.05, 0.2, 0.5, 0.9):
         optimizer = hn.sgd(lr=0.1, weight_decay=hn.learn(decay))
         batch, how = [(page["x"], page["y"])], {"outer_batch": held_out, "method": "implicit"}
-        found = hn.hypergradient(optimizer, {"weight": page["trained"](decay)}, batch, loss, loss, **how)
+        found: Any = hn.hypergradient(optimizer, {"weight": page["trained"](decay)}, batch, loss, loss, **how)
         near = torch.tensor([-0.08, 0.08])
         label = "hypergradient" if decay == 0.05 else None
         panel.plot(decay + near, found.loss + found["weight_decay"]["model"] * near, color=ORANGE, lw=2.5, label=label)
@@ -120,7 +117,8 @@ def validation() -> None:
     exec(re.findall(r"^```python\n(.*?)^def fit", text, re.MULTILINE | re.DOTALL)[0], page)
     decay, tested = axes(("step", "weight decay"), ("step", "test loss"))
     images, labels = page["images"], page["labels"]
-    for source, color in (("training", GRAY), ("validation", BLUE)):
+    sources: tuple[tuple[Literal["training", "validation"], str], ...] = ("training", GRAY), ("validation", BLUE)
+    for source, color in sources:
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 10)
         learned = hn.sgd(lr=0.5, weight_decay=hn.learn(0.001, by=hn.adam(lr=0.02), via="log"))
@@ -130,7 +128,8 @@ def validation() -> None:
             for rows, step in ((page["train"], opt.step), (page["validation"], opt.hyper_step)):
                 if step == opt.step or source == "validation":
                     opt.zero_grad()
-                    torch.nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+                    loss: Any = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
+                    loss.backward()
                     step()
             values.append(opt.learned()["weight_decay"])
             with torch.no_grad():
@@ -146,7 +145,7 @@ def validation() -> None:
 def main() -> None:
     """Draw all of them."""
     mpl.use("svg")
-    style = {"axes.edgecolor": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "text.color": GRAY}
+    style: Any = {"axes.edgecolor": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "text.color": GRAY}
     mpl.rcParams.update(
         {**style, "svg.hashsalt": "", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "lines.linewidth": 1.6}
     )
