@@ -98,6 +98,13 @@ def test_pages_are_short(page: Path) -> None:
     assert len(page.read_text(encoding="utf-8").split()) <= 1500
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "tutorials").glob("*.md")), ids=label)
+def test_every_tutorial_has_a_figure(page: Path) -> None:
+    figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert figures
+    assert [figure for figure in figures if not (page.parent / figure).is_file()] == []
+
+
 def test_messages_that_are_explained_are_said() -> None:
     sources = [*(ROOT / "hyperopt_nested").rglob("*.py"), *(ROOT / "ftp").rglob("*.py")]
     said = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
