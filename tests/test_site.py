@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.skipif(PROGRAM is None, reason="no Chromium"), pytest.
 SITE, PICTURES = ROOT / "site", ROOT / "site-pictures"
 SOURCES = ("docs", "tools", "hyperopt_nested", "ftp", "mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md")
 PREFIX = urlsplit(project()["urls"]["Documentation"]).path
-WORDS = {"checkpoint": "explanation/design/"}  # the page that a search for a word leads to
+WORDS = {"checkpoint": "how-to/fine-tune/", "GradScaler": "how-to/training-loops/", "FAQ": "how-to/troubleshooting/"}
+"""Pages that the search finds by a word."""
 LOOK = """(() => {
     const content = document.querySelector('.md-content'), text = content.cloneNode(true);
     text.querySelectorAll('pre, code').forEach(each => each.remove());
