@@ -1,5 +1,6 @@
 """The documentation: its code runs, prints what it says, and covers every public name."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -120,6 +121,20 @@ def test_messages_that_are_explained_are_said() -> None:
     parts = [part for message in messages for part in re.split(r"\.\.\.|'\w+'", message) if len(part) > 8]
     assert len(parts) > 20
     assert [part for part in parts if part.strip(" ,;:=") not in said] == []
+
+
+def test_the_gallery_has_every_example_and_its_notebook() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        program = path.read_text(encoding="utf-8")
+        assert f"(repo:examples/{path.name})" in text
+        assert (f"(examples/{path.stem}.ipynb)" in text) == ("__file__" not in program)
+        title, arguments, *cells = json.loads(hooks.notebook(program))["cells"]
+        assert arguments["source"].startswith("import sys\n\nsys.argv")
+        assert program.endswith("\n\n\n".join(cell["source"] for cell in cells) + "\n")
+        assert title["source"].partition("\n")[0] in program
+    for link in re.findall(r"\(repo:([^)]+)\)", text):
+        assert (ROOT / link).exists()
 
 
 def test_the_api_pages_show_the_public_names() -> None:

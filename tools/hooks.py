@@ -1,8 +1,10 @@
-"""Build hooks of the documentation: links of `pyproject.toml`, formulas as MathML, pages of the repository, complete API pages."""
+"""Build hooks of the documentation: links of `pyproject.toml`, formulas as MathML, pages and examples of the repository, complete API."""
 
+import ast
 import html
 import importlib
 import inspect
+import json
 import logging
 import re
 import tomllib
@@ -78,14 +80,36 @@ def on_config(config: MkDocsConfig) -> None:
         log.warning(problem)
 
 
+def notebook(program: str) -> str:
+    """An example as a Jupyter notebook: its docstring as text, then its code, a cell a definition."""
+    (docstring, *_) = ast.parse(program).body
+    code = "".join(program.splitlines(keepends=True)[docstring.end_lineno :]).strip()
+    no_arguments = "import sys\n\nsys.argv[1:] = []  # those of Jupyter"
+    text = {"cell_type": "markdown", "metadata": {}, "source": ast.get_docstring(ast.parse(program))}
+    cells = [
+        {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+        for source in (no_arguments, *code.split("\n\n\n"))
+    ]
+    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return json.dumps({"cells": [text, *cells], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}, indent=1)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the repository."""
+    """Add the pages of the repository, and its examples as notebooks, if they can be such: if they have no use for their file."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        if "__file__" not in (program := path.read_text(encoding="utf-8")):
+            files.append(File.generated(config, f"examples/{path.stem}.ipynb", content=notebook(program)))
     for name in OF_THE_REPOSITORY:
         text = (ROOT / name).read_text(encoding="utf-8")
         file = File.generated(config, name.lower(), content=text.replace("](docs/", "]("))
         file.edit_uri = f"../{name}"
         files.append(file)
     return files
+
+
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
+    """Lead links such as `[program](repo:examples/maml.py)` to the repository."""
+    return markdown.replace("](repo:", f"]({config.repo_url}/blob/main/")
 
 
 def on_page_content(content: str, page: Page, **_: object) -> str:
