@@ -98,9 +98,8 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
             )
         if close := get_close_matches(key, hypers, cutoff=0.8):
             raise ValueError(f"a group gives {key!r}; did you mean {close[0]!r}?")
-        if whole or (
-            (is_number(value) or isinstance(value, Learn)) and not any(hyper in key.split("_") or hyper in key for hyper in hypers)
-        ):
+        is_value = isinstance(value, Learn) or (is_number(value) and value != 0)  # trainers write weight_decay=0.0 to all groups
+        if whole or (is_value and not any(hyper in key.split("_") or hyper in key for hyper in hypers)):
             raise ValueError(
                 f"a group gives {key}={value!r}, but its tensors have no hyper {key!r}; they have {', '.join(hypers) or 'none'}"
             )
@@ -118,7 +117,7 @@ def check_betas(group: Mapping[str, Any], optimizers: Iterable[Optimizer]) -> No
                 raise ValueError(f"a group gives {key}={group[key]!r}, which must be {len(own)} numbers: {', '.join(own)}")
 
 
-def check_numbers(index: int, group: Mapping[str, Any], optimizer: Optimizer) -> None:
+def check_numbers(index: int, group: Group, optimizer: Optimizer) -> None:
     """Refuse numbers of a group that are outside their domains, as a schedule may have made them.
 
     Args:
