@@ -108,14 +108,22 @@ class AnchoredOptimizer(hn.HyperOptimizer):
             ...         weight.square().sum().backward()
             ...         opt.step()
             ...     opt.reset_anchor()
-            >>> bool((opt.state[weight]["rule.anchor"] == weight).all())
+            >>> bool((opt.rule_states()["weight"]["anchor"] == weight).all())
             True
         """
-        self._follow()
-        for p, state in self.state.items():
-            for key, leaf in state.items():
-                if key.startswith("rule.") and key.endswith(".anchor"):
-                    leaf.copy_(p)
+        states = self.rule_states()
+        for name, param in self.named_parameters():
+            for anchor in _anchors(states.get(name, {})):
+                anchor.copy_(param)
+
+
+def _anchors(state: hn.typing.State) -> Iterator[Tensor]:
+    """The anchors in the state of a rule and of those inside."""
+    for key, leaf in state.items():
+        if isinstance(leaf, dict):
+            yield from _anchors(leaf)
+        elif key == "anchor":
+            yield leaf
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 import hyperopt_nested as hn
-from ftp.rule import starting
 
 Derivative = Literal["straight-through", "exact"]
 
@@ -84,7 +83,7 @@ def digrap(
         >>> opt.learned()
         {'strength/weight': 0.0, 'strength/bias': 0.0}
     """
-    strength = hn.learn(0.0, by=hn.adam(lr=starting(lr, 0.1)), per="tensor")
+    strength = hn.learn(0.0, by=hn.adam(lr=hn.rules.starting(lr, 0.1)), per="tensor")
     return directional_projection(base, strength=strength, anchor=anchor, anchor_decay=anchor_decay, derivative=derivative)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
-from ftp.rule import Radius, projection, starting
+from ftp.rule import Radius, projection
 
 
 class FTPOptimizer(AnchoredOptimizer):
@@ -128,7 +128,7 @@ class AdamP(FTPOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        decay = starting(weight_decay, 0.0)
+        decay = hn.rules.starting(weight_decay, 0.0)
         base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=decay, amsgrad=amsgrad, maximize=maximize)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}

@@ -113,11 +113,6 @@ class Radius:
                 raise ValueError(f"start={self.start!r} must be between ftp.FLOOR and {_UNLIMITED:g}, or 'displacement'")
 
 
-def starting(value: float | hn.Learn, default: float) -> float | hn.Learn:
-    """The value of an argument; a `hn.learn()` starts at the argument's default."""
-    return value.starting(default) if isinstance(value, hn.Learn) else value
-
-
 def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Radius()) -> Callable[..., hn.Optimizer]:
     """`hn.project` into a MARS ball whose radius is learned as FTP does (arXiv 2310.19182, algorithm 1): by Adam, in its bounds.
 
@@ -139,7 +134,7 @@ def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Rad
             raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
     start = _UNLIMITED if radius.start == "displacement" else radius.start
     how: dict[str, Any] = {"per": radius.per, "via": _LOG if radius.via else None, "scheduled_by": "lr" if radius.scheduled else None}
-    learned = hn.learn(start, by=hn.adam(lr=starting(lr, 1e-2)), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
+    learned = hn.learn(start, by=hn.adam(lr=hn.rules.starting(lr, 1e-2)), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
     return functools.partial(hn.project, onto=hn.mars, radius=learned, relative=radius.relative)
 
 

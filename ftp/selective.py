@@ -1,7 +1,6 @@
 """SPD (arXiv 2411.01713): selective projection decay, with a strength that is learned for each tensor."""
 
 import hyperopt_nested as hn
-from ftp.rule import starting
 
 
 def learned_spd(
@@ -35,7 +34,8 @@ def learned_spd(
         >>> opt.learned()
         {'decay/weight': 1.0, 'decay/bias': 1.0}
     """
-    return hn.spd(base, decay=hn.learn(strength, by=hn.adam(lr=starting(lr, 1e-2)), per="tensor"), anchor=anchor, anchor_decay=anchor_decay)
+    decay = hn.learn(strength, by=hn.adam(lr=hn.rules.starting(lr, 1e-2)), per="tensor")
+    return hn.spd(base, decay=decay, anchor=anchor, anchor_decay=anchor_decay)
 
 
 hn.rules.register("learned_spd", learned_spd)

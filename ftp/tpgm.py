@@ -3,7 +3,6 @@
 import functools
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 import hyperopt_nested as hn
@@ -76,14 +75,14 @@ class TPGM(ValidatedOptimizer):
         around = functools.partial(hn.project, radius=radius, onto=_BALLS[norm], saturation="exact")
         super().__init__(params, around, updates=updates, exclude=exclude, anchor=anchor)
 
-    def _start(self, tuned: dict[Tensor, Tensor]) -> None:
+    def _start(self, params: dict[str, Tensor]) -> None:
         """Set the radii of tensors that were never projected."""
-        for p, value in tuned.items():
-            state = self.state[p]
-            moved = value.to(hn.rules.state_dtype(p)) - state.get("rule.anchor", 0)
-            radius = state["hypers.radius"]
-            start = (_BALLS[self._norm].norms(moved).amin().to(radius) / 2).clamp(min=_SMALLEST)
-            state["hypers.radius"] = torch.where(state["rule.largest_norm"] == 0, start, radius)
+        states = self.rule_states()
+        for name, param in params.items():
+            if not states[name]["largest_norm"]:
+                moved = hn.rules.displacement(param.to(hn.rules.state_dtype(param)), states[name])
+                smallest = _BALLS[self._norm].norms(moved.nan_to_num(0, 0, 0)).amin().item()
+                self.set_hyper(f"radius/{name}", max(smallest / 2, _SMALLEST))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_norm": self._norm}

@@ -59,12 +59,15 @@ class ValidatedOptimizer(AnchoredOptimizer):
         if closure is None:
             raise ValueError("closure=None: step needs a function that evaluates the validation loss, calls backward and returns the loss")
         self.begin()
-        tuned = {p: p.detach().clone() for p in self._projected()}
-        before = {  # steps are counted in place
-            p: {key: leaf.clone() if key == "steps" else leaf for key, leaf in state.items()} for p, state in self.state.items()
+        states = self.rule_states()  # of what is excluded, empty
+        projected = {name: p for name, p in self.named_parameters() if states.get(name) and p.requires_grad and p.numel()}
+        tuned = {p: p.detach().clone() for p in projected.values()}
+        before = {  # single numbers are copied, since steps are counted in place
+            p: {key: entry.clone() if isinstance(entry, Tensor) and entry.ndim == 0 else entry for key, entry in entries.items()}
+            for p, entries in self.state.items()
         }
         try:
-            self._start(tuned)
+            self._start(projected)
             for _ in range(self._updates):
                 self._project(tuned)
                 with torch.enable_grad():
@@ -80,13 +83,8 @@ class ValidatedOptimizer(AnchoredOptimizer):
             self.zero_grad()
         return loss
 
-    def _projected(self) -> list[Tensor]:
-        """The tensors that are changed: not excluded, not frozen, and not empty."""
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        return [p for p in tensors if p.requires_grad and p.numel() and any(key.startswith("memory.") for key in self.state.get(p, {}))]
-
-    def _start(self, tuned: dict[Tensor, Tensor]) -> None:
-        """Set learned values of tensors that were never changed."""
+    def _start(self, params: dict[str, Tensor]) -> None:
+        """Set learned values of tensors that were never changed. `params` is what `step` is about to change, by name."""
 
     def _project(self, tuned: dict[Tensor, Tensor]) -> None:
         """Give the tensors the projections of `tuned`, and clear all gradients."""

@@ -121,7 +121,7 @@ class FTP(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # makes the hooks, too
-        self._follow()
+        self._synchronize()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "optimizer":
@@ -155,7 +155,7 @@ class FTP(torch.optim.Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.optimizer.defaults = defaults
 
-    def _follow(self) -> None:
+    def _synchronize(self) -> None:
         """Let the projection have the tensors that the optimizer inside has."""
         own, groups = self.projection.param_groups, self.optimizer.param_groups
         for index, group in enumerate(groups[len(own) :], start=len(own)):
@@ -183,7 +183,7 @@ class FTP(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse. Nothing has been changed then.
         """
-        self._follow()
+        self._synchronize()
         grads: dict[Tensor, Tensor] = {}
 
         def begin() -> None:
@@ -219,11 +219,11 @@ class FTP(torch.optim.Optimizer):
             param_group: as that optimizer takes it.
         """
         self.optimizer.add_param_group(param_group)
-        self._follow()
+        self._synchronize()
 
     def reset_anchor(self) -> None:
         """Let the tensors stay near what they are now; see `AnchoredOptimizer.reset_anchor`."""
-        self._follow()
+        self._synchronize()
         self.projection.reset_anchor()
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
@@ -245,7 +245,7 @@ class FTP(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the optimizer inside, in which the entries of each tensor are joined by those of its projection, `ftp.*`."""
-        self._follow()
+        self._synchronize()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         joined = self.optimizer.state_dict()
@@ -264,7 +264,7 @@ class FTP(torch.optim.Optimizer):
         Raises:
             ValueError: the state is not one of FTP around such an optimizer with these parameters. Nothing has been changed then.
         """
-        self._follow()
+        self._synchronize()
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(f"state_dict={state_dict!r} must be what state_dict() of an optimizer returned")
         given = dict(state_dict)

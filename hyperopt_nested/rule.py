@@ -9,14 +9,14 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
 from hyperopt_nested import registry
-from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
+from hyperopt_nested.checks import check_flag, check_number, checked_bounds, is_number, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
 from hyperopt_nested.recipes import EPS, recipe
 from hyperopt_nested.signatures import (
@@ -242,6 +242,23 @@ class Optimizer:
     def replace(self, **settings: "float | Learn") -> "Optimizer":
         """The same optimizer with other settings."""
         return Optimizer(self.rule, {**self.settings, **settings}, self.maximize)
+
+
+def starting(value: Any, default: Any) -> Any:
+    """The value of an argument of a function that makes an optimizer, where a `learn` without a start has that of the argument's default.
+
+    Args:
+        value: the argument, or a tuple of them.
+        default: its default; one that is no number changes nothing.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.sgd(lr=hn.rules.starting(hn.learn(), 0.5)).declared["lr"]
+        0.5
+    """
+    if isinstance(value, Sequence) and isinstance(default, Sequence) and len(value) == len(default):
+        return tuple(map(starting, value, default))
+    return value.starting(default) if isinstance(value, Learn) and is_number(default) else value
 
 
 def learn(

@@ -11,6 +11,7 @@ from torch import Tensor
 import hyperopt_nested as hn
 
 EXACT = 1e-12  # two float64 programs that compute the same thing, relative to the largest entry
+ROWLESS = {"adafactor", "erfi_tuner", "muon"}  # rules that go neither row by row nor element by element, or sum a series: no graphs
 DIFFERENCES = 1e-6  # a derivative against finite differences in float64
 
 Tensors = dict[str, Tensor]

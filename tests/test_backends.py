@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXACT, Tensors, relative_error
+from cases import EXACT, ROWLESS, Tensors, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftp
@@ -24,8 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the learned value")  # which som
 
 Make = Callable[[str], hn.HyperOptimizer]
 BACKENDS = ["foreach", "compile", "fused"]
-ROWLESS = {"adafactor", "erfi_tuner", "muon"}
-"""Rules that go neither row by row nor element by element, or sum a series: no graphs."""
 
 
 def learned(value: float, per: Any = "tensor", by: float = 1e-4) -> hn.Learn:

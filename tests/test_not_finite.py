@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ROWLESS
 
 import ftp
 import hyperopt_nested as hn
@@ -166,7 +167,7 @@ def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -
     pers: Any = ("tensor", "row", "model", "element")
     at = RULES.index(name)
     optimizer = learning(name, pers[at % len(pers)], "auto")
-    if optimizer.rule.reduction or name in ("adafactor", "erfi_tuner", "muon"):
+    if optimizer.rule.reduction or name in ROWLESS:
         with pytest.raises(ValueError, match=f"backend={backend!r} cannot be used"):
             run(optimizer, backend, hn.OneStep(), BAD[0], 0)
         return

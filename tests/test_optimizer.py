@@ -281,6 +281,21 @@ def test_state_moves_with_the_parameter() -> None:
     assert all((leaf.device.type == "meta") == (key not in counted) for state in opt.state.values() for key, leaf in state.items())
 
 
+def test_states_of_rules_go_by_names_and_may_be_written_to() -> None:
+    model, frozen = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    opt = hn.HyperOptimizer([*model.parameters(), frozen], hn.clip_by_norm(hn.sgd(lr=1.0, momentum=0.5), max_norm=1e3))
+    tensors = dict(opt.named_parameters())
+    assert [*tensors.values()] == [*model.parameters(), frozen]
+    assert [*tensors] == ["0.0", "0.1", "0.2"]
+    assert opt.rule_states().keys() == {"0.0", "0.1"}
+    model.bias.grad = torch.zeros(1)
+    opt.step()
+    opt.rule_states()["0.1"]["base"]["momentum_buffer"].fill_(4.0)
+    before = model.bias.detach().clone()
+    opt.step()
+    assert torch.equal(model.bias, before - 2.0)
+
+
 def test_nothing_waits_for_the_device() -> None:
     """No step reads a tensor's value: on the meta device there is none to read."""
     model = network().to("meta")

@@ -9,8 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import hyperopt_nested as hn
+from hyperopt_nested.optim.param_state import STEPS, is_entry
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
@@ -66,6 +68,15 @@ def own_imports(path: Path) -> set[str]:
     return named & MODULES.keys()
 
 
+def members(path: Path) -> Iterator[str]:
+    """All names of attributes and methods in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ClassDef):
+            yield from (each.name for each in node.body if isinstance(each, ast.FunctionDef))
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module: str) -> None:
     package, _, inside = module.partition(".")
@@ -100,6 +111,17 @@ def test_ftp_imports_only_public_names(module: str) -> None:
             assert path[1] in hn.__all__, f"hn.{path[1]} is not public"
             if path[1] in PUBLIC and len(path) > 2:
                 assert path[2] in getattr(hn, path[1]).__all__, f"hn.{path[1]}.{path[2]} is not public"
+
+
+def test_ftp_uses_no_private_attribute_and_no_key_of_the_state() -> None:
+    private = {name for path in ROOT.glob("hyperopt_nested/optim/*.py") for name in members(path)} - {*dir(torch.optim.Optimizer)}
+    private = {name for name in private if name.startswith("_") and not name.endswith("__")}
+    assert {"_follow", "_store", "_take"} <= private
+    for path in sorted(ROOT.glob("ftp/**/*.py")):
+        assert not private.intersection(members(path)), f"{path} uses attributes of HyperOptimizer that are not public"
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        keys = [text for text in texts if is_entry(text) and text != STEPS]
+        assert not keys, f"{path} has keys of the engine's state"
 
 
 def test_public_names_exist() -> None:

@@ -71,12 +71,12 @@ class Checkpoints:
         package("safetensors.torch")
         self.folder, self.arguments = writable(folder), json.loads(json.dumps(arguments))
         self._working = folder / "checkpoint"
-        self._state, self._best = self._working / "state.pt", self._working / "best.pt"
+        self._last, self._best = self._working / "state.pt", self._working / "best.pt"
         self._saved: dict[str, Tensor] | None = None  # the best weights that are in the file
         if Result.path(folder).exists():
             self._check(json.loads(Result.path(folder).read_text(encoding="utf-8")).get("arguments", {}))
-        elif self._state.exists():
-            self._check(json.loads(_load(self._state)["arguments"]))
+        elif self._last.exists():
+            self._check(json.loads(_load(self._last)["arguments"]))
 
     def _check(self, there: Mapping[str, Any]) -> None:
         for name in {**self.arguments, **there}:
@@ -97,8 +97,8 @@ class Checkpoints:
 
     def load(self, run: Run) -> None:
         """Have a run go on from where it was saved last, if it was."""
-        if self._state.exists():
-            run.load_state_dict(_load(self._state), _load(self._best))
+        if self._last.exists():
+            run.load_state_dict(_load(self._last), _load(self._best))
             self._saved = run.best
 
     def save(self, run: Run) -> None:
@@ -108,7 +108,7 @@ class Checkpoints:
             write(self._best, lambda file: torch.save(run.best, file))
             self._saved = run.best
         state = {**run.state_dict(), "arguments": json.dumps(self.arguments)}
-        write(self._state, lambda file: torch.save(state, file))
+        write(self._last, lambda file: torch.save(state, file))
         write(self.folder / "epochs.csv", _table(run.history).encode())
 
     def finish(self, result: Result, model: nn.Module) -> None:

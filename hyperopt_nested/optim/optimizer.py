@@ -1,7 +1,7 @@
 """`HyperOptimizer`: the engine as a `torch.optim.Optimizer`."""
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, ClassVar, Literal, cast, overload
 from warnings import warn
 
@@ -389,6 +389,25 @@ class HyperOptimizer(GroupedOptimizer):
         for index, hyper in groups.items():
             group = self.param_groups[index]
             group.update(pack({key: value if key == hyper else number for key, number in unpack(group).items()}))
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of all groups, each once, with the names that they have in results such as `hypers` and in messages."""
+        self._follow()
+        return iter(self._roster.tensors.items())
+
+    def rule_states(self) -> dict[str, State]:
+        """The state that the rule keeps of each tensor: no copies, so that writing into these tensors changes it, from the first step on.
+
+        Returns:
+            By name of a tensor: a state as the rule's `init` returns it; `base` is that of the rule inside of a combinator. Tensors that
+            were frozen at construction, and not stepped since, have none.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0))
+            >>> _ = opt.rule_states()["bias"]["base"]["momentum_buffer"].fill_(1.0)
+        """
+        return dict(self._state()["rule"])
 
     def _learned_values(self, st: State) -> dict[str, LearnedValue]:
         numbers = {name: self._scheduled(self.param_groups[group], self._optimizers[name]) for name, group in self._roster.group_of.items()}
