@@ -20,7 +20,9 @@ class HuggingFaceCallback:
         ModuleNotFoundError: transformers is not installed.
 
     Example:
-        `hn.integrations.HuggingFaceCallback().add_to(trainer)`
+        >>> import transformers, hyperopt_nested as hn  # doctest: +SKIP
+        >>> trainer = transformers.Trainer(model, optimizer_cls_and_kwargs=(hn.optim.AdamW, {"lr": hn.learn(1e-3)}))  # doctest: +SKIP
+        >>> hn.integrations.HuggingFaceCallback().add_to(trainer)  # doctest: +SKIP
     """
 
     def __new__(cls, *_: Any, **__: Any) -> HuggingFaceCallback:

@@ -23,7 +23,8 @@ class LightningCallback:
         ModuleNotFoundError: Lightning is not installed.
 
     Example:
-        `Trainer(callbacks=[hn.integrations.LightningCallback()])`
+        >>> import lightning, hyperopt_nested as hn  # doctest: +SKIP
+        >>> trainer = lightning.Trainer(callbacks=[hn.integrations.LightningCallback()])  # doctest: +SKIP
     """
 
     def __new__(cls, *_: Any, **__: Any) -> LightningCallback:

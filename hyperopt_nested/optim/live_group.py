@@ -23,18 +23,18 @@ class LiveGroup(dict[str, Any]):
         read: a method that takes the group and returns the value. It is held weakly.
     """
 
-    __slots__ = ("_last", "_read")
+    __slots__ = ("_before", "_value_of")
 
     def __init__(self, group: Group, read: Callable[[Group], float]) -> None:
         super().__init__({**group, EFFECTIVE: None})
-        self._read, self._last = WeakMethod(read), float("nan")
+        self._value_of, self._before = WeakMethod(read), float("nan")
 
     def __getitem__(self, key: str) -> Any:
         if key != EFFECTIVE:
             return super().__getitem__(key)
-        if (read := self._read()) is not None:
-            self._last = read(self)
-        return self._last  # of an optimizer that is gone
+        if (read := self._value_of()) is not None:
+            self._before = read(self)
+        return self._before  # of an optimizer that is gone
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key == EFFECTIVE and key in self else super().get(key, default)
