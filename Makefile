@@ -10,7 +10,7 @@ JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules stubs bench reproduce clean
+.PHONY: demo test test-thorough lint format docs rules stubs figures bench reproduce clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -40,6 +40,9 @@ rules: $(VENV)/.done
 
 stubs: $(VENV)/.done
 	$(BIN)/python tools/stubs.py
+
+figures: $(VENV)/.done
+	$(BIN)/python tools/figures.py
 
 bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
