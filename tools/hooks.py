@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 
 PACKAGES = (
     "hyperopt_nested", "hyperopt_nested.optim", "hyperopt_nested.rules", "hyperopt_nested.typing", "hyperopt_nested.testing",
-    "ftp", "ftp.finetuning",
+    "hyperopt_nested.integrations", "hyperopt_nested.plot", "ftp", "ftp.finetuning",
 )  # fmt: skip
 
 log = logging.getLogger("mkdocs.hooks.public_names")
