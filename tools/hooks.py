@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
     "hyperopt_nested", "hyperopt_nested.optim", "hyperopt_nested.rules", "hyperopt_nested.typing", "hyperopt_nested.testing",
-    "ftp", "ftp.finetuning",
+    "hyperopt_nested.integrations", "hyperopt_nested.plot", "ftp", "ftp.finetuning",
 )  # fmt: skip
 OF_THE_REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the site, too
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
