@@ -20,7 +20,10 @@ pytestmark = [pytest.mark.skipif(PROGRAM is None, reason="no Chromium"), pytest.
 SITE, PICTURES = ROOT / "site", ROOT / "site-pictures"
 SOURCES = ("docs", "tools", "hyperopt_nested", "ftp", "mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md")
 PREFIX = urlsplit(project()["urls"]["Documentation"]).path
-WORDS = {"checkpoint": "how-to/fine-tune/", "GradScaler": "how-to/training-loops/", "FAQ": "how-to/troubleshooting/"}
+WORDS = {
+    "checkpoint": "how-to/fine-tune/", "FAQ": "how-to/troubleshooting/", "GradScaler": "how-to/training-loops/",
+    "lightning": "how-to/integrations/", "tensorboard": "how-to/log-what-is-learned/",
+}  # fmt: skip
 """Pages that the search finds by a word."""
 LOOK = """(() => {
     const content = document.querySelector('.md-content'), text = content.cloneNode(true);

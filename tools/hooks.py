@@ -85,13 +85,11 @@ def notebook(program: str) -> str:
     (docstring, *_) = ast.parse(program).body
     code = "".join(program.splitlines(keepends=True)[docstring.end_lineno :]).strip()
     no_arguments = "import sys\n\nsys.argv[1:] = []  # those of Jupyter"
-    text = {"cell_type": "markdown", "metadata": {}, "source": ast.get_docstring(ast.parse(program))}
-    cells = [
-        {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
-        for source in (no_arguments, *code.split("\n\n\n"))
-    ]
+    cells: list[dict[str, Any]] = [{"cell_type": "markdown", "metadata": {}, "source": ast.get_docstring(ast.parse(program))}]
+    for source in (no_arguments, *code.split("\n\n\n")):
+        cells.append({"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": source})
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    return json.dumps({"cells": [text, *cells], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}, indent=1)
+    return json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}, indent=1)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
