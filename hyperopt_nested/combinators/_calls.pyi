@@ -14,8 +14,8 @@ class _ema(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.ema(hn.sgd(lr=0.1), decay=hn.learn(0.9)).learned
-            {'decay': learn(0.9)}
+            >>> hn.ema(hn.sgd(lr=0.1), decay=0.99).rule.name
+            'ema(sgd)'
         """
 
 ema: _ema
@@ -51,8 +51,8 @@ class _coupled_decay(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.coupled_decay(hn.sgd(lr=0.1), weight_decay=hn.learn(1e-2)).learned
-            {'weight_decay': learn(0.01)}
+            >>> hn.coupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+            {'decay': learn(0.01)}
         """
 
 coupled_decay: _coupled_decay
@@ -72,8 +72,8 @@ class _decoupled_decay(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.decoupled_decay(hn.sgd(lr=0.1), weight_decay=hn.learn(1e-2)).learned
-            {'weight_decay': learn(0.01)}
+            >>> hn.decoupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+            {'decay': learn(0.01)}
         """
 
 decoupled_decay: _decoupled_decay
