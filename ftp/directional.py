@@ -88,7 +88,8 @@ def digrap(
     Example:
         >>> import torch, hyperopt_nested as hn, ftp
         >>> model = torch.nn.Linear(2, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), ftp.digrap(hn.adam(lr=1e-3)))
+        >>> digrap = ftp.digrap(hn.adam(lr=1e-3))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), digrap)
         >>> opt.learned()
         {'strength/weight': 0.0, 'strength/bias': 0.0}
     """

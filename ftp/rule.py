@@ -105,7 +105,8 @@ class Radius:
     Example:
         >>> import torch, ftp
         >>> model = torch.nn.Linear(2, 1)
-        >>> opt = ftp.AdamP(model.named_parameters(), radius=ftp.Radius(relative="row", start="displacement"))
+        >>> radius = ftp.Radius(relative="row", start="displacement")
+        >>> opt = ftp.AdamP(model.named_parameters(), radius=radius)
     """
 
     per: _Per = "tensor"

@@ -33,7 +33,8 @@ def learned_spd(
     Example:
         >>> import torch, hyperopt_nested as hn, ftp
         >>> model = torch.nn.Linear(2, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), ftp.learned_spd(hn.adam(lr=1e-3)))
+        >>> spd = ftp.learned_spd(hn.adam(lr=1e-3))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), spd)
         >>> opt.learned()
         {'decay/weight': 1.0, 'decay/bias': 1.0}
     """

@@ -33,7 +33,9 @@ class Bijection:
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> square = hn.Bijection("square", torch.square, torch.sqrt, lambda info: (-(info.max**0.5), info.max**0.5), even=True)
+        >>> def limits(info):
+        ...     return -(info.max**0.5), info.max**0.5
+        >>> square = hn.Bijection("square", torch.square, torch.sqrt, limits, even=True)
         >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3), via=square)).via("lr")
         square
     """

@@ -307,8 +307,8 @@ def learn(
         >>> import hyperopt_nested as hn
         >>> hn.sgd(lr=hn.learn(0.1), momentum=hn.learn()).declared["momentum"]
         0.0
-        >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
-        sgd(lr=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)), momentum=0.0, dampening=0.0, weight_decay=0.0)
+        >>> hn.adagrad(lr=hn.learn(0.1, by=hn.coin_betting())).learned["lr"]
+        learn(0.1, by=coin_betting(eps=1e-08))
     """
     if by is not None and not isinstance(by, Optimizer):
         raise not_an_optimizer("by", by)
@@ -463,7 +463,9 @@ def rule(
     Example:
         >>> import hyperopt_nested as hn
         >>> @hn.rule(hn.rules.zeros("average"), separable="element")
-        ... def averaged(param, grad, state, *, lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9)):
+        ... def averaged(
+        ...     param, grad, state, *, lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9)
+        ... ):
         ...     average = beta * state["average"] + (1 - beta) * grad
         ...     return param - lr * average, {"average": average}
         >>> averaged(0.1)

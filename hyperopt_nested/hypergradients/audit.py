@@ -142,9 +142,11 @@ def audit(
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> loss = lambda params, batch, hypers=None: (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
+        >>> def loss(params, batch, hypers=None):
+        ...     return (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
         >>> optimizer = hn.sgd(lr=hn.learn(0.01, by=hn.sgd()), momentum=0.9)
-        >>> found = hn.audit(optimizer, {"w": torch.ones(2)}, range(10), loss, loss, horizons=[hn.OneStep()])
+        >>> params, steps = {"w": torch.ones(2)}, [hn.OneStep()]
+        >>> found = hn.audit(optimizer, params, range(10), loss, loss, horizons=steps)
         >>> [(row.steps, row.cosine) for row in found.rows]
         [(1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
         >>> found.rows[0].magnitude, found.rows[-1].magnitude < 0.3

@@ -148,7 +148,8 @@ def functional(module: nn.Module, *, buffers: Buffers = "carried") -> Functional
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> f = hn.functional(torch.nn.Linear(2, 1))
-        >>> grads = torch.func.grad(lambda params: f(params, torch.ones(3, 2)).sum())(f.params)
+        >>> total = lambda params: f(params, torch.ones(3, 2)).sum()
+        >>> grads = torch.func.grad(total)(f.params)
         >>> grads["weight"]
         tensor([[3., 3.]])
     """

@@ -383,7 +383,8 @@ def mada(
     Example:
         >>> import hyperopt_nested as hn
         >>> by = hn.adam(1e-2)
-        >>> optimizer = hn.mada(1e-3, beta3=hn.learn(0.5, by), yogi=hn.learn(0.5, by), avgrad=hn.learn(0.5, by))
+        >>> beta3, yogi, avgrad = (hn.learn(0.5, by) for _ in range(3))
+        >>> optimizer = hn.mada(1e-3, beta3=beta3, yogi=yogi, avgrad=avgrad)
     """
     ahead, new = grad, {"step": state["step"] + 1, "exp_avg": average(state["exp_avg"], grad, h.beta1)}
     if "exp_avg_diff" in state:

@@ -95,7 +95,8 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> sorted({hyper for hyper, _ in hn.testing.check_rule(hn.centralize(hn.sgd()), examples=5).verified})
+        >>> report = hn.testing.check_rule(hn.centralize(hn.sgd()), examples=5)
+        >>> sorted({hyper for hyper, _ in report.verified})
         ['dampening', 'lr', 'momentum', 'weight_decay']
     """
     check_names(backends)

@@ -87,7 +87,8 @@ def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, *, scale
 
     Example:
         >>> import torch
-        >>> found = finite_difference(lambda x: x.exp().sum(), torch.zeros(2, dtype=torch.float64))
+        >>> at = torch.zeros(2, dtype=torch.float64)
+        >>> found = finite_difference(lambda x: x.exp().sum(), at)
         >>> bool((found.value - 1).abs().max() < found.error.max() < 1e-11)
         True
     """
