@@ -40,6 +40,12 @@ def directional_projection(
         derivative: of the new values with respect to the strength. "straight-through" is \(p\), as published: whatever the optimizer
             is, and also where \(g\) was left as it is, \(\omega\) learns from the next gradient's product with it (equation 8).
             "exact" goes through the optimizer.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> import ftp
+        >>> ftp.directional_projection(hn.sgd(lr=0.1)).rule.name
+        'directional_projection(sgd)'
     """
     moved = hn.rules.displacement(param, state)
     along, norm = (grad * moved).sum(), moved.square().sum()
@@ -71,6 +77,9 @@ def digrap(
         anchor: "start", the values before the first step, "zero", or a tensor.
         anchor_decay: as `hyperopt_nested.spd`.
         derivative: as `directional_projection`.
+
+    Returns:
+        The `Optimizer`.
 
     Raises:
         TypeError: `base` is no optimizer of the engine.

@@ -23,6 +23,9 @@ def learned_spd(
         anchor: "start", the values before the first step, "zero", or a tensor.
         anchor_decay: as `hyperopt_nested.spd`.
 
+    Returns:
+        The `Optimizer`.
+
     Raises:
         TypeError: `base` is no optimizer of the engine.
         ValueError: an argument is outside its domain.

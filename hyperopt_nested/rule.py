@@ -251,6 +251,9 @@ def starting(value: Any, default: Any) -> Any:
         value: the argument, or a tuple of them.
         default: its default; one that is no number changes nothing.
 
+    Returns:
+        The value, with a start.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.sgd(lr=hn.rules.starting(hn.learn(), 0.5)).declared["lr"]
@@ -291,6 +294,9 @@ def learn(
             default what the rule declares or, without `by`, the recipe.
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
+
+    Returns:
+        A mark that stands in the place of the value.
 
     Raises:
         TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
@@ -445,6 +451,9 @@ def rule(
         global_reduce: `global_reduce(param, grad, state, *, ...)`, from one tensor to what it adds to sums over all tensors: numbers of
             shape () or (n,), the same for every tensor. Its keyword-only parameters are hypers and options of the function, which gets
             the sums as `reduced`.
+
+    Returns:
+        The rule, or a decorator that makes it.
 
     Raises:
         TypeError: a parameter of the function has no default, a hyper is not keyword-only, `init` is no function, or `global_reduce` and
