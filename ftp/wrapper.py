@@ -234,6 +234,10 @@ class FTP(torch.optim.Optimizer):
         """The same as floats: `{"radius/0.weight": 0.012, ...}`; see `HyperOptimizer.learned`."""
         return self.projection.learned()
 
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """The same as tensors of shape (); see `HyperOptimizer.learned_tensors`."""
+        return self.projection.learned_tensors()
+
     def __repr__(self) -> str:
         radii = self.learned().items()
         shown = ", ".join(f"{name}={value:.4g}" for name, value in list(radii)[:4]) + (", ..." if len(radii) > 4 else "")

@@ -1,5 +1,19 @@
-"""Learn any hyper-parameter of any optimizer while the model trains, by differentiating the optimizer itself."""
+"""Learn any hyper-parameter of any optimizer while the model trains, by differentiating the optimizer itself.
 
+Example:
+    >>> import torch, hyperopt_nested as hn
+    >>> model = torch.nn.Linear(3, 1)
+    >>> # instead of torch.optim.AdamW(model.parameters(), lr=1e-3):
+    >>> opt = hn.optim.AdamW(model.parameters(), lr=hn.learn(1e-3))
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     model(torch.ones(4, 3)).square().mean().backward()
+    ...     opt.step()
+    >>> opt.learned()["lr"] > 1e-3
+    True
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +79,8 @@ from hyperopt_nested.rules import (
 )
 
 if TYPE_CHECKING:
+    from hyperopt_nested import integrations as integrations
+    from hyperopt_nested import plot as plot
     from hyperopt_nested import testing as testing
 
 __all__ = [
@@ -153,10 +169,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """`hn.testing`, imported when it is first used, since it needs hypothesis."""
-    if name == "testing":
-        import hyperopt_nested.testing
-
-        return hyperopt_nested.testing
+    """`hn.testing`, `hn.integrations` and `hn.plot`, imported when they are first used."""
+    if name in ("integrations", "plot", "testing"):
+        return import_module(f"{__name__}.{name}")
     homes = [home for home, module in {"optim": optim, "rules": rules, "typing": typing}.items() if name in module.__all__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + "".join(f"; it is in hn.{home}" for home in homes))

@@ -1,5 +1,6 @@
 """One gradient entry that is NaN, infinite or huge: learned values, learners and counts stay finite, and learning goes on."""
 
+import copy
 import functools
 import math
 import re
@@ -58,15 +59,14 @@ def learning(name: str, per: Any, how: str) -> hn.Optimizer:
     return every if fits(every, how) else taught(made, [each for each in hypers_of(name, how) if fits(taught(made, [each], per), how)], per)
 
 
-def run(
-    optimizer: hn.Optimizer, backend: Any, horizon: hn.typing.Horizon, bad: float, row: int, noise: float = 0.0
-) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
+def started(optimizer: hn.Optimizer, backend: Any, horizon: hn.typing.Horizon) -> tuple[hn.HyperOptimizer, Params]:
+    params = tensors()
+    return hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, horizon=horizon), params
+
+
+def go(opt: hn.HyperOptimizer, params: Params, bad: float, row: int) -> list[Any]:
     """Some steps, in one of which one entry of a gradient is bad; the learned values after each."""
-    params, seen = tensors(), []
-    with torch.no_grad():
-        for p in params.values():
-            p.mul_(1 + noise)
-    opt = hn.HyperOptimizer(list(params.items()), optimizer, backend=backend, horizon=horizon)
+    seen = []
     for step in range(STEPS):
         for name, p in params.items():
             p.grad = torch.cos(p.detach().nan_to_num(0, 0, 0) + (name == "b"))
@@ -74,7 +74,14 @@ def run(
             params["a"].grad[row, 1] = bad  # type: ignore[index]
         opt.step()
         seen.append(opt.hypers())
-    return opt, params, seen
+    return seen
+
+
+def run(
+    optimizer: hn.Optimizer, backend: Any, horizon: hn.typing.Horizon, bad: float, row: int
+) -> tuple[hn.HyperOptimizer, Params, list[Any]]:
+    opt, params = started(optimizer, backend, horizon)
+    return opt, params, go(opt, params, bad, row)
 
 
 def spoilt(opt: hn.HyperOptimizer) -> list[str]:
@@ -171,18 +178,30 @@ def test_programs_lose_and_count_what_the_engine_does(name: str, backend: str) -
         with pytest.raises(ValueError, match=f"backend={backend!r} cannot be used"):
             run(optimizer, backend, hn.OneStep(), BAD[0], 0)
         return
+    made = {each: started(optimizer, each, hn.OneStep()) for each in (backend, "reference")}
+    begin = {each: copy.deepcopy(opt.state_dict()) for each, (opt, _) in made.items()}
+
+    def again(each: str, bad: float, row: int, noise: float = 0.0) -> tuple[hn.HyperOptimizer, Params]:
+        """The run from its begin, by the programs that were made for the first one."""
+        opt, params = made[each]
+        opt.load_state_dict(copy.deepcopy(begin[each]))
+        with torch.no_grad():
+            for key, p in tensors().items():
+                params[key].copy_(p * (1 + noise))
+        go(opt, params, bad, row)
+        return opt, params
+
     for i, bad in enumerate(BAD, start=at):
         row = (0, ROWS // 2, ROWS - 1)[i % 3]
-        ends = {each: run(optimizer, each, hn.OneStep(), bad, row) for each in (backend, "reference")}
-        opt, params, _ = ends[backend]
+        opt, params = again(backend, bad, row)
         assert opt.backend == backend
-        wanted, expected, _ = ends["reference"]
+        wanted, expected = again("reference", bad, row)
         assert not spoilt(opt), f"{bad}: {spoilt(opt)}"
         for key, p in params.items():
             assert torch.equal(torch.isfinite(p), torch.isfinite(expected[key])), f"{bad}, row {row}: other weights are lost"
         counts = [{key: int(v) for key, v in each.nonfinite_counts().items()} for each in (opt, wanted)]
         if counts[0] != counts[1]:  # but where products overflow or not by rounding alone
-            moved, _, _ = run(optimizer, "reference", hn.OneStep(), bad, row, noise=1e-6)
+            moved, _ = again("reference", bad, row, noise=1e-6)
             assert {key: int(v) for key, v in moved.nonfinite_counts().items()} != counts[1], f"{bad}, row {row}: {counts}"
 
 

@@ -94,6 +94,7 @@ def test_groups_are_plain_floats_as_in_torch() -> None:
         "betas": (0.9, 0.99),
         "eps": 1e-8,
         "weight_decay": 0.01,
+        "effective_lr": 0.01,
     }
     assert opt.defaults["betas"] == (0.9, 0.99)
 

@@ -26,7 +26,8 @@ FLOORS = [
     ["backends"],
     ["hypergradients"],
     ["optim"],
-    ["testing", "cli", "typing", "__main__"],
+    ["integrations"],
+    ["testing", "cli", "plot", "typing", "__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
@@ -35,7 +36,20 @@ MODULES = {
     for path in sorted(ROOT.glob(f"{package}/**/*.py"))
 }
 PUBLIC = ["optim", "rules", "typing"]
-OPTIONAL = ["PIL", "hypothesis", "matplotlib", "peft", "rich", "safetensors", "scipy", "sklearn", "typer"]
+OPTIONAL = [
+    "PIL",
+    "hypothesis",
+    "lightning",
+    "matplotlib",
+    "peft",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "transformers",
+    "typer",
+]
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -155,6 +169,7 @@ def test_import_loads_no_optional_package() -> None:
         ("typer", "cli", "import hyperopt_nested.cli"),
         ("rich", "cli", "hn.typing.Audit([]).table()"),
         ("matplotlib", "demo", "hn.typing.Audit([]).figure()"),
+        ("matplotlib", "plot", "hn.plot.heatmap(hn.integrations.Record([1], {'lr/w': [1.0]}), 'lr')"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(package: str, extra: str, use: str) -> None:

@@ -1,14 +1,12 @@
 """The command `python -m benchmarks.reproduce`."""
 
 import argparse
-import itertools
-import multiprocessing
+import functools
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.pool import finished
 from benchmarks.reproduce.fine_tune import perform
 from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
@@ -49,34 +47,17 @@ def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: fl
         jobs: processes; 1 is this one.
         end: of `time.monotonic()`, after which no run begins.
     """
-    with ExitStack() as stack:
-        pool = stack.enter_context(ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))) if jobs > 1 else None
-        for study in studies:
-            for plan in (STUDIES[study].tuning, STUDIES[study].tests):
-                runs = [run for run in plan(rows, scale) if run not in rows]
-                started = time.monotonic()
-                for done, (run, numbers) in enumerate(_perform(runs, scale, pool, jobs, end), start=1):
-                    rows.add(run, numbers)
-                    minutes = (time.monotonic() - started) / 60
-                    print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)
-                if time.monotonic() > end:
-                    return
-
-
-def _perform(runs: list[Run], scale: Scale, pool: Executor | None, jobs: int, end: float) -> Iterator[tuple[Run, dict[str, object]]]:
-    """Finished runs with their numbers, in the order in which they finish; none begins after the end."""
-    if pool is None:
-        for run in itertools.takewhile(lambda _: time.monotonic() < end, runs):
-            yield run, perform(run, scale)
-        return
-    waiting, working = iter(runs), dict[Future[dict[str, object]], Run]()
-    while True:
-        for run in itertools.islice(waiting, jobs - len(working) if time.monotonic() < end else 0):
-            working[pool.submit(perform, run, scale)] = run
-        if not working:
-            return
-        for future in wait(working, return_when=FIRST_COMPLETED).done:
-            yield working.pop(future), future.result()
+    for study in studies:
+        for plan in (STUDIES[study].tuning, STUDIES[study].tests):
+            runs = [run for run in plan(rows, scale) if run not in rows]
+            started = time.monotonic()
+            all_finished = finished(functools.partial(perform, scale=scale), runs, jobs=jobs, end=end)
+            for done, (run, numbers) in enumerate(all_finished, start=1):
+                rows.add(run, numbers)
+                minutes = (time.monotonic() - started) / 60
+                print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)
+            if time.monotonic() > end:
+                return
 
 
 def _shown(run: Run, numbers: Mapping[str, object]) -> str:

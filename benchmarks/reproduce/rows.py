@@ -6,6 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
+
+
+class Settings(Protocol):
+    """Settings of a run, of any kind: a dataclass."""
+
+    @property
+    def study(self) -> str:
+        """What the run is part of, the name of the file."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The settings as a CSV file has them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,6 @@ class Run:
 
 
 Row = dict[str, str]
-FIELDS = tuple(Run.__annotations__)
 
 
 class Rows:
@@ -53,23 +65,24 @@ class Rows:
 
     Args:
         folder: of the CSV files; it is made when the first row is added.
+        kind: the dataclass of a run's settings.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._rows = {path.stem: _read(path) for path in sorted(folder.glob("*.csv"))}
-        self._keys = {key_of(row) for rows in self._rows.values() for row in rows}
+    def __init__(self, folder: Path, kind: type[Settings] = Run) -> None:
+        self.folder, self._fields = folder, tuple(kind.__annotations__)
+        self._rows = {path.stem: self._read(path) for path in sorted(folder.glob("*.csv"))}
+        self._keys = {tuple(row[name] for name in self._fields) for rows in self._rows.values() for row in rows}
 
-    def __contains__(self, run: Run) -> bool:
+    def __contains__(self, run: Settings) -> bool:
         return run.key in self._keys
 
     def of(self, study: str, **settings: str) -> list[Row]:
         """The rows of a study whose settings are these."""
         return [row for row in self._rows.get(study, []) if all(row[name] == value for name, value in settings.items())]
 
-    def add(self, run: Run, numbers: Mapping[str, object]) -> None:
+    def add(self, run: Settings, numbers: Mapping[str, object]) -> None:
         """Add a row, and write the study's file anew: the old one is replaced at once or not at all."""
-        row = dict(zip(FIELDS, run.key, strict=True)) | {name: str(value) for name, value in numbers.items()}
+        row = dict(zip(self._fields, run.key, strict=True)) | {name: str(value) for name, value in numbers.items()}
         rows = self._rows.setdefault(run.study, [])
         rows.append(row)
         self._keys.add(run.key)
@@ -79,15 +92,9 @@ class Rows:
         scratch.write_text(_text(rows))
         os.replace(scratch, path)
 
-
-def key_of(row: Row) -> tuple[str, ...]:
-    """The settings of a row, as `Run.key`."""
-    return tuple(row[name] for name in FIELDS)
-
-
-def _read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [{name: value for name, value in row.items() if value or name in FIELDS} for row in csv.DictReader(file)]
+    def _read(self, path: Path) -> list[Row]:
+        with path.open(newline="") as file:
+            return [{name: value for name, value in row.items() if value or name in self._fields} for row in csv.DictReader(file)]
 
 
 def _text(rows: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from hyperopt_nested.domains import Hyper
@@ -46,9 +47,10 @@ class LearnedValue:
         declared = self.learned.declared
         return 1.0 if self.number is None or declared == 0 else self.number / declared
 
-    def read(self, st: State) -> float:
-        """The effective value; the mean of rows or elements."""
-        return float(self.learned.value(_leaf(st, self.path), self.number).mean())
+    def mean(self, st: State) -> Tensor:
+        """The effective value, the mean of rows or elements: shape (), whole where tensors are sharded."""
+        mean = self.learned.value(_leaf(st, self.path), self.number).mean()
+        return mean.full_tensor() if hasattr(mean, "full_tensor") else mean
 
     def unscaled(self, name: str, value: float) -> float:
         """The learned value whose effective value is this one.
@@ -111,6 +113,16 @@ def _of_learners(learner: Learner, st: State, prefix: str, path: Path) -> dict[s
                 values[label] = LearnedValue(learned, (*at, "hypers", hyper, name))
         values |= _of_learners(above.learner, inner, start, at)
     return values
+
+
+def as_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tensors of shape () as floats, by one transfer for each device."""
+    forms: dict[Any, list[str]] = {}
+    for key, value in values.items():
+        forms.setdefault((value.device, value.dtype), []).append(key)
+    lists = [(keys, torch.stack([values[key] for key in keys]).tolist()) for keys in forms.values()]
+    numbers = {key: number for keys, read in lists for key, number in zip(keys, read, strict=True)}
+    return {key: numbers[key] for key in values}
 
 
 def declared_hypers(optimizers: Mapping[str, Optimizer], group_of: Mapping[str, int]) -> dict[str, tuple[int, str, list[Hyper]]]:

@@ -20,7 +20,7 @@ from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.optim.level import has_level, is_settled
 from hyperopt_nested.optim.loading import loaded, matched
-from hyperopt_nested.optim.named_values import LearnedValue, declared_hypers, learned_values, listed, with_value
+from hyperopt_nested.optim.named_values import LearnedValue, as_floats, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
 from hyperopt_nested.optim.param_groups import NO_CHOICES, NO_STORE, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
 from hyperopt_nested.optim.param_state import ParamState, built, is_declaration, is_own
@@ -41,7 +41,8 @@ class HyperOptimizer(GroupedOptimizer):
     torch.optim; learned values outlive a reset of the state. Each group holds every hyper as
     a plain number (`beta1` and `beta2` as `betas`, as in torch.optim), which schedulers may change: that replaces the value of a
     hyper that is not learned; the effective value of a learned one is the learned value times the group's number over the declared
-    value, so that a schedule and learning compose.
+    value, so that a schedule and learning compose. `group["effective_lr"]` is the learning rate of the next step, for monitors: the
+    effective value, or, where tensors, rows or elements have values of their own, their mean. Reading it waits for the device.
 
     Args:
         params: tensors, `(name, tensor)` pairs (`model.named_parameters()`), or groups of either: dicts with `params` and other values
@@ -71,7 +72,8 @@ class HyperOptimizer(GroupedOptimizer):
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> model = torch.nn.Linear(3, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+        >>> adamw = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), adamw)
         >>> for _ in range(3):
         ...     opt.zero_grad()
         ...     model(torch.ones(4, 3)).square().mean().backward()
@@ -302,21 +304,32 @@ class HyperOptimizer(GroupedOptimizer):
         """Effective value of every learned hyper, a copy, on its device: nothing waits for the device until you read one.
 
         Returns:
-            By hyper ("lr"; its learner's is "lr.lr", and so on): a value per model by group ("group 0"), others by tensor name.
-            Values of learners go by the key of what they learn ("model" where all tensors share it).
+            By hyper ("lr"; its learner's is "lr.lr", and so on), then by tensor name; a value that tensors share is listed under each
+            parameter group that uses it ("group 0").
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> lr = hn.learn(0.1, by=hn.sgd(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6))))
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=lr))
+            >>> hypers = opt.hypers()
+            >>> {hyper: float(values["group 0"]) for hyper, values in hypers.items()}
+            {'lr': 0.1, 'lr.lr': 0.001}
         """
-        st = self._state()
-        result = {path: map_tree(torch.clone, values) for path, values in self._nested.hypers(st).items()}
-        where = self._roster.group_of
-        for key, learned in self._nested.learned.items():
-            result[key] = ByName(f"hypers()[{key!r}]")
-            for name in st["rule"]:
-                for hyper, used in self._nested.bindings[name].learned.items():
-                    if used is learned:
-                        raw = st["hypers"][key][learned.key_of(name)]
-                        label = f"group {where[name]}" if learned.key_of(name) == MODEL else name
-                        number = self._scheduled(where[name], self._optimizers[name])[hyper]
-                        result[key][label] = learned.value(raw, number).detach().clone()
+        st, where = self._state(), self._roster.group_of
+        result: dict[str, dict[str, Tensor]] = {path: ByName(f"hypers()[{path!r}]") for path in self._nested.hypers(st)}
+        groups: dict[str, dict[str, None]] = {}  # of the tensors that use a learned hyper
+        for name in st["rule"]:
+            for hyper, learned in self._nested.bindings[name].learned.items():
+                label, value_key = f"group {where[name]}", learned.key_of(name)
+                groups.setdefault(learned.key, {})[label] = None
+                number = self._scheduled(self.param_groups[where[name]], self._optimizers[name])[hyper]
+                value = learned.value(st["hypers"][learned.key][value_key], number)
+                result[learned.key][label if value_key == MODEL else name] = value.detach().clone()
+        for path, values in self._nested.hypers(st).items():
+            above = path.partition(".")[0]
+            for key, value in values.items() if path != above else ():
+                result[path] |= dict.fromkeys(groups[above] if key == MODEL else [key], value.detach().clone())
         return result
 
     def learned(self) -> dict[str, float]:
@@ -330,13 +343,25 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> decay = hn.learn(1e-2, by=hn.adam(lr=1e-3), per="tensor")
-            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)), weight_decay=decay)
+            >>> lr = hn.learn(1e-3, by=hn.sgd(lr=1e-5))
+            >>> optimizer = hn.adamw(lr=lr, weight_decay=decay)
             >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), optimizer)
             >>> opt.learned()
             {'lr': 0.001, 'weight_decay/weight': 0.01, 'weight_decay/bias': 0.01}
         """
+        return as_floats(self.learned_tensors())
+
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """What `learned` returns, as tensors of shape () on their devices: nothing waits for these.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> opt = hn.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(0.1))
+            >>> opt.learned_tensors()["lr"].shape
+            torch.Size([])
+        """
         st = self._state()
-        return {name: value.read(st) for name, value in self._learned_values(st).items()}
+        return {name: value.mean(st) for name, value in self._learned_values(st).items()}
 
     def set_hyper(self, name: str, value: float) -> None:
         """Set the value of a hyper, learned or not. A learned one goes on from there.
@@ -354,7 +379,9 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))))
+            >>> sgd = hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), sgd)
             >>> opt.set_hyper("lr", 0.05)
             >>> opt.set_hyper("momentum", 0.9)
             >>> opt.learned()["lr"], opt.param_groups[0]["momentum"]
@@ -383,13 +410,15 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0))
+            >>> optimizer = hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0)
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), optimizer)
             >>> _ = opt.rule_states()["bias"]["base"]["momentum_buffer"].fill_(1.0)
         """
         return dict(self._state()["rule"])
 
     def _learned_values(self, st: State) -> dict[str, LearnedValue]:
-        numbers = {name: self._scheduled(group, self._optimizers[name]) for name, group in self._roster.group_of.items()}
+        numbers = {name: self._scheduled(self.param_groups[group], self._optimizers[name]) for name, group in self._roster.group_of.items()}
         return learned_values(self._nested, st, self._roster.group_of, numbers)
 
     def __repr__(self) -> str:
@@ -421,8 +450,10 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> model = torch.nn.Linear(2, 1)
-            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
-            >>> prediction = torch.func.functional_call(model, opt.eval_params(), torch.ones(3, 2))
+            >>> ema = hn.ema(hn.sgd(), decay=0.9)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), ema)
+            >>> x = torch.ones(3, 2)
+            >>> prediction = torch.func.functional_call(model, opt.eval_params(), x)
         """
         st, store = self._state(), self._store
         params = {name: p.detach() for name, p in store.params.items()}
@@ -490,6 +521,7 @@ class HyperOptimizer(GroupedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         names, tracked = state.get("_names"), state.get("_tracked")
         super().__setstate__({key: value for key, value in state.items() if key not in ("_names", "_tracked")})
+        self.param_groups = [self._live(group) for group in self.param_groups]
         if self._plan is not None:  # torch calls this to load a state_dict
             roster, optimizers, store = self._plan
             self._take(Roster(self.param_groups, roster.names), optimizers, store)

@@ -5,16 +5,19 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from operator import is_
 from typing import Any, cast
+from warnings import warn
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from hyperopt_nested.checks import PAIRS, is_number, not_an_optimizer, packs
+from hyperopt_nested.checks import PAIRS, caller_level, is_number, not_an_optimizer, packs
 from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.level import has_level, shape, with_level
+from hyperopt_nested.optim.live_group import LiveGroup, numbers_of
+from hyperopt_nested.optim.named_values import LearnedValue
 from hyperopt_nested.optim.outside_dynamo import add_param_group
 from hyperopt_nested.optim.param_state import ParamState
 from hyperopt_nested.optim.roster import Group, Roster, free_name
@@ -38,10 +41,10 @@ def pack(hypers: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **{name: tuple(hypers[part] for part in each) for name, each in tuples.items()}}
 
 
-def unpack(group: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(group: Group) -> dict[str, Any]:
     """What a group holds, by the names of hypers."""
     hypers: dict[str, Any] = {}
-    for key, value in group.items():
+    for key, value in numbers_of(group).items():
         if key == "betas":
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"betas={value!r} ({type(value).__name__}) of a group must be a tuple of numbers")
@@ -55,7 +58,7 @@ def unpack(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _values_of(group: Group) -> dict[str, Any]:
     """What a group holds but for its tensors, by the names of hypers."""
-    return unpack({key: value for key, value in group.items() if key not in ("params", "param_names")})
+    return unpack({key: value for key, value in numbers_of(group).items() if key not in ("params", "param_names")})
 
 
 def check_params(params: Any) -> None:
@@ -95,9 +98,8 @@ def check_keys(overrides: Mapping[str, Any], optimizers: Iterable[Optimizer]) ->
             )
         if close := get_close_matches(key, hypers, cutoff=0.8):
             raise ValueError(f"a group gives {key!r}; did you mean {close[0]!r}?")
-        if whole or (
-            (is_number(value) or isinstance(value, Learn)) and not any(hyper in key.split("_") or hyper in key for hyper in hypers)
-        ):
+        is_value = isinstance(value, Learn) or (is_number(value) and value != 0)  # trainers write weight_decay=0.0 to all groups
+        if whole or (is_value and not any(hyper in key.split("_") or hyper in key for hyper in hypers)):
             raise ValueError(
                 f"a group gives {key}={value!r}, but its tensors have no hyper {key!r}; they have {', '.join(hypers) or 'none'}"
             )
@@ -115,7 +117,7 @@ def check_betas(group: Mapping[str, Any], optimizers: Iterable[Optimizer]) -> No
                 raise ValueError(f"a group gives {key}={group[key]!r}, which must be {len(own)} numbers: {', '.join(own)}")
 
 
-def check_numbers(index: int, group: Mapping[str, Any], optimizer: Optimizer) -> None:
+def check_numbers(index: int, group: Group, optimizer: Optimizer) -> None:
     """Refuse numbers of a group that are outside their domains, as a schedule may have made them.
 
     Args:
@@ -187,6 +189,26 @@ def with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimi
         else:
             settings[name] = value
     return optimizer.replace(**settings) if settings else optimizer
+
+
+def _mind_new_learns(choose: Callable[[str, Tensor], Optimizer], named: Mapping[str, Tensor], chosen: Mapping[str, Optimizer]) -> None:
+    """Warn if a function makes a `learn` for the model anew in each call, so that each tensor learns a value of its own."""
+    by_hyper: dict[str, set[int]] = {}
+    for optimizer in chosen.values():
+        for hyper, learn in optimizer.learned.items():
+            if learn.per == "model":
+                by_hyper.setdefault(hyper, set()).add(learn.key)
+    several = {hyper for hyper, keys in by_hyper.items() if len(keys) > 1}
+    for name, optimizer in chosen.items():
+        if shared := sorted(several & {hyper for hyper, learn in optimizer.learned.items() if learn.per == "model"}):
+            again = choose(name, named[name]).learned
+            if anew := [hyper for hyper in shared if hyper in again and again[hyper].key != optimizer.learned[hyper].key]:
+                warn(
+                    f"the function that is given as `optimizer` makes a new learn(...) for {anew[0]} in each call, so each tensor learns "
+                    f"its own {anew[0]}: make it once, outside of the function, to share it, or say per='tensor'",
+                    stacklevel=caller_level(),
+                )
+            return
 
 
 class Numbers:
@@ -264,6 +286,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 group |= {"param_names": []} if isinstance(entries[0], tuple) else {}
         names: dict[str, Any] = {} if entries or not any("param_names" in group for group in self.param_groups) else {"param_names": []}
         add_param_group(self, {"params": entries, **names, **pack({**declared, **numbers})})
+        self.param_groups[-1] = self._live(self.param_groups[-1])
         roster = Roster(self.param_groups, [*self._roster.names, [name for name, _ in named]])
         try:
             if self._store is not None:
@@ -302,6 +325,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 own = with_overrides(base, overrides)
                 replaced[id(base)] = base, own if self._total_steps is None else with_level(own, self._total_steps)
             chosen[name] = replaced[id(base)][1]
+        if not isinstance(self._choice, Optimizer):
+            _mind_new_learns(self._choice, named, chosen)
         check_keys(overrides, chosen.values())
         return chosen
 
@@ -359,9 +384,26 @@ class GroupedOptimizer(torch.optim.Optimizer):
             users.setdefault((self._roster.group_of[name], id(self._optimizers[name]), param.device), []).append(name)
         self._users = list(users.items())
 
-    def _scheduled(self, index: int, optimizer: Optimizer) -> dict[str, Any]:
+    def _live(self, group: Group) -> Group:
+        """The group with its `effective_lr`, if it has an `lr`."""
+        return LiveGroup(group, self._effective_lr) if "lr" in group else group
+
+    def _effective_lr(self, group: Group) -> float:
+        """The learning rate of the next step: the mean of the values that the group's tensors use, or else its number."""
+        used: dict[tuple[str, str], Tensor] = {}
+        for name in self._roster.names_of(group):
+            if self._store is not None and name in self._store.params and "lr" in (found := self._nested.bindings[name].learned):
+                learned, number = found["lr"], self._scheduled(group, self._optimizers[name])["lr"]
+                path = "hypers", learned.key, learned.key_of(name)
+                used[path[1:]] = LearnedValue(learned, path, number).mean(self._store.st)
+        if not used:
+            return float(group["lr"])
+        means = [*used.values()]
+        return float(torch.stack([each.to(means[0].device) for each in means]).mean())
+
+    def _scheduled(self, group: Group, optimizer: Optimizer) -> dict[str, Any]:
         """The numbers that a group holds now, with the shape of the next step where an optimizer of the group has a level."""
-        numbers = unpack(self.param_groups[index])
+        numbers = unpack(group)
         if self._total_steps is None or not has_level(optimizer):
             return numbers
         return {**numbers, "lr": numbers["lr"] * shape(self._store.taken, self._total_steps)}
@@ -374,7 +416,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for key, names in self._users:
             index, _, device = key
             optimizer, learned = self._optimizers[names[0]], self._nested.bindings[names[0]].learned
-            numbers = self._scheduled(index, optimizer)
+            numbers = self._scheduled(self.param_groups[index], optimizer)
             if as_tensors:
                 of_group: Any = self._numbers.of(key, {hyper: numbers[hyper] for hyper in optimizer.settings}, device, learned)
             else:
@@ -386,7 +428,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _have_numbers_changed(self) -> bool:
         """Whether groups may hold other numbers than when this was asked last; tensors may always."""
-        before, self._snapshots = self._snapshots, [[*group.values()] for group in self.param_groups]
+        before, self._snapshots = self._snapshots, [[*dict.values(group)] for group in self.param_groups]
         return not (
             len(before) == len(self._snapshots)
             and all(len(one) == len(other) and all(map(is_, one, other)) for one, other in zip(before, self._snapshots, strict=True))

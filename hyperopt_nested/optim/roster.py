@@ -39,6 +39,10 @@ class Roster:
         """The tensor with which all shared state is kept: the first; "" if there is none."""
         return next(iter(self.tensors), "")
 
+    def names_of(self, group: Group) -> list[str]:
+        """The names of a group's tensors; none of a group that is not known."""
+        return next((names for (seen, _), names in zip(self._seen, self.names, strict=True) if seen is group), [])
+
     def is_current(self, groups: Sequence[Group]) -> bool:
         """Whether the groups hold what they held."""
         if len(groups) != len(self._seen):

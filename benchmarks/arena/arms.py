@@ -1,0 +1,146 @@
+"""What is compared: tuned schedules, methods without tuning, published learners of rates, and `hn.learn`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+import hyperopt_nested as hn
+from hyperopt_nested.engine.checks import Horizon
+from hyperopt_nested.optim import level
+
+Rule = Callable[..., hn.Optimizer]
+Shape = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Base:
+    """An optimizer whose rate is chosen.
+
+    Attributes:
+        make: the rule.
+        grid: of rates, for whatever is tuned.
+    """
+
+    make: Rule
+    grid: Sequence[float]
+
+
+def _grid(low: int) -> tuple[float, ...]:
+    """Seven rates, two a decade, of which the first is 10 ** low."""
+    return tuple(round(factor * 10.0 ** (low + decade), -(low + decade) + 1) for decade in range(4) for factor in (1, 3))[:7]
+
+
+BASES = {
+    "adamw": Base(hn.adamw, _grid(-4)),
+    "sgd": Base(partial(hn.sgd, momentum=0.9), _grid(-3)),
+    "lion": Base(hn.lion, _grid(-5)),
+    "muon": Base(partial(hn.muon, weight_decay=0.01), _grid(-3)),
+}
+
+STARTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Where learned rates start; the protocol judges by those from 1e-5 on."""
+
+WARM_UP = 0.05
+
+
+def constant(step: int, total: int) -> float:  # noqa: ARG001  all shapes are called alike
+    """The shape of a rate that stays."""
+    return 1.0
+
+
+def cosine(step: int, total: int) -> float:
+    """The shape that rises linearly in the first 5 % of steps, and falls as a cosine."""
+    rising = max(1, round(WARM_UP * total))
+    return min((step + 1) / rising, (1 + math.cos(math.pi * max(0, step + 1 - rising) / (total - rising))) / 2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose a rate.
+
+    Attributes:
+        make: the optimizer, from the base, a rate and the number of steps.
+        rates: "grid": all rates of the base's grid, of which the best is taken; "starts": all starts, each judged; or numbers.
+        shape: factor of the rate in each step.
+        bases: it is run with.
+        horizon: of hypergradients.
+        learn_until: how many of all steps anything is learned in; None is all.
+    """
+
+    make: Callable[[Base, float, int], hn.Optimizer]
+    rates: Literal["grid", "starts"] | Sequence[float]
+    shape: Shape = constant
+    bases: Sequence[str] = ("adamw",)
+    horizon: Horizon = field(default_factory=hn.OneStep)
+    learn_until: Callable[[int], int] | None = None
+
+    def rates_of(self, base: str) -> Sequence[float]:
+        """The rates that it is run with."""
+        if self.rates == "grid":
+            return BASES[base].grid
+        return STARTS if self.rates == "starts" else self.rates
+
+
+def _fixed(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
+    return base.make(rate)
+
+
+def _learned(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
+    return base.make(hn.learn(rate))
+
+
+def _level(base: Base, rate: float, total: int) -> hn.Optimizer:
+    return level.with_level(base.make(hn.learn(rate)), total)
+
+
+def _alone(rule: Rule, **settings: Any) -> Callable[[Base, float, int], hn.Optimizer]:
+    return lambda base, rate, total: rule(rate, **settings)  # noqa: ARG005
+
+
+def _mechanic(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
+    return hn.rescale(base.make(rate), hn.learn(1e-8, by=hn.coin_betting()))
+
+
+def _by(learner: hn.Optimizer, via: Any = None) -> Callable[[Base, float, int], hn.Optimizer]:
+    return lambda base, rate, total: base.make(hn.learn(rate, by=learner, via=via))  # noqa: ARG005
+
+
+TANH = hn.Bijection(
+    "tanh",
+    lambda raw: (torch.tanh(raw) + 1) / 2,
+    lambda value: torch.atanh(2 * value - 1),
+    lambda info: (-0.5 * math.log(2 / info.eps), 0.5 * math.log(2 / info.eps)),
+    interval=True,
+)
+
+
+def _gdtuo(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
+    """The ultimate optimizer's example: its Adam, whose rate and betas SGD learns."""
+    by = hn.sgd(lr=1e-5)
+    return hn.adam(hn.learn(rate, by=by), beta1=hn.learn(0.9, by=by, via=TANH), beta2=hn.learn(0.999, by=by, via=TANH))
+
+
+ALL = tuple(BASES)
+ARMS: Mapping[str, Arm] = {
+    "constant": Arm(_fixed, "grid", constant, ALL),
+    "linear": Arm(_fixed, "grid", level.shape, ALL),
+    "cosine": Arm(_fixed, "grid", cosine),
+    "learn": Arm(_learned, "starts", constant, ALL),
+    "learn, total_steps": Arm(_level, "starts", level.shape, ALL, learn_until=level.window_of),
+    "schedule-free": Arm(_alone(hn.schedule_free_adamw, weight_decay=0.01), (*_grid(-4), 0.0025)),
+    "Prodigy": Arm(_alone(hn.prodigy, weight_decay=0.01), (1.0,)),
+    "Prodigy, cosine": Arm(_alone(hn.prodigy, weight_decay=0.01, safeguard_warmup=True), (1.0,), cosine),
+    "D-Adaptation": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,)),
+    "D-Adaptation, linear": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,), level.shape),
+    "DoG": Arm(_alone(hn.dog), (1.0,)),
+    "LDoG": Arm(_alone(hn.ldog), (1.0,)),
+    "Mechanic": Arm(_mechanic, (1.0,)),
+    "Mechanic, linear": Arm(_mechanic, (1.0,), level.shape),
+    "hypergradient descent": Arm(_by(hn.sgd(lr=1e-7)), "starts"),
+    "MetaOptimize": Arm(_by(hn.lion(lr=1e-3), "log"), "starts", horizon=hn.Discounted(1.0)),
+    "gdtuo": Arm(_gdtuo, "starts"),
+}

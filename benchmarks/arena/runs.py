@@ -1,0 +1,122 @@
+"""Runs of one arm, as one batched program: cells that differ by their seeds, and by the rates of a grid."""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hyperopt_nested as hn
+from benchmarks.arena.arms import ARMS, BASES
+from benchmarks.arena.tasks import TASKS, Batch, Tensors, short
+
+PARTS = 0.0, 1.0
+"""Shares of training after which the validation loss is kept."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Settings of a run.
+
+    Attributes:
+        task: of `TASKS`.
+        base: of `BASES`.
+        arm: of `ARMS`.
+        rate: of the grid, or the start.
+        seed: of the parameters and of the order of examples.
+    """
+
+    task: str
+    base: str
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def study(self) -> str:
+        """The name of its file of rows."""
+        return self.task
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The settings as a CSV file has them."""
+        return tuple(map(str, asdict(self).values()))
+
+
+Group = tuple[Cell, ...]
+
+
+def groups(tasks: Sequence[str], bases: Sequence[str], arms: Sequence[str], seeds: int) -> Iterator[Group]:
+    """Cells that are one program: of a grid, all; else those of one start."""
+    for task, base, arm in itertools.product(tasks, bases, arms):
+        if base not in ARMS[arm].bases:
+            continue
+        rates = ARMS[arm].rates_of(base)
+        for some in [rates] if ARMS[arm].rates != "starts" else [[rate] for rate in rates]:
+            yield tuple(Cell(task, base, arm, rate, seed) for rate in some for seed in range(seeds))
+
+
+def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
+    """Train the cells of a group, and measure each.
+
+    Args:
+        group: cells of one task, base and arm; where a learner starts, of one rate.
+        steps: fewer than the task's.
+
+    Returns:
+        Of each cell: the validation losses, the accuracy, the rate at the end, and seconds.
+    """
+    started = time.perf_counter()
+    first, task = group[0], TASKS[group[0].task]
+    task = task if steps is None else short(task, steps)
+    arm = ARMS[first.arm]
+    optimizer = arm.make(BASES[first.base], first.rate, task.steps)
+    nested = hn.Nested(optimizer, horizon=arm.horizon)
+    rates = torch.tensor([optimizer.declared["lr"] if arm.rates == "starts" else cell.rate for cell in group])
+    seeds = [cell.seed for cell in group]
+    states = [task.init(seed) for seed in seeds]
+    params = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    by_seed = {seed: task.batches(seed, task.steps) for seed in set(seeds)}
+    train, validation = task.data()
+    st = torch.func.vmap(nested.init)(params)
+    losses = torch.func.vmap(task.loss)
+    kept = {}
+
+    def step(params: Tensors, grads: Tensors, st: Any, rate: Tensor, factor: Tensor, learn: bool) -> Any:
+        return nested.step(params, grads, st, {name: {"lr": rate * factor} for name in params}, learn=learn)
+
+    for at in range(task.steps + 1):
+        for part in PARTS:
+            if at == round(part * task.steps):
+                kept[part] = _measure(task.loss, torch.func.vmap(nested.eval_params)(params, st), validation)
+        if at == task.steps:
+            break
+        leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+        index = torch.stack([by_seed[seed][at] for seed in seeds])
+        total = losses(leaves, tuple(each[index] for each in train)).sum()
+        grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        factor = torch.tensor(arm.shape(at, task.steps))
+        learn = arm.learn_until is None or at < arm.learn_until(task.steps)
+        params, st = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None, None))(params, grads, st, rates, factor, learn)
+    ends = torch.func.vmap(nested.eval_params)(params, st)
+    accuracy = _measure(task.accuracy, ends, validation) if task.accuracy else None
+    learned = nested.hypers(st).get("lr", {}).get("model", rates)
+    seconds = (time.perf_counter() - started) / len(group)
+    return [
+        {f"loss_{part:g}": f"{values[i].item():.6g}" for part, values in kept.items()}
+        | {"accuracy": "" if accuracy is None else f"{accuracy[i].item():.4f}"}
+        | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}"}
+        for i in range(len(group))
+    ]
+
+
+@torch.no_grad()
+def _measure(of: Any, params: Tensors, validation: Batch) -> Tensor:
+    """A mean over the validation examples, by cell; in parts that fit into memory."""
+    count, size = len(validation[0]), 500
+    parts = [tuple(each[i : i + size] for each in validation) for i in range(0, count, size)]
+    found = [torch.func.vmap(of, in_dims=(0, None))(params, part) * len(part[0]) for part in parts]
+    return torch.stack(found).sum(0) / count

@@ -1,0 +1,160 @@
+"""Draw the figures of the tutorials, from the code of their pages: `python tools/figures.py`, half a minute.
+
+The first code blocks of a page are run; a function here continues from what they define, and draws. Files go to `docs/assets/tutorials`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+
+import hyperopt_nested as hn
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLUE, ORANGE, GREEN, GRAY = "#3f8fd2", "#e07b39", "#4caf6e", "#8a8a8a"  # seen on white and on black
+
+
+def defined_by(page: str, blocks: int) -> dict[str, Any]:
+    """What the first code blocks of a tutorial define."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, Any] = {}
+    text = (DOCS / "tutorials" / f"{page}.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[:blocks]:
+        exec(block, names)
+    return names
+
+
+def axes(*labels: tuple[str, str]) -> list[Axes]:
+    """Panels side by side, with labels of x and y."""
+    _, panels = plt.subplots(1, len(labels), figsize=(3.7 * len(labels), 2.7), layout="constrained", squeeze=False)
+    for panel, (x, y) in zip(panels[0], labels, strict=True):
+        panel.set(xlabel=x, ylabel=y)
+        panel.spines[["top", "right"]].set_visible(False)
+    return list(panels[0])
+
+
+def quickstart() -> None:
+    """A rate that is learned, and the test loss, against a constant."""
+    page = defined_by("quickstart", 1)
+    rate, loss = axes(("step", "learning rate"), ("step", "test loss"))
+    learned: dict[str, Any] = {
+        "constant": 0.01,
+        "learned by SGD": hn.learn(0.01, by=hn.sgd(lr=0.1)),
+        "learned by Adam, log": hn.learn(0.01, by=hn.adam(lr=0.1), via="log"),
+    }
+    for (name, lr), color in zip(learned.items(), (GRAY, BLUE, ORANGE), strict=True):
+        model = page["softmax_regression"]()
+        opt = hn.optim.SGD(model.parameters(), lr=lr, backend="reference")
+        rates, losses = [], []
+        for step in range(100):
+            page["fit"](model, opt, 1, seed=step)
+            rates.append(opt.learned().get("lr", 0.01))
+            losses.append(page["test_loss"](model))
+        rate.plot(rates, color=color, label=name)
+        loss.plot(losses, color=color)
+    rate.set_yscale("log")
+    rate.legend(frameon=False)
+
+
+def online() -> None:
+    """A rate that is learned with three horizons."""
+    page = defined_by("online", 1)
+    (panel,) = axes(("step", "learning rate"))
+    horizons: list[Any] = [hn.OneStep(), hn.Discounted(0.9), hn.Discounted(0.99)]
+    for horizon, color in zip(horizons, (GRAY, BLUE, ORANGE), strict=True):
+        model = page["network"]()
+        opt = hn.HyperOptimizer(model.named_parameters(), page["learned"], horizon=horizon, backend="reference")
+        rates = []
+        for batch in page["draw_batches"](60):
+            page["fit"](model, opt, [batch])
+            rates.append(opt.learned()["lr"])
+        panel.plot(rates, color=color, label=str(horizon))
+    panel.legend(frameon=False)
+
+
+def reverse() -> None:
+    """The outer loss against the learning rate, with the hypergradients as tangents."""
+    page = defined_by("reverse", 3)
+    (panel,) = axes(("learning rate", "outer loss after 20 steps"))
+    rates = torch.linspace(0.005, 0.09, 50)
+    panel.plot(rates, [page["end"](lr.item()) for lr in rates], color=BLUE, label="by training")
+    for lr in (0.01, 0.03, 0.05, 0.08):
+        optimizer = hn.sgd(lr=hn.learn(lr), momentum=0.9, weight_decay=0.01)
+        losses = page["train_loss"], page["outer_loss"]
+        found: Any = hn.hypergradient(optimizer, page["model"].params, page["batches"], *losses, outer_batch=page["held_out"])
+        near = torch.tensor([-0.007, 0.007])
+        label = "hypergradient" if lr == 0.01 else None
+        panel.plot(lr + near, found.loss + found["lr"]["model"] * near, color=ORANGE, lw=2.5, label=label)
+    panel.legend(frameon=False)
+
+
+def implicit() -> None:
+    """The validation loss of ridge regression against the decay, with the hypergradients as tangents."""
+    page = defined_by("implicit", 1)
+    (panel,) = axes(("weight decay", "loss on held-out data"))
+    decays = torch.linspace(0.01, 1, 50)
+    loss, held_out = page["loss"], page["held_out"]
+    panel.plot(decays, [loss({"weight": page["trained"](decay)}, held_out) for decay in decays], color=BLUE, label="closed form")
+    for decay in (0.05, 0.2, 0.5, 0.9):
+        optimizer = hn.sgd(lr=0.1, weight_decay=hn.learn(decay))
+        batch, how = [(page["x"], page["y"])], {"outer_batch": held_out, "method": "implicit"}
+        found: Any = hn.hypergradient(optimizer, {"weight": page["trained"](decay)}, batch, loss, loss, **how)
+        near = torch.tensor([-0.08, 0.08])
+        label = "hypergradient" if decay == 0.05 else None
+        panel.plot(decay + near, found.loss + found["weight_decay"]["model"] * near, color=ORANGE, lw=2.5, label=label)
+    panel.legend(frameon=False)
+
+
+def validation() -> None:
+    """A weight decay that is learned from either loss, and the test loss that results."""
+    page = defined_by("validation", 0)
+    text = (DOCS / "tutorials" / "validation.md").read_text(encoding="utf-8")
+    exec(re.findall(r"^```python\n(.*?)^def fit", text, re.MULTILINE | re.DOTALL)[0], page)
+    decay, tested = axes(("step", "weight decay"), ("step", "test loss"))
+    images, labels = page["images"], page["labels"]
+    sources: tuple[tuple[Literal["training", "validation"], str], ...] = ("training", GRAY), ("validation", BLUE)
+    for source, color in sources:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 10)
+        learned = hn.sgd(lr=0.5, weight_decay=hn.learn(0.001, by=hn.adam(lr=0.02), via="log"))
+        opt = hn.HyperOptimizer(model.named_parameters(), learned, learn_from=source, backend="reference")
+        values, losses = [], []
+        for _ in range(400):
+            for rows, step in ((page["train"], opt.step), (page["validation"], opt.hyper_step)):
+                if step == opt.step or source == "validation":
+                    opt.zero_grad()
+                    loss: Any = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
+                    loss.backward()
+                    step()
+            values.append(opt.learned()["weight_decay"])
+            with torch.no_grad():
+                losses.append(torch.nn.functional.cross_entropy(model(images[page["test"]]), labels[page["test"]]).item())
+        decay.plot(values[::4], color=color, label=f"from {source}")
+        tested.plot(losses[::4], color=color)
+    for panel in (decay, tested):
+        panel.set_xticks([0, 50, 100], ["0", "200", "400"])
+    decay.set_yscale("log")
+    decay.legend(frameon=False)
+
+
+def main() -> None:
+    """Draw all of them."""
+    mpl.use("svg")
+    style: Any = {"axes.edgecolor": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "text.color": GRAY}
+    mpl.rcParams.update(
+        {**style, "svg.hashsalt": "", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "lines.linewidth": 1.6}
+    )
+    (DOCS / "assets" / "tutorials").mkdir(exist_ok=True)
+    for draw in (quickstart, online, reverse, implicit, validation):
+        draw()
+        plt.savefig(DOCS / "assets" / "tutorials" / f"{draw.__name__}.svg", transparent=True, metadata={"Date": None})
+        plt.close("all")
+
+
+if __name__ == "__main__":
+    main()
