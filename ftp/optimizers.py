@@ -43,7 +43,8 @@ class FTPOptimizer(AnchoredOptimizer):
         >>> import torch, hyperopt_nested as hn
         >>> from ftp import FTPOptimizer
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-        >>> opt = FTPOptimizer(model.named_parameters(), hn.lion(lr=1e-4), exclude=model[1])
+        >>> params, base = model.named_parameters(), hn.lion(lr=1e-4)
+        >>> opt = FTPOptimizer(params, base, exclude=model[1])
         >>> list(opt.learned())
         ['radius/0.weight', 'radius/0.bias']
     """
