@@ -137,8 +137,8 @@ class AdamP(FTPOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        decay = hn.rules.starting(weight_decay, 0.0)
-        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=decay, amsgrad=amsgrad, maximize=maximize)
+        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=0.0, amsgrad=amsgrad, maximize=maximize)
+        base = base.replace(weight_decay=weight_decay)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}
