@@ -66,7 +66,9 @@ class AnchoredOptimizer(hn.HyperOptimizer):
         >>> from ftp.anchored import AnchoredOptimizer
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> near = functools.partial(hn.l2_sp, decay=0.1)
-        >>> opt = AnchoredOptimizer(model.named_parameters(), hn.adam(lr=1e-3), near, exclude="1.*", anchor=None)
+        >>> opt = AnchoredOptimizer(
+        ...     model.named_parameters(), hn.adam(), near, exclude="1.*", anchor=None
+        ... )
     """
 
     def __init__(

@@ -38,6 +38,14 @@ class FTPOptimizer(AnchoredOptimizer):
     Raises:
         ValueError: `k` or `radius_lr` is outside its domain, an entry of `exclude` matches nothing, or an anchor is missing or of another
             shape. The message names the entry or the tensor.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> from ftp import FTPOptimizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> opt = FTPOptimizer(model.named_parameters(), hn.lion(lr=1e-4), exclude=model[1])
+        >>> list(opt.learned())
+        ['radius/0.weight', 'radius/0.bias']
     """
 
     pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor

@@ -25,6 +25,12 @@ class Anneal:
     Raises:
         TypeError: `k` is no number.
         ValueError: `k` is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ftp import Anneal
+        >>> Anneal(0.5)(torch.tensor([-2.0, 2.0]))
+        tensor([-2.,  1.])
     """
 
     k: float
@@ -40,7 +46,17 @@ class Anneal:
 
 
 def largest_norm(state: dict[str, Any]) -> Tensor:
-    """The upper bound of a radius: the largest row norm of this step's displacement, shape ()."""
+    """The upper bound of a radius: the largest row norm of this step's displacement, shape ().
+
+    Returns:
+        The norm.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> import ftp
+        >>> ftp.largest_norm({"largest_norm": torch.tensor(2.0)})
+        tensor(2.)
+    """
     norm: Tensor = state["largest_norm"]
     return norm
 
@@ -89,7 +105,8 @@ class Radius:
     Example:
         >>> import torch, ftp
         >>> model = torch.nn.Linear(2, 1)
-        >>> opt = ftp.AdamP(model.named_parameters(), radius=ftp.Radius(relative="row", start="displacement"))
+        >>> radius = ftp.Radius(relative="row", start="displacement")
+        >>> opt = ftp.AdamP(model.named_parameters(), radius=radius)
     """
 
     per: _Per = "tensor"
@@ -150,6 +167,11 @@ def identity(
 
     Args:
         lr: that optimizer's learning rate: for combinators that read it, and for `hn.learn(..., scheduled_by="lr")`.
+
+    Example:
+        >>> import ftp
+        >>> ftp.identity().rule.name
+        'identity'
     """
     return param.clone(), state
 
@@ -177,6 +199,9 @@ def ftp_rule(
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         lr: learning rate of the radii, >= 0, or `hn.learn(...)`.
         radius: a variant of the radii; see `Radius`.
+
+    Returns:
+        The `Optimizer`.
 
     Raises:
         TypeError: `base` is no optimizer of the engine.

@@ -23,6 +23,9 @@ def learned_spd(
         anchor: "start", the values before the first step, "zero", or a tensor.
         anchor_decay: as `hyperopt_nested.spd`.
 
+    Returns:
+        The `Optimizer`.
+
     Raises:
         TypeError: `base` is no optimizer of the engine.
         ValueError: an argument is outside its domain.
@@ -30,7 +33,8 @@ def learned_spd(
     Example:
         >>> import torch, hyperopt_nested as hn, ftp
         >>> model = torch.nn.Linear(2, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), ftp.learned_spd(hn.adam(lr=1e-3)))
+        >>> spd = ftp.learned_spd(hn.adam(lr=1e-3))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), spd)
         >>> opt.learned()
         {'decay/weight': 1.0, 'decay/bias': 1.0}
     """

@@ -3,7 +3,8 @@
 Example:
     >>> import torch, hyperopt_nested as hn
     >>> model = torch.nn.Linear(3, 1)
-    >>> opt = hn.optim.AdamW(model.parameters(), lr=hn.learn(1e-3))  # instead of torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> # instead of torch.optim.AdamW(model.parameters(), lr=1e-3):
+    >>> opt = hn.optim.AdamW(model.parameters(), lr=hn.learn(1e-3))
     >>> for _ in range(3):
     ...     opt.zero_grad()
     ...     model(torch.ones(4, 3)).square().mean().backward()

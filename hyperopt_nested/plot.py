@@ -35,7 +35,8 @@ def trajectories(record: Record | Recorder | str | Path, names: Iterable[str] | 
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> record = hn.integrations.Record([1, 2, 3], {"lr": [0.1, 0.2, 0.3], "momentum/w": [0.9, 0.8, 0.8]})
+        >>> values = {"lr": [0.1, 0.2, 0.3], "momentum/w": [0.9, 0.8, 0.8]}
+        >>> record = hn.integrations.Record([1, 2, 3], values)
         >>> [axes.get_title() for axes in hn.plot.trajectories(record).axes]
         ['lr', 'momentum']
     """
@@ -64,7 +65,8 @@ def tower(record: Record | Recorder | str | Path, name: str = "lr") -> Figure:
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> record = hn.integrations.Record([1, 2], {"lr": [0.1, 0.2], "lr.lr": [1e-3, 2e-3], "weight_decay": [0.0, 0.0]})
+        >>> values = {"lr": [0.1, 0.2], "lr.lr": [1e-3, 2e-3], "momentum": [0.0, 0.0]}
+        >>> record = hn.integrations.Record([1, 2], values)
         >>> [axes.get_title() for axes in hn.plot.tower(record).axes]
         ['lr.lr', 'lr']
     """
@@ -91,7 +93,8 @@ def heatmap(record: Record | Recorder | str | Path, name: str) -> Figure:
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> record = hn.integrations.Record([1, 2], {"lr/0.weight": [0.1, 0.2], "lr/2.weight": [0.1, 0.05]})
+        >>> values = {"lr/0.weight": [0.1, 0.2], "lr/2.weight": [0.1, 0.05]}
+        >>> record = hn.integrations.Record([1, 2], values)
         >>> hn.plot.heatmap(record, "lr").axes[0].get_title()
         'lr'
     """

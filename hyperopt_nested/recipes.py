@@ -50,8 +50,10 @@ def recipe(hyper: Hyper, value: float, via: Bijection | Literal["projection"] | 
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> recipe(hn.Positive(1e-3), 0.5, None).via, recipe(hn.UnitInterval(0.9), 0.0, None).via
-        (log, 'projection')
+        >>> recipe(hn.Positive(1e-3), 0.5, None).via
+        log
+        >>> recipe(hn.UnitInterval(0.9), 0.0, None).via
+        'projection'
     """
     lower, upper = hyper.lower, hyper.upper
     is_half_line, is_interval = (math.isfinite(lower) and math.isfinite(upper) is end for end in (False, True))

@@ -251,6 +251,9 @@ def starting(value: Any, default: Any) -> Any:
         value: the argument, or a tuple of them.
         default: its default; one that is no number changes nothing.
 
+    Returns:
+        The value, with a start.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.sgd(lr=hn.rules.starting(hn.learn(), 0.5)).declared["lr"]
@@ -294,6 +297,9 @@ def learn(
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
 
+    Returns:
+        A mark that stands in the place of the value.
+
     Raises:
         TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
         ValueError: `value` is not finite or outside fixed `bounds`, these are out of order, `per` or `via` is unknown, or `scheduled_by`
@@ -303,8 +309,8 @@ def learn(
         >>> import hyperopt_nested as hn
         >>> hn.sgd(lr=hn.learn(0.1), momentum=hn.learn()).declared["momentum"]
         0.0
-        >>> hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
-        sgd(lr=learn(0.1, by=sgd(lr=0.001, momentum=0.0, dampening=0.0, weight_decay=0.0)), momentum=0.0, dampening=0.0, weight_decay=0.0)
+        >>> hn.adagrad(lr=hn.learn(0.1, by=hn.coin_betting())).learned["lr"]
+        learn(0.1, by=coin_betting(eps=1e-08))
     """
     if by is not None and not isinstance(by, Optimizer):
         raise not_an_optimizer("by", by)
@@ -448,6 +454,9 @@ def rule(
             shape () or (n,), the same for every tensor. Its keyword-only parameters are hypers and options of the function, which gets
             the sums as `reduced`.
 
+    Returns:
+        The rule, or a decorator that makes it.
+
     Raises:
         TypeError: a parameter of the function has no default, a hyper is not keyword-only, `init` is no function, or `global_reduce` and
             `reduced` are not given together.
@@ -456,7 +465,9 @@ def rule(
     Example:
         >>> import hyperopt_nested as hn
         >>> @hn.rule(hn.rules.zeros("average"), separable="element")
-        ... def averaged(param, grad, state, *, lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9)):
+        ... def averaged(
+        ...     param, grad, state, *, lr=hn.Positive(1e-4), beta=hn.UnitInterval(0.9)
+        ... ):
         ...     average = beta * state["average"] + (1 - beta) * grad
         ...     return param - lr * average, {"average": average}
         >>> averaged(0.1)

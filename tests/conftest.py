@@ -16,6 +16,13 @@ for name, examples in (("quick", 15), ("thorough", 150)):
 settings.load_profile("quick")  # the option --hypothesis-profile comes after
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it where the checks of the site were skipped."""
+    if any("test_site.py" in report.nodeid for report in terminalreporter.stats.get("skipped", [])):
+        line = "tests/test_site.py did not run: no Chromium is installed. The site was not checked in a browser."
+        terminalreporter.write_line(line, yellow=True)
+
+
 @pytest.fixture(autouse=True)
 def _float64_and_seed() -> Iterator[None]:
     """Every test computes in float64 unless it says otherwise, from one seed."""

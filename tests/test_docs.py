@@ -1,5 +1,6 @@
 """The documentation: its code runs, prints what it says, and covers every public name."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -93,7 +94,16 @@ def test_code_fits_80_columns(page: Path) -> None:
         assert max(map(len, block.splitlines())) <= 80, block
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts and page.parent.name not in UNLIMITED], ids=label)
+@pytest.mark.parametrize("package", PACKAGES, ids=label)
+def test_examples_of_docstrings_fit_80_columns(package: ModuleType) -> None:
+    for path in (ROOT / package.__name__).rglob("*.py"):
+        for example in re.findall(r"^ *((?:>>>|\.\.\.) .*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert len(example) <= 80, f"{path.name}: {example}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "docs" in page.parts and UNLIMITED.isdisjoint(page.relative_to(ROOT).parts)], ids=label
+)
 def test_pages_are_short(page: Path) -> None:
     assert len(page.read_text(encoding="utf-8").split()) <= 1500
 
@@ -115,15 +125,28 @@ def test_messages_that_are_explained_are_said() -> None:
     assert [part for part in parts if part.strip(" ,;:=") not in said] == []
 
 
+def test_the_gallery_has_every_example_and_its_notebook() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        program = path.read_text(encoding="utf-8")
+        assert f"(repo:examples/{path.name})" in text
+        assert (f"(examples/{path.stem}.ipynb)" in text) == ("__file__" not in program)
+        title, arguments, *cells = json.loads(hooks.notebook(program))["cells"]
+        assert arguments["source"].startswith("import sys\n\nsys.argv")
+        assert program.endswith("\n\n\n".join(cell["source"] for cell in cells) + "\n")
+        assert title["source"].partition("\n")[0] in program
+    for link in re.findall(r"\(repo:([^)]+)\)", text):
+        assert (ROOT / link).exists()
+
+
 def test_the_api_pages_show_the_public_names() -> None:
     assert hooks.problems(ROOT / "docs") == []
 
 
 @pytest.mark.parametrize("package", hooks.PACKAGES)
 def test_every_public_name_has_a_docstring(package: str) -> None:
-    page = (ROOT / "docs" / "api" / f"{package.rpartition('.')[2]}.md").read_text(encoding="utf-8")
     source = griffe.load(package, search_paths=[ROOT])
-    for path in re.findall(rf"^::: {package}\.(\S+)$", page, re.MULTILINE):
+    for path in hooks.entries(ROOT / "docs", package):
         shown = source[path]
         assert shown.has_docstring, f"{package}.{path} has no docstring"
         assert not shown.is_module, f"{package}.{path} is a module: give the path of the object"

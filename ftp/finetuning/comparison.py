@@ -81,7 +81,8 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
 
     Example:
         >>> run = Result("ftp", 0, {"lr": 0.1}, ["cat", "dog"], [], {})
-        >>> list(by_method([run, Result("ftp", 0, {"lr": 0.2}, ["cat", "dog"], [], {})]))
+        >>> other = Result("ftp", 0, {"lr": 0.2}, ["cat", "dog"], [], {})
+        >>> list(by_method([run, other]))
         ['ftp (lr=0.1)', 'ftp (lr=0.2)']
     """
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -188,7 +189,8 @@ def agreement(first: Evaluation, second: Evaluation) -> Agreement:
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 0, 1])
-        >>> agreement(Evaluation(labels, labels), Evaluation(labels, torch.tensor([1, 1, 1, 0, 1])))
+        >>> predictions = torch.tensor([1, 1, 1, 0, 1])
+        >>> agreement(Evaluation(labels, labels), Evaluation(labels, predictions))
         Agreement(both=2, first=3, second=0, neither=0, p=0.25)
     """
     if not torch.equal(first.labels, second.labels) or first.labels.ndim != 1:

@@ -34,7 +34,8 @@ It returns new images of the same shape, in [0, 1]. Equal generators, images and
 
 Example:
     >>> images = torch.rand(2, 3, 32, 32, dtype=torch.float32)
-    >>> CORRUPTIONS["gaussian_noise"](images, 3, torch.Generator().manual_seed(0)).shape
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> CORRUPTIONS["gaussian_noise"](images, 3, generator).shape
     torch.Size([2, 3, 32, 32])
 """
 

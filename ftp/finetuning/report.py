@@ -80,8 +80,9 @@ def write_report(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
         >>> from ftp.finetuning import Epoch, Evaluation, Result
         >>> labels = torch.tensor([0, 1, 1])
         >>> evaluation = Evaluation(labels, torch.tensor([0, 1, 0]))
-        >>> epoch = Epoch(1, step=10, lr=1e-3, train_loss=0.5, validation_loss=0.6, validation_accuracy=0.7, seconds=1.0)
-        >>> result = Result("ftp", 0, {"lr": 1e-3}, ["cat", "dog"], [epoch], {"test": evaluation})
+        >>> epoch = Epoch(1, 10, 1e-3, 0.5, 0.6, validation_accuracy=0.7, seconds=1.0)
+        >>> sets = {"test": evaluation}
+        >>> result = Result("ftp", 0, {"lr": 1e-3}, ["cat", "dog"], [epoch], sets)
         >>> path = Path(mkdtemp()) / "report.html"
         >>> write_report([result], path)
         >>> "66.7" in path.read_text()

@@ -100,10 +100,13 @@ def finetune(
     Example:
         >>> import torch, ftp
         >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> body, head = torch.nn.Linear(2, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(body, torch.nn.Tanh(), head)
         >>> x = torch.randn(64, 2)
         >>> y = (x[:, 0] > 0).long()
-        >>> result = ftp.finetune(model, (x[:32], y[:32]), (x[32:], y[32:]), head=model[2], lr=1e-2, epochs=3, batch_size=8)
+        >>> train, validation = (x[:32], y[:32]), (x[32:], y[32:])
+        >>> how = {"lr": 1e-2, "epochs": 3, "batch_size": 8}
+        >>> result = ftp.finetune(model, train, validation, head=head, **how)
         >>> result.method, len(result.epochs)
         ('ftp', 4)
     """

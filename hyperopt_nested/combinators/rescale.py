@@ -33,7 +33,8 @@ def rescale(param: Tensor, grad: Tensor, state: State, step: Step, *, scale: Ten
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting()))
+        >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+        >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=scale)
         >>> mechanic.rule.name
         'rescale(adamw)'
     """

@@ -25,7 +25,8 @@ def window(param: Tensor, grad: Tensor, state: State, step: Step, *, steps: int 
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.window(hn.adam(lr=0.1), steps=150), via="log"))
+        >>> learner = hn.window(hn.adam(lr=0.1), steps=150)
+        >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=learner, via="log"))
     """
     share = (1 - state["step"] / steps).clamp(min=0)
     return param + share * (step(param, grad) - param), {"step": state["step"] + 1}

@@ -41,8 +41,10 @@ class Discounted:
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> model, optimizer = torch.nn.Linear(2, 1), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
-        >>> opt = hn.HyperOptimizer(model.parameters(), optimizer, horizon=hn.Discounted(0.9))
+        >>> model = torch.nn.Linear(2, 1)
+        >>> adamw = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd()))
+        >>> horizon = hn.Discounted(0.9)
+        >>> opt = hn.HyperOptimizer(model.parameters(), adamw, horizon=horizon)
     """
 
     discount: float

@@ -53,8 +53,10 @@ class OneStep:
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> model, optimizer = torch.nn.Linear(2, 1), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
-        >>> opt = hn.HyperOptimizer(model.parameters(), optimizer, horizon=hn.OneStep(memory="kept", dtype=torch.bfloat16))
+        >>> model = torch.nn.Linear(2, 1)
+        >>> adamw = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd()))
+        >>> horizon = hn.OneStep(memory="kept", dtype=torch.bfloat16)
+        >>> opt = hn.HyperOptimizer(model.parameters(), adamw, horizon=horizon)
     """
 
     discount: ClassVar[float] = 0.0

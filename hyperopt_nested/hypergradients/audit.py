@@ -133,15 +133,20 @@ def audit(
         steps: after which numbers of steps to compare; None: 1, 2, 5, 10, 20, 50, ..., and all.
         has_aux: whether the losses may return a pair of the loss and anything else, which is left out here.
 
+    Returns:
+        The comparison: a row for each horizon and number of steps.
+
     Raises:
         ValueError: `steps` are not between 1 and the number of batches, or as `Nested` and `hypergradient`.
         RuntimeError: `train_loss` returns another loss when it is called again with the same arguments and random numbers.
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> loss = lambda params, batch, hypers=None: (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
+        >>> def loss(params, batch, hypers=None):
+        ...     return (params["w"] * torch.tensor([1.0, 3.0])).square().sum()
         >>> optimizer = hn.sgd(lr=hn.learn(0.01, by=hn.sgd()), momentum=0.9)
-        >>> found = hn.audit(optimizer, {"w": torch.ones(2)}, range(10), loss, loss, horizons=[hn.OneStep()])
+        >>> params, steps = {"w": torch.ones(2)}, [hn.OneStep()]
+        >>> found = hn.audit(optimizer, params, range(10), loss, loss, horizons=steps)
         >>> [(row.steps, row.cosine) for row in found.rows]
         [(1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
         >>> found.rows[0].magnitude, found.rows[-1].magnitude < 0.3

@@ -63,6 +63,9 @@ def sweep(
             they differ by their starts alone; "error": drawing them is an error.
         has_aux: whether `train_loss` may return a pair of the loss and anything else, such as metrics, which the result then has.
 
+    Returns:
+        Losses, learned values and tensors of all runs, `losses` and `hypers` after every step.
+
     Raises:
         ValueError: neither `starts` nor `params` is batched, they disagree about n, a start is outside its hyper's domain, or `randomness`
             is none of its choices.
@@ -71,8 +74,10 @@ def sweep(
         >>> import torch, hyperopt_nested as hn
         >>> optimizer = hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01)))
         >>> loss = lambda params, batch: params["w"].square().sum()
-        >>> found = hn.sweep(optimizer, {"w": torch.ones(2)}, range(3), loss, starts={"lr": torch.tensor([0.01, 0.1, 0.3])})
-        >>> found.losses.shape, found.hypers["lr"]["model"].shape, found.params["w"].shape
+        >>> starts = {"lr": torch.tensor([0.01, 0.1, 0.3])}
+        >>> params = {"w": torch.ones(2)}
+        >>> runs = hn.sweep(optimizer, params, range(3), loss, starts=starts)
+        >>> runs.losses.shape, runs.hypers["lr"]["model"].shape, runs.params["w"].shape
         (torch.Size([3, 3]), torch.Size([3, 3]), torch.Size([3, 2]))
     """
     if randomness not in get_args(Randomness):

@@ -100,7 +100,8 @@ def hypergradient(
         >>> import torch, hyperopt_nested as hn
         >>> optimizer = hn.sgd(lr=hn.learn(0.1, by=hn.sgd()))
         >>> loss = lambda params, batch, hypers=None: params["w"].square().sum() / 2
-        >>> hn.hypergradient(optimizer, {"w": torch.ones(1)}, range(3), loss, loss)  # w is (1 - lr)^3
+        >>> # w is (1 - lr)^3
+        >>> hn.hypergradient(optimizer, {"w": torch.ones(1)}, range(3), loss, loss)
         {'lr': {'model': tensor(-1.7715, dtype=torch.float64)}}
     """
     if method not in get_args(Method):

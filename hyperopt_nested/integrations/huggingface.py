@@ -21,7 +21,10 @@ class HuggingFaceCallback:
 
     Example:
         >>> import transformers, hyperopt_nested as hn  # doctest: +SKIP
-        >>> trainer = transformers.Trainer(model, optimizer_cls_and_kwargs=(hn.optim.AdamW, {"lr": hn.learn(1e-3)}))  # doctest: +SKIP
+        >>> adamw = hn.optim.AdamW, {"lr": hn.learn(1e-3)}  # doctest: +SKIP
+        >>> trainer = transformers.Trainer(  # doctest: +SKIP
+        ...     model, optimizer_cls_and_kwargs=adamw
+        ... )
         >>> hn.integrations.HuggingFaceCallback().add_to(trainer)  # doctest: +SKIP
     """
 

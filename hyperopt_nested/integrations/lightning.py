@@ -24,7 +24,8 @@ class LightningCallback:
 
     Example:
         >>> import lightning, hyperopt_nested as hn  # doctest: +SKIP
-        >>> trainer = lightning.Trainer(callbacks=[hn.integrations.LightningCallback()])  # doctest: +SKIP
+        >>> callback = hn.integrations.LightningCallback()  # doctest: +SKIP
+        >>> trainer = lightning.Trainer(callbacks=[callback])  # doctest: +SKIP
     """
 
     def __new__(cls, *_: Any, **__: Any) -> LightningCallback:

@@ -113,7 +113,8 @@ class DropIn(HyperOptimizer):
         ... def signed_step(param, grad, state, *, lr=hn.Positive(1e-4)):
         ...     return param - lr * grad.sign(), state
         >>> class SignedStep(hn.optim.DropIn, rule=signed_step): ...
-        >>> opt = SignedStep(torch.nn.Linear(2, 1).parameters(), lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6)))
+        >>> lr = hn.learn(1e-3, by=hn.sgd(lr=1e-6))
+        >>> opt = SignedStep(torch.nn.Linear(2, 1).parameters(), lr=lr)
         >>> opt.learned()
         {'lr': 0.001}
     """

@@ -72,7 +72,8 @@ class HyperOptimizer(GroupedOptimizer):
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> model = torch.nn.Linear(3, 1)
-        >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5))))
+        >>> adamw = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)))
+        >>> opt = hn.HyperOptimizer(model.named_parameters(), adamw)
         >>> for _ in range(3):
         ...     opt.zero_grad()
         ...     model(torch.ones(4, 3)).square().mean().backward()
@@ -309,9 +310,11 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> lr = hn.learn(0.1, by=hn.sgd(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-6))))
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.sgd(lr=lr))
-            >>> {hyper: {key: float(value) for key, value in values.items()} for hyper, values in opt.hypers().items()}
-            {'lr': {'group 0': 0.1}, 'lr.lr': {'group 0': 0.001}}
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.sgd(lr=lr))
+            >>> hypers = opt.hypers()
+            >>> {hyper: float(values["group 0"]) for hyper, values in hypers.items()}
+            {'lr': 0.1, 'lr.lr': 0.001}
         """
         st, where = self._state(), self._roster.group_of
         result: dict[str, dict[str, Tensor]] = {path: ByName(f"hypers()[{path!r}]") for path in self._nested.hypers(st)}
@@ -340,7 +343,8 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> decay = hn.learn(1e-2, by=hn.adam(lr=1e-3), per="tensor")
-            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.sgd(lr=1e-5)), weight_decay=decay)
+            >>> lr = hn.learn(1e-3, by=hn.sgd(lr=1e-5))
+            >>> optimizer = hn.adamw(lr=lr, weight_decay=decay)
             >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), optimizer)
             >>> opt.learned()
             {'lr': 0.001, 'weight_decay/weight': 0.01, 'weight_decay/bias': 0.01}
@@ -375,7 +379,9 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3))))
+            >>> sgd = hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3)))
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), sgd)
             >>> opt.set_hyper("lr", 0.05)
             >>> opt.set_hyper("momentum", 0.9)
             >>> opt.learned()["lr"], opt.param_groups[0]["momentum"]
@@ -404,7 +410,9 @@ class HyperOptimizer(GroupedOptimizer):
 
         Example:
             >>> import torch, hyperopt_nested as hn
-            >>> opt = hn.HyperOptimizer(torch.nn.Linear(2, 1).named_parameters(), hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0))
+            >>> optimizer = hn.clip_by_norm(hn.sgd(momentum=0.9), max_norm=1.0)
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), optimizer)
             >>> _ = opt.rule_states()["bias"]["base"]["momentum_buffer"].fill_(1.0)
         """
         return dict(self._state()["rule"])
@@ -442,8 +450,10 @@ class HyperOptimizer(GroupedOptimizer):
         Example:
             >>> import torch, hyperopt_nested as hn
             >>> model = torch.nn.Linear(2, 1)
-            >>> opt = hn.HyperOptimizer(model.named_parameters(), hn.ema(hn.sgd(), decay=0.9))
-            >>> prediction = torch.func.functional_call(model, opt.eval_params(), torch.ones(3, 2))
+            >>> ema = hn.ema(hn.sgd(), decay=0.9)
+            >>> opt = hn.HyperOptimizer(model.named_parameters(), ema)
+            >>> x = torch.ones(3, 2)
+            >>> prediction = torch.func.functional_call(model, opt.eval_params(), x)
         """
         st, store = self._state(), self._store
         params = {name: p.detach() for name, p in store.params.items()}

@@ -54,7 +54,8 @@ def coin_betting(
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> hn.rescale(hn.sgd(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting())).learned["scale"]
+        >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+        >>> hn.rescale(hn.sgd(lr=1.0), scale=scale).learned["scale"]
         learn(1e-08, by=coin_betting(eps=1e-08))
     """
     size = kink(grad).abs() + (eps if clip else 0)
@@ -122,7 +123,8 @@ def erfi_tuner(
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> hn.rescale(hn.adam(lr=1e-3), scale=hn.learn(1e-8, by=hn.erfi_tuner())).learned["scale"]
+        >>> scale = hn.learn(1e-8, by=hn.erfi_tuner())
+        >>> hn.rescale(hn.adam(lr=1e-3), scale=scale).learned["scale"]
         learn(1e-08, by=erfi_tuner(eps=1e-08))
     """
     new: State = {"start": state["start"], "squares": {}, "reward": {}}

@@ -95,7 +95,8 @@ def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | No
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> sorted({hyper for hyper, _ in hn.testing.check_rule(hn.centralize(hn.sgd()), examples=5).verified})
+        >>> report = hn.testing.check_rule(hn.centralize(hn.sgd()), examples=5)
+        >>> sorted({hyper for hyper, _ in report.verified})
         ['dampening', 'lr', 'momentum', 'weight_decay']
     """
     check_names(backends)
@@ -161,6 +162,11 @@ def check_case(rule: Checkable, case: Case) -> None:
 
     Raises:
         RuleError: a law is broken.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hypers = {"lr": 0.1, "momentum": 0.5, "dampening": 0.1, "weight_decay": 0.1}
+        >>> hn.testing.check_case("sgd", hn.testing.normal_case(hypers, {"w": (2,)}, 1))
     """
     checked = subject(rule)
     laws: list[Law] = [*LAWS, functools.partial(check_granularities, record=Record()), check_derivatives, check_compile]

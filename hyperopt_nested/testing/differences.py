@@ -61,6 +61,11 @@ def central_difference(function: Callable[[Tensor], Tensor], at: Tensor, step: f
 
     Returns:
         A tensor of the shape of `at`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.testing.central_difference(lambda x: x.square().sum(), torch.tensor([1.0, 2.0], dtype=torch.float64), 1e-3)
+        tensor([2.0000, 4.0000], dtype=torch.float64)
     """
     h = torch.as_tensor(step, dtype=at.dtype, device=at.device).broadcast_to(at.shape).flatten()
     values: Tensor = _along_axes(lambda offset: function(at + offset.reshape(at.shape)), torch.stack([h, -h]))
@@ -82,7 +87,8 @@ def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, *, scale
 
     Example:
         >>> import torch
-        >>> found = finite_difference(lambda x: x.exp().sum(), torch.zeros(2, dtype=torch.float64))
+        >>> at = torch.zeros(2, dtype=torch.float64)
+        >>> found = finite_difference(lambda x: x.exp().sum(), at)
         >>> bool((found.value - 1).abs().max() < found.error.max() < 1e-11)
         True
     """

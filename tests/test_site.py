@@ -1,0 +1,142 @@
+"""The site in a browser, on a desktop and on a phone, without internet; pictures of its pages are written to site-pictures/."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from browser import PROGRAM, Browser
+from hooks import ROOT, project
+
+pytestmark = [pytest.mark.skipif(PROGRAM is None, reason="no Chromium"), pytest.mark.xdist_group("browser")]
+SITE, PICTURES = ROOT / "site", ROOT / "site-pictures"
+SOURCES = ("docs", "tools", "hyperopt_nested", "ftp", "mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md")
+PREFIX = urlsplit(project()["urls"]["Documentation"]).path
+WORDS = {
+    "checkpoint": "how-to/fine-tune/", "FAQ": "how-to/troubleshooting/", "GradScaler": "how-to/training-loops/",
+    "lightning": "how-to/integrations/", "tensorboard": "how-to/log-what-is-learned/",
+}  # fmt: skip
+"""Pages that the search finds by a word."""
+LOOK = """(() => {
+    const content = document.querySelector('.md-content'), text = content.cloneNode(true);
+    text.querySelectorAll('pre, code').forEach(each => each.remove());
+    return {
+        width: document.documentElement.scrollWidth,
+        scrolls: [...content.querySelectorAll('pre, pre > code')].filter(each => each.scrollWidth > each.clientWidth)
+            .map(each => each.textContent.split('\\n').reduce((a, b) => a.length < b.length ? b : a)),
+        tex: text.textContent.match(/\\\\[(\\[a-z].*/g) ?? [],
+        formulas: [...content.querySelectorAll('math')].map(each => each.getBoundingClientRect().height),
+    }
+})()"""
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Serves the site at the path that it has on its host: the page of errors has absolute links."""
+
+    protocol_version = "HTTP/1.1"
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path("/" + path.removeprefix(PREFIX))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _newest(path: Path) -> float:
+    files = (each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts) if path.is_dir() else [path]
+    return max(each.stat().st_mtime for each in files)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of `make docs`, or, if there is none or it is old, one that is built now."""
+    built = SITE / "sitemap.xml"
+    if built.exists() and built.stat().st_mtime > max(_newest(ROOT / name) for name in SOURCES):
+        return SITE
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}{PREFIX}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path, address: str, browser: Browser) -> dict[str, dict[int | str, Any]]:
+    """By page: what it looks like at each width, and its errors."""
+    PICTURES.mkdir(exist_ok=True)
+    found = dict[str, dict[int | str, Any]]()
+    for path in sorted(site.rglob("*.html")):
+        page = path.relative_to(site).as_posix().removesuffix("index.html")
+        browser.open(address + page, 1400)
+        looks: dict[int | str, Any] = found.setdefault(page, {})
+        for width in (1400, 390):
+            browser.resize(width)
+            looks[width] = browser.run(LOOK)
+            browser.picture(PICTURES / f"{page.strip('/').replace('/', '-') or 'home'}-{width}.png")
+        looks["errors"], browser.errors = browser.errors, []
+    return found
+
+
+def test_pages_load_without_errors_and_from_one_host(pages: dict[str, dict[int | str, Any]]) -> None:
+    assert len(pages) > 25
+    assert {page: looks["errors"] for page, looks in pages.items() if looks["errors"]} == {}
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_page_scrolls_sideways(pages: dict[str, dict[int | str, Any]], width: int) -> None:
+    assert {page: looks[width]["width"] for page, looks in pages.items() if looks[width]["width"] > width} == {}
+
+
+def test_no_code_scrolls_on_a_desktop(pages: dict[str, dict[int | str, Any]]) -> None:
+    assert {page: looks[1400]["scrolls"] for page, looks in pages.items() if looks[1400]["scrolls"]} == {}
+
+
+def test_formulas_are_shown(pages: dict[str, dict[int | str, Any]]) -> None:
+    assert {page: looks[1400]["tex"] for page, looks in pages.items() if looks[1400]["tex"]} == {}
+    heights = [height for looks in pages.values() for height in looks[1400]["formulas"]]
+    assert len(heights) > 30
+    assert min(heights) > 5
+
+
+def test_search_finds_pages(address: str, browser: Browser) -> None:
+    browser.open(address, 1400)
+    for word, page in WORDS.items():
+        browser.run(f"""(() => {{
+            const query = document.querySelector('input[name=query]')
+            query.focus()
+            query.value = '{word}'
+            query.dispatchEvent(new Event('input'))
+            query.dispatchEvent(new Event('keyup'))
+        }})()""")
+        links = f"[...document.querySelectorAll('.md-search-result__link')].filter(each => each.href.includes('{page}')).length"
+        assert browser.wait(links), f"{page} is not found by {word!r}"
+    assert browser.errors == []
+
+
+def test_a_missing_browser_is_named_in_the_last_lines(pytestconfig: pytest.Config) -> None:
+    lines: list[str] = []
+    reports = {"skipped": [SimpleNamespace(nodeid="tests/test_site.py::test_search_finds_pages")]}
+    conftest: Any = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    conftest.pytest_terminal_summary(SimpleNamespace(stats=reports, write_line=lambda line, **_: lines.append(line)))
+    assert lines == ["tests/test_site.py did not run: no Chromium is installed. The site was not checked in a browser."]
