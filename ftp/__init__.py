@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from ftp import AdamP
     >>> model = torch.nn.Linear(3, 2)  # pre-trained
-    >>> opt = AdamP(model.named_parameters(), lr=1e-4)  # instead of torch.optim.AdamW(model.parameters(), lr=1e-4)
+    >>> opt = AdamP(model.named_parameters(), lr=1e-4)  # instead of AdamW
     >>> for _ in range(3):
     ...     opt.zero_grad()
     ...     model(torch.ones(4, 3)).square().mean().backward()

@@ -93,7 +93,7 @@ def digrap(
         >>> opt.learned()
         {'strength/weight': 0.0, 'strength/bias': 0.0}
     """
-    strength = hn.learn(0.0, by=hn.adam(lr=hn.rules.starting(lr, 0.1)), per="tensor")
+    strength = hn.learn(0.0, by=hn.adam(lr=0.1).replace(lr=lr), per="tensor")
     return directional_projection(base, strength=strength, anchor=anchor, anchor_decay=anchor_decay, derivative=derivative)
 
 

@@ -151,7 +151,7 @@ def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Rad
             raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
     start = _UNLIMITED if radius.start == "displacement" else radius.start
     how: dict[str, Any] = {"per": radius.per, "via": _LOG if radius.via else None, "scheduled_by": "lr" if radius.scheduled else None}
-    learned = hn.learn(start, by=hn.adam(lr=hn.rules.starting(lr, 1e-2)), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
+    learned = hn.learn(start, by=hn.adam(lr=1e-2).replace(lr=lr), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
     return functools.partial(hn.project, onto=hn.mars, radius=learned, relative=radius.relative)
 
 

@@ -246,7 +246,8 @@ class _rescale(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting()))
+            >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+            >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=scale)
             >>> mechanic.rule.name
             'rescale(adamw)'
         """
@@ -265,7 +266,8 @@ class _window(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.window(hn.adam(lr=0.1), steps=150), via="log"))
+            >>> learner = hn.window(hn.adam(lr=0.1), steps=150)
+            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=learner, via="log"))
         """
 
 window: _window

@@ -132,7 +132,8 @@ def moments(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor) -> State:
     Example:
         >>> import torch, hyperopt_nested as hn
         >>> state = hn.rules.counted("exp_avg", "exp_avg_sq")(torch.ones(2))
-        >>> hn.rules.moments(torch.ones(2), state, torch.tensor(0.5), torch.tensor(0.75))
+        >>> beta1, beta2 = torch.tensor(0.5), torch.tensor(0.75)
+        >>> hn.rules.moments(torch.ones(2), state, beta1, beta2)
         {'step': tensor(1., dtype=torch.float64), 'exp_avg': tensor([0.5000, 0.5000]), 'exp_avg_sq': tensor([0.2500, 0.2500])}
     """
     second = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
@@ -147,8 +148,9 @@ def direction(step: Tensor, first: Tensor, second: Tensor, beta1: Tensor, beta2:
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> half = torch.tensor(0.5)
-        >>> hn.rules.direction(torch.tensor(1.0), torch.tensor([1.0]), torch.tensor([2.0]), half, half, torch.tensor(0.0))
+        >>> step, beta, eps = torch.tensor([1.0, 0.5, 0.0])
+        >>> first, second = torch.tensor([[1.0], [2.0]])
+        >>> hn.rules.direction(step, first, second, beta, beta, eps)
         tensor([1.])
     """
     return first / (1 - beta1**step) / (safe_sqrt(second / (1 - beta2**step)) + eps)

@@ -298,7 +298,8 @@ class _mada(FunctionRule):
         Example:
             >>> import hyperopt_nested as hn
             >>> by = hn.adam(1e-2)
-            >>> optimizer = hn.mada(1e-3, beta3=hn.learn(0.5, by), yogi=hn.learn(0.5, by), avgrad=hn.learn(0.5, by))
+            >>> beta3, yogi, avgrad = (hn.learn(0.5, by) for _ in range(3))
+            >>> optimizer = hn.mada(1e-3, beta3=beta3, yogi=yogi, avgrad=avgrad)
         """
 
 mada: _mada
@@ -393,7 +394,8 @@ class _coin_betting(FunctionRule):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.rescale(hn.sgd(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting())).learned["scale"]
+            >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+            >>> hn.rescale(hn.sgd(lr=1.0), scale=scale).learned["scale"]
             learn(1e-08, by=coin_betting(eps=1e-08))
         """
 
@@ -419,7 +421,8 @@ class _erfi_tuner(FunctionRule):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.rescale(hn.adam(lr=1e-3), scale=hn.learn(1e-8, by=hn.erfi_tuner())).learned["scale"]
+            >>> scale = hn.learn(1e-8, by=hn.erfi_tuner())
+            >>> hn.rescale(hn.adam(lr=1e-3), scale=scale).learned["scale"]
             learn(1e-08, by=erfi_tuner(eps=1e-08))
         """
 

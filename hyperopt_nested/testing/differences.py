@@ -64,7 +64,8 @@ def central_difference(function: Callable[[Tensor], Tensor], at: Tensor, step: f
 
     Example:
         >>> import torch, hyperopt_nested as hn
-        >>> hn.testing.central_difference(lambda x: x.square().sum(), torch.tensor([1.0, 2.0], dtype=torch.float64), 1e-3)
+        >>> at = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> hn.testing.central_difference(lambda x: x.square().sum(), at, 1e-3)
         tensor([2.0000, 4.0000], dtype=torch.float64)
     """
     h = torch.as_tensor(step, dtype=at.dtype, device=at.device).broadcast_to(at.shape).flatten()
