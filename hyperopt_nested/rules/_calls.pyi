@@ -196,7 +196,7 @@ class _coherent_adam(FunctionRule):
         *,
         beta1: float | Learn = 0.9,
         beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-16,
+        eps: float | Learn = 1e-08,
         weight_decay: float | Learn = 0.0,
         maximize: bool = False,
         betas: tuple[float | Learn, float | Learn] = ...,
