@@ -192,7 +192,7 @@ adan: _adan
 class _coherent_adam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.1,
+        lr: float | Learn = 0.01,
         *,
         beta1: float | Learn = 0.9,
         beta2: float | Learn = 0.999,

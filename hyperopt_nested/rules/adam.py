@@ -240,7 +240,7 @@ def adamax(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor
     return param - h.lr / (1 - h.beta1**step) * exp_avg / exp_inf, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
 
 
-@_like_adam(_moments, lr=0.1)
+@_like_adam(_moments, lr=1e-2)
 def coherent_adam(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
     r"""Adam whose steps are shorter where gradients disagree: the default learner of `hn.learn`. It has no paper.
 
