@@ -140,15 +140,20 @@ def write(rows: Rows, note: str = "") -> None:
     text = ["# Arena of learned learning rates", "", *([note, ""] if note else []), *INTRODUCTION.splitlines(), ""]
     if _draw(rows, rows.folder / "start.png"):
         text += ["![Validation loss at the end against the learning rate, or its start, for each task.](start.png)", ""]
-    for title, tasks in halves.items():
+    for title, names in halves.items():
         text += [f"## {title}", ""]
+        tasks = [task for task in names if rows.of(task)]
+        if not tasks:
+            text += ["Not run yet.", ""]
+            continue
         for base in ("adamw", "sgd", "lion", "muon"):
             for arm, against in (("learn", ["constant"]), ("learn, total_steps", ["linear", "cosine"])):
                 table = judged(rows, tasks, base, arm, against)
                 if len(table) > 2:
                     text += [f"**{base}, {arm}**", "", *table, ""]
         table = compared(rows, tasks)
-        text += ["**Methods without tuning, for AdamW**", "", *table, ""]
+        if len(table) > 4:
+            text += ["**Methods without tuning, for AdamW**", "", *table, ""]
         bad, count = worse_than_untrained(rows, tasks)
         text += [f"{bad} of {count} learned runs end more than 1 % above their untrained start.", ""]
     (rows.folder / "index.md").write_text("\n".join(text))
