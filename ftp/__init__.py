@@ -1,4 +1,17 @@
-"""Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move."""
+"""Fast Trainable Projection (arXiv 2310.19182): robust fine-tuning that learns how far each layer may move.
+
+Example:
+    >>> import torch
+    >>> from ftp import AdamP
+    >>> model = torch.nn.Linear(3, 2)  # pre-trained
+    >>> opt = AdamP(model.named_parameters(), lr=1e-4)  # instead of AdamW
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     model(torch.ones(4, 3)).square().mean().backward()
+    ...     opt.step()
+    >>> sorted(opt.learned())
+    ['radius/bias', 'radius/weight']
+"""
 
 from ftp.directional import digrap, directional_projection
 from ftp.finetuning.training import finetune

@@ -40,6 +40,12 @@ def directional_projection(
         derivative: of the new values with respect to the strength. "straight-through" is \(p\), as published: whatever the optimizer
             is, and also where \(g\) was left as it is, \(\omega\) learns from the next gradient's product with it (equation 8).
             "exact" goes through the optimizer.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> import ftp
+        >>> ftp.directional_projection(hn.sgd(lr=0.1)).rule.name
+        'directional_projection(sgd)'
     """
     moved = hn.rules.displacement(param, state)
     along, norm = (grad * moved).sum(), moved.square().sum()
@@ -72,6 +78,9 @@ def digrap(
         anchor_decay: as `hyperopt_nested.spd`.
         derivative: as `directional_projection`.
 
+    Returns:
+        The `Optimizer`.
+
     Raises:
         TypeError: `base` is no optimizer of the engine.
         ValueError: an argument is outside its domain.
@@ -84,7 +93,7 @@ def digrap(
         >>> opt.learned()
         {'strength/weight': 0.0, 'strength/bias': 0.0}
     """
-    strength = hn.learn(0.0, by=hn.adam(lr=hn.rules.starting(lr, 0.1)), per="tensor")
+    strength = hn.learn(0.0, by=hn.adam(lr=0.1).replace(lr=lr), per="tensor")
     return directional_projection(base, strength=strength, anchor=anchor, anchor_decay=anchor_decay, derivative=derivative)
 
 

@@ -38,6 +38,15 @@ class FTPOptimizer(AnchoredOptimizer):
     Raises:
         ValueError: `k` or `radius_lr` is outside its domain, an entry of `exclude` matches nothing, or an anchor is missing or of another
             shape. The message names the entry or the tensor.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> from ftp import FTPOptimizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> params, base = model.named_parameters(), hn.lion(lr=1e-4)
+        >>> opt = FTPOptimizer(params, base, exclude=model[1])
+        >>> list(opt.learned())
+        ['radius/0.weight', 'radius/0.bias']
     """
 
     pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor
@@ -128,8 +137,8 @@ class AdamP(FTPOptimizer):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
-        decay = hn.rules.starting(weight_decay, 0.0)
-        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=decay, amsgrad=amsgrad, maximize=maximize)
+        base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=0.0, amsgrad=amsgrad, maximize=maximize)
+        base = base.replace(weight_decay=weight_decay)
         kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}

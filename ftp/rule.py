@@ -25,6 +25,12 @@ class Anneal:
     Raises:
         TypeError: `k` is no number.
         ValueError: `k` is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ftp import Anneal
+        >>> Anneal(0.5)(torch.tensor([-2.0, 2.0]))
+        tensor([-2.,  1.])
     """
 
     k: float
@@ -40,7 +46,17 @@ class Anneal:
 
 
 def largest_norm(state: dict[str, Any]) -> Tensor:
-    """The upper bound of a radius: the largest row norm of this step's displacement, shape ()."""
+    """The upper bound of a radius: the largest row norm of this step's displacement, shape ().
+
+    Returns:
+        The norm.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> import ftp
+        >>> ftp.largest_norm({"largest_norm": torch.tensor(2.0)})
+        tensor(2.)
+    """
     norm: Tensor = state["largest_norm"]
     return norm
 
@@ -135,7 +151,7 @@ def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Rad
             raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
     start = _UNLIMITED if radius.start == "displacement" else radius.start
     how: dict[str, Any] = {"per": radius.per, "via": _LOG if radius.via else None, "scheduled_by": "lr" if radius.scheduled else None}
-    learned = hn.learn(start, by=hn.adam(lr=hn.rules.starting(lr, 1e-2)), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
+    learned = hn.learn(start, by=hn.adam(lr=1e-2).replace(lr=lr), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
     return functools.partial(hn.project, onto=hn.mars, radius=learned, relative=radius.relative)
 
 
@@ -151,6 +167,11 @@ def identity(
 
     Args:
         lr: that optimizer's learning rate: for combinators that read it, and for `hn.learn(..., scheduled_by="lr")`.
+
+    Example:
+        >>> import ftp
+        >>> ftp.identity().rule.name
+        'identity'
     """
     return param.clone(), state
 
@@ -178,6 +199,9 @@ def ftp_rule(
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
         lr: learning rate of the radii, >= 0, or `hn.learn(...)`.
         radius: a variant of the radii; see `Radius`.
+
+    Returns:
+        The `Optimizer`.
 
     Raises:
         TypeError: `base` is no optimizer of the engine.

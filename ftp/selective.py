@@ -23,6 +23,9 @@ def learned_spd(
         anchor: "start", the values before the first step, "zero", or a tensor.
         anchor_decay: as `hyperopt_nested.spd`.
 
+    Returns:
+        The `Optimizer`.
+
     Raises:
         TypeError: `base` is no optimizer of the engine.
         ValueError: an argument is outside its domain.
@@ -35,7 +38,7 @@ def learned_spd(
         >>> opt.learned()
         {'decay/weight': 1.0, 'decay/bias': 1.0}
     """
-    decay = hn.learn(strength, by=hn.adam(lr=hn.rules.starting(lr, 1e-2)), per="tensor")
+    decay = hn.learn(strength, by=hn.adam(lr=1e-2).replace(lr=lr), per="tensor")
     return hn.spd(base, decay=decay, anchor=anchor, anchor_decay=anchor_decay)
 
 

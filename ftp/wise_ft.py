@@ -25,6 +25,12 @@ def interpolate(
     Args:
         share: \(\alpha\) in [0, 1]; 1 is the optimizer alone.
         anchor: \(\theta_0\): "start", the values before the first step, "zero", or a tensor.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> import ftp
+        >>> ftp.interpolate(hn.sgd(lr=0.1), share=hn.learn(0.5)).learned
+        {'share': learn(0.5)}
     """
     new = step(param, grad)
     return new - (1 - share) * hn.rules.displacement(new, state), state

@@ -240,22 +240,57 @@ def Real(default: float) -> Any:
     """Declare a hyper-parameter that may be any real number.
 
     Like the other domains it returns a `Hyper`; its type is Any, since it stands as the default of a parameter that is a tensor.
+
+    Returns:
+        The domain, with its default.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.Real(0.0).default
+        0.0
     """
     return Hyper(default)
 
 
 def Positive(default: float, *, via: str | Bijection | None = None) -> Any:
-    """Declare a hyper-parameter in (0, inf)."""
+    """Declare a hyper-parameter in (0, inf).
+
+    Returns:
+        The domain, with its default.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.Positive(1e-3).open_lower
+        True
+    """
     return Interval(default, 0.0, math.inf, open_lower=True, via=via, domain="Positive")
 
 
 def NonNegative(default: float, *, via: str | Bijection | None = None) -> Any:
-    """Declare a hyper-parameter in [0, inf)."""
+    """Declare a hyper-parameter in [0, inf).
+
+    Returns:
+        The domain, with its default.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.NonNegative(0.0).lower
+        0.0
+    """
     return Interval(default, 0.0, math.inf, via=via, domain="NonNegative")
 
 
 def UnitInterval(default: float, *, via: str | Bijection | None = None) -> Any:
-    """Declare a hyper-parameter in [0, 1), as the decay rate of a moving average."""
+    """Declare a hyper-parameter in [0, 1), as the decay rate of a moving average.
+
+    Returns:
+        The domain, with its default.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.UnitInterval(0.9).upper
+        1.0
+    """
     return Interval(default, 0.0, 1.0, open_upper=True, via=via, domain="UnitInterval")
 
 
@@ -280,9 +315,17 @@ def Interval(
         via: the bijection in whose coordinates it is learned by default; None keeps it in the domain by projection.
         domain: the domain's name, for messages and tables.
 
+    Returns:
+        The domain, with its default.
+
     Raises:
         TypeError: an end is no number.
         ValueError: the ends are not in order.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.Interval(0.0, -1.0, 1.0).ends
+        (-1.0, 1.0, False, False)
     """
     for name, end in (("lower", lower), ("upper", upper)):
         if not is_number(end):

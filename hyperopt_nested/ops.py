@@ -12,7 +12,16 @@ from hyperopt_nested.trees import State
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype updates are computed in: the parameter's own, or float32 if that is narrower."""
+    """The dtype updates are computed in: the parameter's own, or float32 if that is narrower.
+
+    Returns:
+        The dtype.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.state_dtype(torch.ones(2, dtype=torch.bfloat16))
+        torch.float32
+    """
     return torch.promote_types(param.dtype, torch.float32)
 
 
@@ -22,7 +31,16 @@ def row_shape(param: Tensor) -> tuple[int, ...]:
 
 
 def zeros_like(param: Tensor) -> Tensor:
-    """Zeros of the parameter's shape, in `state_dtype(param)`."""
+    """Zeros of the parameter's shape, in `state_dtype(param)`.
+
+    Returns:
+        The zeros.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.zeros_like(torch.ones(2))
+        tensor([0., 0.])
+    """
     return torch.zeros_like(param, dtype=state_dtype(param))
 
 
@@ -35,12 +53,23 @@ def counter(param: Tensor) -> Tensor:
     """A step counter at zero: a tensor of shape (), on the parameter's device, in float64 where the device has it.
 
     In float32 a counter stands still at 2^24.
+
+    Returns:
+        The zero.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.counter(torch.ones(2))
+        tensor(0., dtype=torch.float64)
     """
     return torch.zeros((), dtype=number_dtype(param.device), device=param.device)
 
 
 def zeros(*names: str) -> Callable[[Tensor], State]:
     """Initialiser of a rule's state with one zero tensor of the parameter's shape a name.
+
+    Returns:
+        A function from a parameter to its state.
 
     Example:
         >>> import hyperopt_nested as hn
@@ -63,6 +92,16 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """Square root with derivative zero, instead of infinite, at zero (any shape; x >= 0).
 
     An infinite derivative times a zero one is how a coordinate without gradient turns a hypergradient into NaN.
+
+    Returns:
+        The roots.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+        >>> hn.rules.safe_sqrt(x).sum().backward()
+        >>> x.grad
+        tensor([0.0000, 0.2500])
     """
     positive = kink(x) > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1)), 0)
@@ -92,6 +131,15 @@ def kink(x: Tensor, other: Tensor | float | None = None) -> Tensor:
     Args:
         x: any shape.
         other: broadcastable against `x`.
+
+    Returns:
+        `x`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> x = torch.tensor([-2.0, 3.0])
+        >>> hn.rules.kink(x).sign()
+        tensor([-1.,  1.])
     """
     if _watchers:
         _watchers[-1].append(x if other is None else x - other)
@@ -100,7 +148,18 @@ def kink(x: Tensor, other: Tensor | float | None = None) -> Tensor:
 
 @contextmanager
 def watch_kinks() -> Iterator[list[Tensor]]:
-    """Collect what `kink` declares inside the context: an update is smooth on a path on which no entry changes its sign."""
+    """Collect what `kink` declares inside the context: an update is smooth on a path on which no entry changes its sign.
+
+    Returns:
+        A context manager whose value is a list of the tensors so far.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> with hn.rules.watch_kinks() as kinks:
+        ...     _ = hn.rules.kink(torch.tensor(2.0), 0.5)
+        >>> kinks
+        [tensor(1.5000)]
+    """
     _watchers.append([])
     try:
         yield _watchers[-1]

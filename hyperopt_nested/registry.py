@@ -25,9 +25,17 @@ def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None)
         factory: called with hyper-parameters, returns an `Optimizer`.
         check_with: arguments with which `hyperopt_nested.testing` calls it, where its defaults cannot be checked.
 
+    Returns:
+        `factory`.
+
     Raises:
         TypeError: `name` is no string, or `factory` cannot be called.
         ValueError: another definition has that name.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.rules.register("lion", hn.lion) is hn.get("lion")
+        True
     """
     if not isinstance(name, str) or not callable(factory):
         raise TypeError(f"name={name!r}, factory={factory!r}: give a name, and a function that makes an optimizer")
@@ -41,8 +49,16 @@ def register(name: str, factory: F, check_with: Mapping[str, Any] | None = None)
 def get(name: str) -> Callable[..., Any]:
     """The entry called `name`.
 
+    Returns:
+        What makes an `Optimizer`.
+
     Raises:
         KeyError: there is none; the message names close ones.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.get("sgd")(lr=0.1).declared["lr"]
+        0.1
     """
     if name not in _FACTORIES:
         close = get_close_matches(name, _FACTORIES) or names()
@@ -69,7 +85,16 @@ def origin(name: str) -> str:
 
 
 def names() -> list[str]:
-    """Names of all entries, sorted."""
+    """Names of all entries, sorted.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> "adamw" in hn.names()
+        True
+    """
     return sorted(_FACTORIES)
 
 

@@ -9,14 +9,14 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
 from hyperopt_nested import registry
-from hyperopt_nested.checks import check_flag, check_number, checked_bounds, is_number, not_an_optimizer
+from hyperopt_nested.checks import check_flag, check_number, checked_bounds, not_an_optimizer
 from hyperopt_nested.domains import Bijection, Hyper, bijection
 from hyperopt_nested.recipes import EPS, recipe
 from hyperopt_nested.signatures import (
@@ -204,14 +204,16 @@ class Optimizer:
         object.__setattr__(self, "settings", settings)
         owner: dict[int, str] = {}
         for name, setting in settings.items():
-            if isinstance(setting, Learn) and setting.scheduled_by not in (None, *self.rule.hypers):
+            if not isinstance(setting, Learn):
+                self.rule.hypers[name].check(f"{self.rule.name}: {name}", setting)
+                continue
+            if setting.scheduled_by not in (None, *self.rule.hypers):
                 raise ValueError(
                     f"{self.rule.name}: {name} is learned with scheduled_by={setting.scheduled_by!r}, which is no hyper; hypers are: "
                     f"{', '.join(self.rule.hypers)}"
                 )
-            value = setting.value if isinstance(setting, Learn) else setting
-            self.rule.hypers[name].check(f"{self.rule.name}: {name}", value, self.via(name))
-            other = owner.setdefault(setting.key, name) if isinstance(setting, Learn) else name
+            self.rule.hypers[name].check(f"{self.rule.name}: {name}", setting.value, self.via(name))
+            other = owner.setdefault(setting.key, name)
             if other != name:
                 raise ValueError(f"{self.rule.name}: {other} and {name} are one learn(...) object: give each a learn(...) of its own")
 
@@ -240,25 +242,12 @@ class Optimizer:
         return via if isinstance(setting, Learn) and isinstance(via, Bijection) else None
 
     def replace(self, **settings: "float | Learn") -> "Optimizer":
-        """The same optimizer with other settings."""
-        return Optimizer(self.rule, {**self.settings, **settings}, self.maximize)
-
-
-def starting(value: Any, default: Any) -> Any:
-    """The value of an argument of a function that makes an optimizer, where a `learn` without a start has that of the argument's default.
-
-    Args:
-        value: the argument, or a tuple of them.
-        default: its default; one that is no number changes nothing.
-
-    Example:
-        >>> import hyperopt_nested as hn
-        >>> hn.sgd(lr=hn.rules.starting(hn.learn(), 0.5)).declared["lr"]
-        0.5
-    """
-    if isinstance(value, Sequence) and isinstance(default, Sequence) and len(value) == len(default):
-        return tuple(map(starting, value, default))
-    return value.starting(default) if isinstance(value, Learn) and is_number(default) else value
+        """The same optimizer with other settings; a `learn` without a start starts at the value in whose place it stands."""
+        new = {
+            key: each.starting(self.declared[key]) if isinstance(each, Learn) and key in self.settings else each
+            for key, each in settings.items()
+        }
+        return Optimizer(self.rule, {**self.settings, **new}, self.maximize)
 
 
 def learn(
@@ -291,6 +280,9 @@ def learn(
             default what the rule declares or, without `by`, the recipe.
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
+
+    Returns:
+        A mark that stands in the place of the value.
 
     Raises:
         TypeError: `value` is no number, `by` is not an optimizer of this library, `grad` is no function, or `bounds` are no pair.
@@ -445,6 +437,9 @@ def rule(
         global_reduce: `global_reduce(param, grad, state, *, ...)`, from one tensor to what it adds to sums over all tensors: numbers of
             shape () or (n,), the same for every tensor. Its keyword-only parameters are hypers and options of the function, which gets
             the sums as `reduced`.
+
+    Returns:
+        The rule, or a decorator that makes it.
 
     Raises:
         TypeError: a parameter of the function has no default, a hyper is not keyword-only, `init` is no function, or `global_reduce` and

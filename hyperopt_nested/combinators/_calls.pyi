@@ -11,6 +11,11 @@ class _ema(Combinator):
 
         Args:
             decay: decay rate of the average, in [0, 1]; an option, since no training gradient depends on it.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.ema(hn.sgd(lr=0.1), decay=0.99).rule.name
+            'ema(sgd)'
         """
 
 ema: _ema
@@ -24,6 +29,11 @@ class _lookahead(Combinator):
         Args:
             alpha: that part, in [0, 1]. Its hypergradient is zero on the other steps.
             k: steps from one synchronisation to the next, >= 1.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.lookahead(hn.adamw(lr=1e-3)).rule.name
+            'lookahead(adamw)'
         """
 
 lookahead: _lookahead
@@ -38,6 +48,11 @@ class _coupled_decay(Combinator):
             decay: \(\lambda \ge 0\).
             anchor: \(\theta_0\): "zero", "start" or a tensor.
             anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.coupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+            {'decay': learn(0.01)}
         """
 
 coupled_decay: _coupled_decay
@@ -54,6 +69,11 @@ class _decoupled_decay(Combinator):
             decay: \(\lambda \ge 0\).
             anchor: \(\theta_0\): "zero", "start" or a tensor.
             anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.decoupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+            {'decay': learn(0.01)}
         """
 
 decoupled_decay: _decoupled_decay
@@ -68,6 +88,11 @@ class _l2_sp(Combinator):
             decay: strength, \(\alpha \ge 0\).
             anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
             anchor_decay: as of `coupled_decay`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.l2_sp(hn.sgd(lr=0.1)).rule.name
+            'l2_sp(sgd)'
         """
 
 l2_sp: _l2_sp
@@ -86,6 +111,11 @@ class _spd(Combinator):
             decay: strength, \(\lambda \ge 0\); 1 undoes the growth of the distance.
             anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
             anchor_decay: as of `coupled_decay`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.spd(hn.adam(lr=1e-3)).rule.name
+            'spd(adam)'
         """
 
 spd: _spd
@@ -95,6 +125,11 @@ class _centralize(Combinator):
         r"""The optimizer, on gradients without their mean over each row (Yong et al. 2020, arXiv 2004.01461, equation 1).
 
         Tensors with fewer than two dimensions are left as they are.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.centralize(hn.sgd(lr=0.1)).rule.name
+            'centralize(sgd)'
         """
 
 centralize: _centralize
@@ -108,6 +143,11 @@ class _clip_by_global_norm(Combinator):
 
         Args:
             max_norm: largest Euclidean norm of all gradients together, > 0. Where nothing is clipped, its hypergradient is zero.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.clip_by_global_norm(hn.sgd(lr=0.1)).rule.name
+            'clip_by_global_norm(sgd)'
         """
 
 clip_by_global_norm: _clip_by_global_norm
@@ -120,6 +160,11 @@ class _clip_by_norm(Combinator):
 
         Args:
             max_norm: largest Euclidean norm of a tensor's gradient, > 0. Where nothing is clipped, its hypergradient is zero.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.clip_by_norm(hn.sgd(lr=0.1)).rule.name
+            'clip_by_norm(sgd)'
         """
 
 clip_by_norm: _clip_by_norm
@@ -130,6 +175,11 @@ class _clip_by_value(Combinator):
 
         Args:
             max_value: largest absolute value of an entry, > 0. Where no entry is clipped, its hypergradient is zero.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.clip_by_value(hn.sgd(lr=0.1)).rule.name
+            'clip_by_value(sgd)'
         """
 
 clip_by_value: _clip_by_value
@@ -196,7 +246,8 @@ class _rescale(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting()))
+            >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+            >>> mechanic = hn.rescale(hn.adamw(lr=1.0), scale=scale)
             >>> mechanic.rule.name
             'rescale(adamw)'
         """
@@ -215,7 +266,8 @@ class _window(Combinator):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=hn.window(hn.adam(lr=0.1), steps=150), via="log"))
+            >>> learner = hn.window(hn.adam(lr=0.1), steps=150)
+            >>> optimizer = hn.adamw(lr=hn.learn(1e-3, by=learner, via="log"))
         """
 
 window: _window

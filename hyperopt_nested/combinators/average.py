@@ -27,6 +27,11 @@ def lookahead(
     Args:
         alpha: that part, in [0, 1]. Its hypergradient is zero on the other steps.
         k: steps from one synchronisation to the next, >= 1.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.lookahead(hn.adamw(lr=1e-3)).rule.name
+        'lookahead(adamw)'
     """
     fast, slow, count = step(param, grad), state["eval_params"], state["step"] + 1
     syncs = count % k == 0
@@ -46,6 +51,11 @@ def ema(param: Tensor, grad: Tensor, state: State, step: Step, *, decay: float =
 
     Args:
         decay: decay rate of the average, in [0, 1]; an option, since no training gradient depends on it.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.ema(hn.sgd(lr=0.1), decay=0.99).rule.name
+        'ema(sgd)'
     """
     new = step(param, grad)
     return new, {"eval_params": decay * state["eval_params"] + (1 - decay) * new}

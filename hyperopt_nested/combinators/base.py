@@ -187,6 +187,9 @@ def combinator(
             `reduced`.
         check_with: as in `register`.
 
+    Returns:
+        The combinator, or a decorator that makes it.
+
     Raises:
         TypeError: a hyper is not keyword-only, `init` is no function, or `global_reduce` and `reduced` are not given together.
         ValueError: another definition has that name, or `separable` is unknown.

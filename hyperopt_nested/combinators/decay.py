@@ -29,6 +29,11 @@ def coupled_decay(
         decay: \(\lambda \ge 0\).
         anchor: \(\theta_0\): "zero", "start" or a tensor.
         anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.coupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+        {'decay': learn(0.01)}
     """
     new = step(param, grad + decay * displacement(param, state))
     return new, moved_anchor(new, state, anchor_decay)
@@ -44,6 +49,11 @@ def l2_sp(
         decay: strength, \(\alpha \ge 0\).
         anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
         anchor_decay: as of `coupled_decay`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.l2_sp(hn.sgd(lr=0.1)).rule.name
+        'l2_sp(sgd)'
     """
     new = step(param, grad + decay * displacement(param, state))
     return new, moved_anchor(new, state, anchor_decay)
@@ -61,6 +71,11 @@ def decoupled_decay(
         decay: \(\lambda \ge 0\).
         anchor: \(\theta_0\): "zero", "start" or a tensor.
         anchor_decay: \(\beta\) in [0, 1]; after each step, \(\theta_0 \leftarrow \beta \theta_0 + (1 - \beta) \theta\). 1: it is fixed.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.decoupled_decay(hn.sgd(lr=0.1), decay=hn.learn(1e-2)).learned
+        {'decay': learn(0.01)}
     """
     new = step(param, grad) - lr * decay * displacement(param, state)
     return new, moved_anchor(new, state, anchor_decay)
@@ -80,6 +95,11 @@ def spd(
         decay: strength, \(\lambda \ge 0\); 1 undoes the growth of the distance.
         anchor: the pre-trained weights: "start", the values before the first step, or a tensor.
         anchor_decay: as of `coupled_decay`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.spd(hn.adam(lr=1e-3)).rule.name
+        'spd(adam)'
     """
     before = displacement(param, state)
     new = step(param, grad)

@@ -22,6 +22,11 @@ def clip_by_value(param: Tensor, grad: Tensor, state: State, step: Step, *, max_
 
     Args:
         max_value: largest absolute value of an entry, > 0. Where no entry is clipped, its hypergradient is zero.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.clip_by_value(hn.sgd(lr=0.1)).rule.name
+        'clip_by_value(sgd)'
     """
     clipped = torch.where(kink(grad.abs(), max_value) > max_value, max_value * grad.sign(), grad)
     return step(param, clipped), state
@@ -35,6 +40,11 @@ def clip_by_norm(param: Tensor, grad: Tensor, state: State, step: Step, *, max_n
 
     Args:
         max_norm: largest Euclidean norm of a tensor's gradient, > 0. Where nothing is clipped, its hypergradient is zero.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.clip_by_norm(hn.sgd(lr=0.1)).rule.name
+        'clip_by_norm(sgd)'
     """
     return step(param, _scaled_to(grad, safe_sqrt(grad.square().sum()), max_norm)), state
 
@@ -50,6 +60,11 @@ def clip_by_global_norm(
 
     Args:
         max_norm: largest Euclidean norm of all gradients together, > 0. Where nothing is clipped, its hypergradient is zero.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.clip_by_global_norm(hn.sgd(lr=0.1)).rule.name
+        'clip_by_global_norm(sgd)'
     """
     return step(param, _scaled_to(grad, safe_sqrt(reduced), max_norm)), state
 
@@ -59,6 +74,11 @@ def centralize(param: Tensor, grad: Tensor, state: State, step: Step) -> tuple[T
     """The optimizer, on gradients without their mean over each row (Yong et al. 2020, arXiv 2004.01461, equation 1).
 
     Tensors with fewer than two dimensions are left as they are.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.centralize(hn.sgd(lr=0.1)).rule.name
+        'centralize(sgd)'
     """
     if grad.ndim < 2 or grad.numel() == 0:
         return step(param, grad), state

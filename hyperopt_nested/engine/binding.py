@@ -4,7 +4,7 @@ from __future__ import annotations  # torch.compile does not evaluate annotation
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -44,6 +44,12 @@ class Binding:
         for name, each in learned.items():
             if kind := kind_of(optimizer, name, each.learn.per):
                 self.memory[kind].append(each.key)
+
+    @functools.cached_property
+    def signature(self) -> Hashable:
+        """What is equal for bindings whose updates are one function of tensors and of learned values."""
+        settings = {hyper: None if hyper in self.learned else value for hyper, value in self.optimizer.settings.items()}
+        return self.optimizer.rule.signature, self.optimizer.maximize, *settings.items()
 
     def unconstrained(self, name: str, hypers: Mapping[str, Named]) -> Named:
         """Unconstrained values that the tensor called `name` uses, by learned hyper."""

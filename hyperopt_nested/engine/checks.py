@@ -15,7 +15,7 @@ from hyperopt_nested.engine.discounted import Discounted
 from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import unused
-from hyperopt_nested.rule import Learn, Optimizer
+from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State
 
 Horizon = OneStep | Discounted
@@ -46,10 +46,9 @@ def check_used(binding: Binding, name: str, param: Tensor) -> None:
     if not learned:
         return
     rule = optimizer.rule
-    settings = ((hyper, value) for hyper, value in optimizer.settings.items() if not isinstance(value, Learn))
     values = ((hyper, each.learn.value, each.learn.per, each.via) for hyper, each in binding.learned.items())
     kinds = ((kind, tuple(keys)) for kind, keys in binding.memory.items())
-    update = rule.signature, *settings, *values, *kinds, param.shape, param.dtype
+    update = binding.signature, *values, *kinds, param.shape, param.dtype
     if update in _used:
         return
     device = "cpu" if param.numel() < 1 << 17 else "meta"  # meta tensors cost no memory, but operations on them are slow

@@ -95,9 +95,20 @@ class Nested:
             ValueError: a learned hyper is not used by the update, or enters a total over all tensors in a way that cannot be
                 differentiated; `start` names no learned hyper, or a number in it is outside its domain; a tensor has no optimizer.
         """
+        rule, hypers = self.begin(params, {} if start is None else start)
+        devices = {key: next(iter(raws.values())).device for key, raws in hypers.items() if raws}
+        return {
+            "rule": rule,
+            "hypers": hypers,
+            "learners": {key: learned.learner.init(hypers[key]) for key, learned in self.learned.items()},
+            "memory": self._memory.init(params, rule, hypers),
+            **{part: {key: number(0.0, device) for key, device in devices.items()} for part in COUNTED},
+        }
+
+    def begin(self, params: Tensors, start: Mapping[str, float | Tensor]) -> tuple[State, dict[str, Named]]:
+        """The parts `rule` and `hypers` of `init`: what `update` takes. Arguments as of `init`."""
         check_tensors("params", params)
         self.bindings.check_names(params)
-        start = {} if start is None else start
         if not isinstance(start, Mapping):
             raise TypeError(f"start={start!r} ({type(start).__name__}) must be a mapping from learned hypers to start values")
         for key, value in start.items():
@@ -123,14 +134,7 @@ class Nested:
                 raws = hypers[learned.key]
                 if learned.key_of(name) not in raws:
                     raws[learned.key_of(name)] = learned.start(param, start.get(learned.key, learned.learn.value))
-        devices = {key: next(iter(raws.values())).device for key, raws in hypers.items() if raws}
-        return {
-            "rule": rule,
-            "hypers": hypers,
-            "learners": {key: learned.learner.init(hypers[key]) for key, learned in self.learned.items()},
-            "memory": self._memory.init(params, rule, hypers),
-            **{part: {key: number(0.0, device) for key, device in devices.items()} for part in COUNTED},
-        }
+        return rule, hypers
 
     def step(
         self,

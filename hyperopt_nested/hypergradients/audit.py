@@ -133,6 +133,9 @@ def audit(
         steps: after which numbers of steps to compare; None: 1, 2, 5, 10, 20, 50, ..., and all.
         has_aux: whether the losses may return a pair of the loss and anything else, which is left out here.
 
+    Returns:
+        The comparison: a row for each horizon and number of steps.
+
     Raises:
         ValueError: `steps` are not between 1 and the number of batches, or as `Nested` and `hypergradient`.
         RuntimeError: `train_loss` returns another loss when it is called again with the same arguments and random numbers.

@@ -19,7 +19,6 @@ from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.sensitivity import Named
-from hyperopt_nested.rule import Learn
 from hyperopt_nested.trees import State, filled, leaves
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -77,6 +76,7 @@ class DifferentiableUpdate:
         self._nested = nested
         self._keys = cache(lambda name: [(each.key, each.key_of(name)) for each in nested.bindings[name].learned.values()])
         self._plans: dict[Hashable, _Plan | _Descent | None] = {}
+        self._descents: dict[tuple[int, torch.dtype], _Descent] = {}
 
     def __call__(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named]
@@ -106,24 +106,23 @@ class DifferentiableUpdate:
 
     def _plan(self, name: str, row: Sequence[Tensor], state: State) -> _Plan | _Descent | None:
         """What to do for one tensor; None if the engine has to do it."""
-        optimizer, param = self._nested.bindings[name].optimizer, row[1]
+        param = row[1]
         if any(type(each) not in PLAIN for each in row):
             return None
         try:
             kinds = tuple(kind_of(each.shape, param.shape) for each in row)
         except UnsupportedError:
             return None
-        fixed = ((hyper, None if isinstance(value, Learn) else value) for hyper, value in optimizer.settings.items())
         followed = ((each.dtype, each.requires_grad) for each in row)
         ones = (size == 1 for size in param.shape)
-        key = optimizer.rule.signature, optimizer.maximize, *fixed, str(state.keys()), kinds, param.device, *followed, *ones
+        key = self._nested.bindings[name].signature, str(state.keys()), kinds, param.device, *followed, *ones
         if key not in _plans:
             try:
                 _plans[key] = self._made(name, row, state)
             except (UnsupportedError, compiler.CompileError):
                 _plans[key] = None
         if isinstance(found := _plans[key], _Descent):
-            return _Descent(found.rate)
+            return self._descents.setdefault((found.rate, param.dtype), _Descent(found.rate))
         if found is None:
             return None
         try:

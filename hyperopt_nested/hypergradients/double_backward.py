@@ -1,6 +1,5 @@
 """Derivatives of gradients: a loss that has none is refused, by the name of the operation that lacks them."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -58,11 +57,10 @@ def check_twice(loss: Tensor, grads: Mapping[str, Tensor], params: Mapping[str, 
     Raises:
         NotImplementedError: an operation has no double backward, or a wrong one; the message names it.
     """
-    refuse_wrong(loss, order)
     curved = [grad for grad in grads.values() if grad.requires_grad]
-    with twice():
-        refuse_once_differentiable(loss, curved)
-        if curved and trial:
+    refuse_wrong(loss, curved, order)
+    if curved and trial:
+        with twice():
             torch.autograd.grad([grad.sum() for grad in curved], list(params.values()), retain_graph=True, allow_unused=True)
 
 
@@ -71,28 +69,24 @@ def twice() -> AbstractContextManager[None]:
     return named("double backward", "try method='forward'")
 
 
-def refuse_once_differentiable(loss: Tensor, grads: Iterable[Tensor]) -> None:
-    """Refuse gradients, made with their graph, that have passed what is marked so: torch would leave that part out, without a word.
+def refuse_wrong(loss: Tensor, grads: Iterable[Tensor], order: int) -> None:
+    """Refuse a loss with operations whose derivatives torch gets wrong, or would leave out without a word, where they are marked so.
 
-    Raises:
-        NotImplementedError: there is some; the message names it.
-    """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(grads)):
-        names = {type(node).__name__ for node in _nodes([loss]) if isinstance(node, torch.autograd.function.BackwardCFunction)}
-        raise _refusal(" or ".join(sorted(names)) or "an autograd.Function", "double backward", "try method='forward'")
-
-
-def refuse_wrong(loss: Tensor, order: int) -> None:
-    """Refuse a loss with operations whose derivatives torch gets wrong.
+    Args:
+        loss: of shape ().
+        grads: its gradients, made with their graph.
+        order: how many derivatives of the loss will be taken.
 
     Raises:
         NotImplementedError: there is one; the message names it.
     """
-    for node in _nodes([loss]):
-        operation = node.name().rstrip("0123456789")
-        at, remedy = _WRONG.get(operation, (math.inf, ""))
-        if order >= at:
+    names = {node.name() for node in _nodes([loss, *grads])}
+    for operation, (at, remedy) in _WRONG.items():
+        if order >= at and any(name.rstrip("0123456789") == operation for name in names):
             raise NotImplementedError(f"the loss uses {operation}, whose derivative of order {at} is wrong in torch: {remedy}")
+    if "torch::autograd::Error" in names:
+        once = {type(node).__name__ for node in _nodes([loss]) if isinstance(node, torch.autograd.function.BackwardCFunction)}
+        raise _refusal(" or ".join(sorted(once)) or "an autograd.Function", "double backward", "try method='forward'")
 
 
 def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Hessian]:
@@ -115,10 +109,9 @@ def loss_with_hessian(closure: Callable[[], Any], params: Mapping[str, Tensor]) 
                 f"closure returned a tensor of shape {tuple(loss.shape)}; the loss must have shape (): take its mean() or sum()"
             )
         made = torch.autograd.grad(loss, list(params.values()), create_graph=True, allow_unused=True)
-    refuse_wrong(loss, 2)
     grads = {name: grad for name, grad in zip(params, made, strict=True) if grad is not None}
     curved = {name: grad for name, grad in grads.items() if grad.requires_grad}
-    refuse_once_differentiable(loss, curved.values())
+    refuse_wrong(loss, curved.values(), 2)
 
     def hessian(tangents: dict[str, Tensor]) -> dict[str, Tensor]:
         if not curved:

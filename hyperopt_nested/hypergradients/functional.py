@@ -137,6 +137,9 @@ def functional(module: nn.Module, *, buffers: Buffers = "carried") -> Functional
             of that kind which is called with the same tensors: a copy of the module in evaluation mode normalizes with the statistics
             of training. "fixed": every call starts from the buffers that the module has now.
 
+    Returns:
+        The function; `params` are the module's parameters by name.
+
     Raises:
         TypeError: `module` is no module.
         ValueError: `buffers` is none of its choices.

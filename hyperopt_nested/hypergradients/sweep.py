@@ -63,6 +63,9 @@ def sweep(
             they differ by their starts alone; "error": drawing them is an error.
         has_aux: whether `train_loss` may return a pair of the loss and anything else, such as metrics, which the result then has.
 
+    Returns:
+        Losses, learned values and tensors of all runs, `losses` and `hypers` after every step.
+
     Raises:
         ValueError: neither `starts` nor `params` is batched, they disagree about n, a start is outside its hyper's domain, or `randomness`
             is none of its choices.

@@ -96,6 +96,7 @@ class Training:
     ) -> None:
         self._nested, self._schedules, self._train_loss, self._outer_loss = nested, schedules, train_loss, outer_loss
         self._checked: set[str] | None = set() if reverse else None
+        self._to_check = reverse
         self._has_aux, self._order, self._tries, self._wrt_params = has_aux, order, True, wrt_params
         self._differentiable = DifferentiableUpdate(nested) if by_kernels else nested.update
         self.trace = Trace()
@@ -172,13 +173,15 @@ class Training:
 
     def _step(self, carry: State, values: Hypers, batch: Any, step: int, graph: bool) -> tuple[State, Tensor, Any]:
         """One step: what goes on, the loss, and what came with it."""
+        moving = graph and (self._order > 2 or any(p.requires_grad for p in carry["params"].values()))  # else gradients are constants
         params = {name: p if graph and p.requires_grad else _leaf(p) for name, p in carry["params"].items()}
         twins = _Twins(params)
-        first = self._checked is not None and not self.trace.losses
+        check = self._to_check and (moving or not graph)
         carried = Carried(params, carry["buffers"], twin=twins if graph else None, checked=self._checked, apart=True)
         loss, aux = evaluate("train_loss", self._train_loss, carried, batch, has_aux=self._has_aux)
-        grads = gradients(loss, params, graph=graph or first)
-        if first:
+        grads = gradients(loss, params, graph=moving or check)
+        if check:
+            self._to_check = False
             check_twice(loss, grads, params, order=self._order, trial=self._tries)
         twins.open = True
         with torch.set_grad_enabled(graph):

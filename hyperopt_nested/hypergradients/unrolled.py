@@ -113,11 +113,10 @@ def hypergradient(
     nested = Nested(in_values(optimizer), horizon=OneStep(memory="none"))
     if not nested.learned:
         raise ValueError(f"optimizer={optimizer!r} has no learned hyper: put hn.learn(...) in the place of a number")
-    st = nested.init(params)
-    declared = st["hypers"]
+    rule, declared = nested.begin(params, {})
     values = _started(nested, declared, hypers or {})
     schedules = [(key, name) for key, by_name in values.items() for name in by_name if by_name[name].shape != declared[key][name].shape]
-    carry = {"params": {name: p.detach().clone() for name, p in params.items()}, "rule": st["rule"], "buffers": {}}
+    carry = {"params": {name: p.detach().clone() for name, p in params.items()}, "rule": rule, "buffers": {}}
     reverse = method != "forward"
     losses = train_loss, lambda params, values: outer_loss(params, outer_batch, values)
     steps = batches if method == "forward" and horizon is None else list(batches)
@@ -164,10 +163,9 @@ class Hypergradients(dict[str, Tensors]):
     """
 
     def __init__(
-        self, found: Mapping[str, Tensors], *, params: Tensors | None = None, residual: Tensor | None = None, trace: Trace | None = None
+        self, found: Mapping[str, Tensors], *, params: Tensors | None = None, residual: Tensor | None = None, trace: Trace
     ) -> None:
         super().__init__(found)
-        trace = trace or Trace()
         self.params, self.residual, self.loss, self.aux = params, residual, trace.outer, trace.outer_aux
         self.train_losses, self.train_aux = trace.losses, trace.aux
 

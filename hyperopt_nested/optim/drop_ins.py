@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested import rules
-from hyperopt_nested.checks import packs
+from hyperopt_nested.checks import is_number, packs
 from hyperopt_nested.optim.optimizer import HyperOptimizer, Params
 from hyperopt_nested.optim.param_groups import Choice
-from hyperopt_nested.rule import Learn, Optimizer, starting
+from hyperopt_nested.rule import Learn, Optimizer
 
 Factory = Callable[..., Optimizer]
 Parameters = dict[str, inspect.Parameter]
@@ -63,6 +63,13 @@ def _tuples(rule: Factory) -> dict[str, list[str]]:
 
 def _tuple_of(values: Sequence[float | None]) -> Any:
     return types.GenericAlias(tuple, tuple(_NUMBER if value is not None else _NUMBER | None for value in values))
+
+
+def _starting(value: Any, default: Any) -> Any:
+    """A value, or a tuple of them, where a `learn` without a start has that of the class's default, if this is a number."""
+    if isinstance(value, Sequence) and isinstance(default, Sequence) and len(value) == len(default):
+        return tuple(map(_starting, value, default))
+    return value.starting(default) if isinstance(value, Learn) and is_number(default) else value
 
 
 def _documentation(cls: "type[DropIn]") -> str:
@@ -170,7 +177,7 @@ class DropIn(HyperOptimizer):
                 remedy = _REMEDIES.get(name) or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(['params', *takes])}")
                 raise TypeError(f"{label} has no argument {name!r} (given {value!r}): {remedy}")
         arguments |= settings
-        values = {name: starting(value, cls._defaults.get(name)) for name, value in arguments.items() if name not in _SHARED}
+        values = {name: _starting(value, cls._defaults.get(name)) for name, value in arguments.items() if name not in _SHARED}
         return {**cls._defaults, **values}, {name: value for name, value in arguments.items() if name in _SHARED}
 
     @classmethod

@@ -184,9 +184,7 @@ def with_overrides(optimizer: Optimizer, overrides: Mapping[str, Any]) -> Optimi
     for name, value in overrides.items():
         if name not in optimizer.settings:
             continue
-        if isinstance(value, Learn):
-            settings[name] = value.starting(optimizer.declared[name])
-        elif isinstance(optimizer.settings[name], Learn):
+        if isinstance(optimizer.settings[name], Learn) and not isinstance(value, Learn):
             optimizer.rule.hypers[name].check(f"{optimizer.rule.name}: {name}", value)
         else:
             settings[name] = value

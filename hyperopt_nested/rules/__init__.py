@@ -2,7 +2,6 @@
 
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.registry import register
-from hyperopt_nested.rule import starting
 from hyperopt_nested.rules._anchor import anchor_of, displacement, keep_anchor, moved_anchor
 from hyperopt_nested.rules._blocks import (
     accumulator,
@@ -74,7 +73,6 @@ __all__ = [
     "sgd",
     "sgd_hd",
     "smaller",
-    "starting",
     "state_dtype",
     "trust_ratio",
     "watch_kinks",

@@ -8,7 +8,6 @@ from hyperopt_nested.ops import watch_kinks as watch_kinks
 from hyperopt_nested.ops import zeros as zeros
 from hyperopt_nested.ops import zeros_like as zeros_like
 from hyperopt_nested.registry import register as register
-from hyperopt_nested.rule import starting as starting
 from hyperopt_nested.rules._anchor import anchor_of as anchor_of
 from hyperopt_nested.rules._anchor import displacement as displacement
 from hyperopt_nested.rules._anchor import keep_anchor as keep_anchor

@@ -32,10 +32,18 @@ def keep_anchor(
         dtype: what it is kept in, real floating-point; None is the parameter's, or float32 if that is wider and the anchor moves.
         device: where it is kept; None is where the parameter is.
 
+    Returns:
+        The part of the state.
+
     Raises:
         TypeError: `dtype` is no dtype.
         ValueError: `anchor` is none of the choices, a tensor of another shape than the parameter, or not finite; `decay` is outside
             [0, 1], or less than 1 where the anchor is zero; `dtype` is none for weights; or there is no such `device`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.keep_anchor(torch.ones(2), "start")
+        {'anchor': tensor([1., 1.])}
     """
     check_dtype("anchor_dtype", dtype)
     if not 0 <= decay <= 1:
@@ -60,13 +68,31 @@ def keep_anchor(
 
 
 def anchor_of(param: Tensor, state: State) -> Tensor | None:
-    """The anchor, where the parameter is; None if it is zero."""
+    """The anchor, where the parameter is; None if it is zero.
+
+    Returns:
+        A tensor of the parameter's shape, or None.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.anchor_of(torch.ones(2), {"anchor": torch.zeros(2)})
+        tensor([0., 0.])
+    """
     anchor = state.get("anchor")
     return None if anchor is None else anchor.to(param.device)
 
 
 def displacement(param: Tensor, state: State) -> Tensor:
-    """Parameter minus anchor, of the parameter's shape."""
+    """Parameter minus anchor, of the parameter's shape.
+
+    Returns:
+        The difference.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.displacement(torch.ones(2), {"anchor": torch.zeros(2)})
+        tensor([1., 1.])
+    """
     anchor = anchor_of(param, state)
     return param if anchor is None else torch.sub(param, anchor)
 
@@ -80,6 +106,14 @@ def moved_anchor(new: Tensor, state: State, decay: float) -> State:
         new: \(\theta\), the parameter after the step.
         state: with the anchor \(\theta_0\).
         decay: \(\beta\) in [0, 1]; with 1, the anchor stays.
+
+    Returns:
+        The new state.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> hn.rules.moved_anchor(torch.ones(2), {"anchor": torch.zeros(2)}, 0.75)
+        {'anchor': tensor([0.2500, 0.2500])}
     """
     if decay == 1:
         return state

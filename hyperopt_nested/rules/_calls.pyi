@@ -30,6 +30,11 @@ class _adabelief(FunctionRule):
             beta2: decay rate of the second moment of gradient minus first moment, in [0, 1).
             eps: added to the second moment, and to its root, > 0.
             weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adabelief(lr=hn.learn(1e-3)).learned
+            {'lr': learn(0.001)}
         """
 
 adabelief: _adabelief
@@ -79,6 +84,9 @@ def adam_hd(lr: float = 0.001, hyper_lr: float = 1e-08, **settings: Any) -> Opti
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
         **settings: further arguments of `adam`.
 
+    Returns:
+        The `Optimizer`.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.adam_hd(0.1).learned["lr"].per
@@ -105,6 +113,11 @@ class _adamax(FunctionRule):
             weight_decay: added to the gradient times the parameter, >= 0.
             beta2: decay rate of the maximum, in [0, 1).
             eps: added to the gradient's absolute value, > 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adamax(beta1=hn.learn(0.9)).learned
+            {'beta1': learn(0.9)}
         """
 
 adamax: _adamax
@@ -167,6 +180,11 @@ class _adan(FunctionRule):
             eps: added to the root of the second moment, > 0.
             weight_decay: decoupled: the new parameter is divided by `1 + lr * weight_decay` (a proximal step), >= 0.
             no_prox: the old parameter is multiplied by `1 - lr * weight_decay` instead, as in AdamW.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adan(lr=hn.learn(1e-3)).learned
+            {'lr': learn(0.001)}
         """
 
 adan: _adan
@@ -194,6 +212,11 @@ class _lamb(FunctionRule):
             beta2: decay rate of the second moment, in [0, 1).
             eps: added to the root of the second moment, > 0.
             weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.lamb(lr=hn.learn(1e-3)).learned
+            {'lr': learn(0.001)}
         """
 
 lamb: _lamb
@@ -242,7 +265,8 @@ class _mada(FunctionRule):
         Example:
             >>> import hyperopt_nested as hn
             >>> by = hn.adam(1e-2)
-            >>> optimizer = hn.mada(1e-3, beta3=hn.learn(0.5, by), yogi=hn.learn(0.5, by), avgrad=hn.learn(0.5, by))
+            >>> beta3, yogi, avgrad = (hn.learn(0.5, by) for _ in range(3))
+            >>> optimizer = hn.mada(1e-3, beta3=beta3, yogi=yogi, avgrad=avgrad)
         """
 
 mada: _mada
@@ -273,6 +297,11 @@ class _nadam(FunctionRule):
             beta1: where the momentum tends to, and the decay rate of the first moment, in [0, 1).
             momentum_decay: \(\psi\), how fast the momentum tends to `beta1`, >= 0.
             decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.nadam(lr=hn.learn(2e-3)).learned
+            {'lr': learn(0.002)}
         """
 
 nadam: _nadam
@@ -301,6 +330,11 @@ class _radam(FunctionRule):
             eps: added to the root of the second moment, > 0.
             weight_decay: added to the gradient times the parameter, >= 0.
             decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.radam(lr=hn.learn(1e-3)).learned
+            {'lr': learn(0.001)}
         """
 
 radam: _radam
@@ -327,7 +361,8 @@ class _coin_betting(FunctionRule):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.rescale(hn.sgd(lr=1.0), scale=hn.learn(1e-8, by=hn.coin_betting())).learned["scale"]
+            >>> scale = hn.learn(1e-8, by=hn.coin_betting())
+            >>> hn.rescale(hn.sgd(lr=1.0), scale=scale).learned["scale"]
             learn(1e-08, by=coin_betting(eps=1e-08))
         """
 
@@ -353,7 +388,8 @@ class _erfi_tuner(FunctionRule):
 
         Example:
             >>> import hyperopt_nested as hn
-            >>> hn.rescale(hn.adam(lr=1e-3), scale=hn.learn(1e-8, by=hn.erfi_tuner())).learned["scale"]
+            >>> scale = hn.learn(1e-8, by=hn.erfi_tuner())
+            >>> hn.rescale(hn.adam(lr=1e-3), scale=scale).learned["scale"]
             learn(1e-08, by=erfi_tuner(eps=1e-08))
         """
 
@@ -395,6 +431,11 @@ class _dadapt_adam(FunctionRule):
             use_bias_correction: correct the moments for their bias, as Adam.
             d0: the first estimate, > 0; it should be below the distance.
             growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.dadapt_adam(weight_decay=hn.learn(0.1)).learned
+            {'weight_decay': learn(0.1)}
         """
 
 dadapt_adam: _dadapt_adam
@@ -422,6 +463,11 @@ class _dog(FunctionRule):
             eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
                 them.
             init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.dog(weight_decay=hn.learn(0.1)).learned
+            {'weight_decay': learn(0.1)}
         """
 
 dog: _dog
@@ -446,6 +492,11 @@ class _ldog(FunctionRule):
             eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
                 them.
             init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.ldog(weight_decay=hn.learn(0.1)).learned
+            {'weight_decay': learn(0.1)}
         """
 
 ldog: _ldog
@@ -493,6 +544,11 @@ class _prodigy(FunctionRule):
             d0: the first estimate, > 0; it should be below the distance.
             d_coef: factor \(c > 0\) of the estimate.
             growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.prodigy(weight_decay=hn.learn(0.1)).learned
+            {'weight_decay': learn(0.1)}
         """
 
 prodigy: _prodigy
@@ -528,6 +584,11 @@ class _muon(FunctionRule):
             adjust_lr_fn: how the learning rate depends on the shape: None or "original" times sqrt(max(1, rows / columns)), or
                 "match_rms_adamw", times 0.2 sqrt(max(rows, columns)).
             ns_dtype: the dtype of these steps; None for the update's own.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.muon(lr=hn.learn(1e-3)).learned
+            {'lr': learn(0.001)}
         """
 
 muon: _muon
@@ -560,6 +621,11 @@ class _schedule_free_adamw(FunctionRule):
             r: exponent of the step number in a step's weight, >= 0.
             weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
             warmup_steps: steps in which the learning rate grows linearly to `lr`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.schedule_free_adamw(lr=hn.learn(2.5e-3)).learned
+            {'lr': learn(0.0025)}
         """
 
 schedule_free_adamw: _schedule_free_adamw
@@ -589,6 +655,11 @@ class _schedule_free_sgd(FunctionRule):
             r: exponent of the step number in a step's weight, >= 0.
             weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
             warmup_steps: steps in which the learning rate grows linearly to `lr`.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.schedule_free_sgd(lr=hn.learn(1.0)).learned
+            {'lr': learn(1.0)}
         """
 
 schedule_free_sgd: _schedule_free_sgd
@@ -615,6 +686,11 @@ class _asgd(FunctionRule):
             alpha: power of the learning rate's decay, >= 0.
             weight_decay: added to the gradient times the parameter, >= 0.
             t0: the step after which averaging starts; until then, the average is the parameter.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.asgd(lr=hn.learn(1e-2)).learned
+            {'lr': learn(0.01)}
         """
 
 asgd: _asgd
@@ -643,6 +719,11 @@ class _lars(FunctionRule):
             trust_coefficient: \(\tau \ge 0\).
             weight_decay: \(\lambda \ge 0\), added to the gradient.
             eps: \(\epsilon > 0\), guards the division.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.lars(lr=hn.learn(0.1), momentum=0.9).learned
+            {'lr': learn(0.1)}
         """
 
 lars: _lars
@@ -691,6 +772,9 @@ def sgd_hd(lr: float = 0.001, hyper_lr: float = 1e-06, **settings: Any) -> Optim
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
         **settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
 
+    Returns:
+        The `Optimizer`.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.sgd_hd(0.1).learned["lr"].per
@@ -715,6 +799,11 @@ class _lion(FunctionRule):
             beta1: share of the momentum in what the sign is taken of, in [0, 1). Cannot be learned: it acts through a sign.
             beta2: decay rate of the momentum, in [0, 1). Cannot be learned, for the same reason.
             weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.lion(lr=hn.learn(1e-4)).learned
+            {'lr': learn(0.0001)}
         """
 
 lion: _lion
@@ -743,6 +832,11 @@ class _rprop(FunctionRule):
             etaplus: factor of the step size when the sign stays, > 1.
             step_size_min: smallest step size, >= 0.
             step_size_max: largest step size, > 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.rprop(etas=(0.5, hn.learn(1.2))).learned
+            {'etaplus': learn(1.2)}
         """
 
 rprop: _rprop
@@ -764,6 +858,11 @@ class _adadelta(FunctionRule):
             rho: decay rate of the averages of squared gradients and of squared updates, in [0, 1].
             eps: added to both averages before their roots, > 0.
             weight_decay: added to the gradient times the parameter, >= 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adadelta(rho=hn.learn(0.9)).learned
+            {'rho': learn(0.9)}
         """
 
 adadelta: _adadelta
@@ -794,6 +893,11 @@ class _adafactor(FunctionRule):
             eps2: smallest root mean square of the parameter to be relative to, >= 0.
             d: largest root mean square of the update before the learning rate, >= 1.
             weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adafactor(lr=hn.learn(1e-2)).learned
+            {'lr': learn(0.01)}
         """
 
 adafactor: _adafactor
@@ -818,6 +922,11 @@ class _adagrad(FunctionRule):
             initial_accumulator_value: where the sum of squares starts, >= 0. The first update reads it: later ones have no derivative
                 with respect to it.
             eps: added to the root of the sum, > 0.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adagrad(lr=hn.learn(1e-2)).learned
+            {'lr': learn(0.01)}
         """
 
 adagrad: _adagrad
@@ -845,6 +954,11 @@ class _rmsprop(FunctionRule):
             weight_decay: added to the gradient times the parameter, >= 0.
             momentum: >= 0; at 0 and not learned, there is no buffer.
             centered: divide by the root of the gradient's variance, and not of its second moment.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.rmsprop(alpha=hn.learn(0.99)).learned
+            {'alpha': learn(0.99)}
         """
 
 rmsprop: _rmsprop

@@ -141,6 +141,9 @@ def adam_hd(lr: float = 1e-3, hyper_lr: float = 1e-8, **settings: Any) -> Optimi
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
         **settings: further arguments of `adam`.
 
+    Returns:
+        The `Optimizer`.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.adam_hd(0.1).learned["lr"].per
@@ -174,6 +177,11 @@ def nadam(
         beta1: where the momentum tends to, and the decay rate of the first moment, in [0, 1).
         momentum_decay: \(\psi\), how fast the momentum tends to `beta1`, >= 0.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.nadam(lr=hn.learn(2e-3)).learned
+        {'lr': learn(0.002)}
     """
     param, grad = decayed(param, grad, h.lr, h.weight_decay, decoupled_weight_decay)
     new = moments(grad, state, h.beta1, h.beta2)
@@ -193,6 +201,11 @@ def radam(param: Tensor, grad: Tensor, state: State, h: Hypers, *, decoupled_wei
 
     Args:
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` of itself instead.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.radam(lr=hn.learn(1e-3)).learned
+        {'lr': learn(0.001)}
     """
     param, grad = decayed(param, grad, h.lr, h.weight_decay, decoupled_weight_decay)
     new = moments(grad, state, h.beta1, h.beta2)
@@ -214,6 +227,11 @@ def adamax(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor
     Args:
         beta2: decay rate of the maximum, in [0, 1).
         eps: added to the gradient's absolute value, > 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adamax(beta1=hn.learn(0.9)).learned
+        {'beta1': learn(0.9)}
     """
     grad = grad + h.weight_decay * param
     step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, h.beta1)
@@ -232,6 +250,11 @@ def adabelief(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Ten
         beta2: decay rate of the second moment of gradient minus first moment, in [0, 1).
         eps: added to the second moment, and to its root, > 0.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adabelief(lr=hn.learn(1e-3)).learned
+        {'lr': learn(0.001)}
     """
     step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, h.beta1)
     surprise = grad - exp_avg
@@ -249,6 +272,11 @@ def lamb(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, 
 
     Args:
         weight_decay: that times the parameter is added to the direction before it is scaled, >= 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.lamb(lr=hn.learn(1e-3)).learned
+        {'lr': learn(0.001)}
     """
     new = _renewed(grad, state, h)
     step = _direction(new, h) + h.weight_decay * param
@@ -282,6 +310,11 @@ def adan(
         eps: added to the root of the second moment, > 0.
         weight_decay: decoupled: the new parameter is divided by `1 + lr * weight_decay` (a proximal step), >= 0.
         no_prox: the old parameter is multiplied by `1 - lr * weight_decay` instead, as in AdamW.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adan(lr=hn.learn(1e-3)).learned
+        {'lr': learn(0.001)}
     """
     step = state["step"] + 1
     change = torch.where(state["step"] == 0, 0, grad - state["previous_grad"])

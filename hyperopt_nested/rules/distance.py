@@ -99,6 +99,11 @@ def dadapt_adam(
         use_bias_correction: correct the moments for their bias, as Adam.
         d0: the first estimate, > 0; it should be below the distance.
         growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.dadapt_adam(weight_decay=hn.learn(0.1)).learned
+        {'weight_decay': learn(0.1)}
     """
     rate, root = _rate(state, lr, beta1, beta2, use_bias_correction), torch.sqrt(beta2)
     shrunk, grad = decayed(param, grad, rate, weight_decay, decouple)
@@ -197,6 +202,11 @@ def prodigy(
         d0: the first estimate, > 0; it should be below the distance.
         d_coef: factor \(c > 0\) of the estimate.
         growth_rate: the largest factor by which the estimate grows in a step, >= 1; None is no bound.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.prodigy(weight_decay=hn.learn(0.1)).learned
+        {'weight_decay': learn(0.1)}
     """
     d, rate = state["d"], _rate(state, lr, beta1, beta2, use_bias_correction)
     shrunk, grad = decayed(param, grad, rate, weight_decay, decouple)
@@ -291,6 +301,11 @@ def dog(
         eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
             them.
         init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.dog(weight_decay=hn.learn(0.1)).learned
+        {'weight_decay': learn(0.1)}
     """
     return _dog(param, grad, state, reduced[0], reduced[1], lr, reps_rel, weight_decay, eps, init_eta)
 
@@ -316,6 +331,11 @@ def ldog(
         eps: added to the sum of squares, > 0. The first update reads it and `reps_rel`: later ones have no derivative with respect to
             them.
         init_eta: the first learning rate, > 0, in the place of `reps_rel`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.ldog(weight_decay=hn.learn(0.1)).learned
+        {'weight_decay': learn(0.1)}
     """
     distance, squares = (each.sum() for each in _squares(param, grad, state, weight_decay))
     return _dog(param, grad, state, distance, squares, lr, reps_rel, weight_decay, eps, init_eta)

@@ -74,6 +74,11 @@ def muon(
         adjust_lr_fn: how the learning rate depends on the shape: None or "original" times sqrt(max(1, rows / columns)), or
             "match_rms_adamw", times 0.2 sqrt(max(rows, columns)).
         ns_dtype: the dtype of these steps; None for the update's own.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.muon(lr=hn.learn(1e-3)).learned
+        {'lr': learn(0.001)}
     """
     weight = momentum.to(grad.dtype)
     buffer = torch.lerp(state["momentum_buffer"], grad, (1 - momentum).to(grad.dtype))

@@ -67,6 +67,11 @@ def schedule_free_sgd(
         r: exponent of the step number in a step's weight, >= 0.
         weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
         warmup_steps: steps in which the learning rate grows linearly to `lr`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.schedule_free_sgd(lr=hn.learn(1.0)).learned
+        {'lr': learn(1.0)}
     """
     return _step(param, grad + weight_decay * param, state, lr, momentum, r, weight_lr_power, warmup_steps)
 
@@ -99,6 +104,11 @@ def schedule_free_adamw(
         r: exponent of the step number in a step's weight, >= 0.
         weight_lr_power: exponent \(p\) of the learning rate in a step's weight, >= 0.
         warmup_steps: steps in which the learning rate grows linearly to `lr`.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.schedule_free_adamw(lr=hn.learn(2.5e-3)).learned
+        {'lr': learn(0.0025)}
     """
     exp_avg_sq = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
     direction = grad / (safe_sqrt(exp_avg_sq / (1 - beta2 ** (state["step"] + 1))) + eps) + weight_decay * param

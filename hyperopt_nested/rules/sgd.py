@@ -71,6 +71,9 @@ def sgd_hd(lr: float = 1e-3, hyper_lr: float = 1e-6, **settings: Any) -> Optimiz
         hyper_lr: learning rate \(\beta \ge 0\) of the learning rate.
         **settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
 
+    Returns:
+        The `Optimizer`.
+
     Example:
         >>> import hyperopt_nested as hn
         >>> hn.sgd_hd(0.1).learned["lr"].per
@@ -109,6 +112,11 @@ def asgd(
         alpha: power of the learning rate's decay, >= 0.
         weight_decay: added to the gradient times the parameter, >= 0.
         t0: the step after which averaging starts; until then, the average is the parameter.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.asgd(lr=hn.learn(1e-2)).learned
+        {'lr': learn(0.01)}
     """
     rate = lr / (1 + lambd * lr * state["step"]) ** alpha
     new = param * (1 - lambd * rate) - rate * (grad + weight_decay * param)
@@ -146,6 +154,11 @@ def lars(
         trust_coefficient: \(\tau \ge 0\).
         weight_decay: \(\lambda \ge 0\), added to the gradient.
         eps: \(\epsilon > 0\), guards the division.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.lars(lr=hn.learn(0.1), momentum=0.9).learned
+        {'lr': learn(0.1)}
     """
     weight_norm = frobenius.norms(param)
     update_norm = frobenius.norms(grad) + weight_decay * weight_norm

@@ -28,6 +28,11 @@ def lion(
         beta1: share of the momentum in what the sign is taken of, in [0, 1). Cannot be learned: it acts through a sign.
         beta2: decay rate of the momentum, in [0, 1). Cannot be learned, for the same reason.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.lion(lr=hn.learn(1e-4)).learned
+        {'lr': learn(0.0001)}
     """
     direction = kink(average(state["exp_avg"], grad, beta1)).sign()
     return param - lr * (direction + weight_decay * param), {"exp_avg": average(state["exp_avg"], grad, beta2)}
@@ -63,6 +68,11 @@ def rprop(
         etaplus: factor of the step size when the sign stays, > 1.
         step_size_min: smallest step size, >= 0.
         step_size_max: largest step size, > 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.rprop(etas=(0.5, hn.learn(1.2))).learned
+        {'etaplus': learn(1.2)}
     """
     agreement = kink(grad * state["prev"])
     turned = agreement < 0

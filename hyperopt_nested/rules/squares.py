@@ -31,6 +31,11 @@ def adagrad(
         initial_accumulator_value: where the sum of squares starts, >= 0. The first update reads it: later ones have no derivative
             with respect to it.
         eps: added to the root of the sum, > 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adagrad(lr=hn.learn(1e-2)).learned
+        {'lr': learn(0.01)}
     """
     grad = grad + weight_decay * param
     total = torch.where(state["step"] == 0, initial_accumulator_value, state["sum"]) + grad * grad
@@ -56,6 +61,11 @@ def adadelta(
         rho: decay rate of the averages of squared gradients and of squared updates, in [0, 1].
         eps: added to both averages before their roots, > 0.
         weight_decay: added to the gradient times the parameter, >= 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adadelta(rho=hn.learn(0.9)).learned
+        {'rho': learn(0.9)}
     """
     grad = grad + weight_decay * param
     square_avg = rho * state["square_avg"] + (1 - rho) * grad * grad
@@ -92,6 +102,11 @@ def rmsprop(
         weight_decay: added to the gradient times the parameter, >= 0.
         momentum: >= 0; at 0 and not learned, there is no buffer.
         centered: divide by the root of the gradient's variance, and not of its second moment.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.rmsprop(alpha=hn.learn(0.99)).learned
+        {'alpha': learn(0.99)}
     """
     grad = grad + weight_decay * param
     new = {"square_avg": alpha * state["square_avg"] + (1 - alpha) * grad * grad}
@@ -148,6 +163,11 @@ def adafactor(
         eps2: smallest root mean square of the parameter to be relative to, >= 0.
         d: largest root mean square of the update before the learning rate, >= 1.
         weight_decay: decoupled: the parameter shrinks by `lr * weight_decay` of itself, >= 0.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adafactor(lr=hn.learn(1e-2)).learned
+        {'lr': learn(0.01)}
     """
     step = state["step"] + 1
     weight, square = step**beta2_decay, grad * grad

@@ -162,6 +162,11 @@ def check_case(rule: Checkable, case: Case) -> None:
 
     Raises:
         RuleError: a law is broken.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hypers = {"lr": 0.1, "momentum": 0.5, "dampening": 0.1, "weight_decay": 0.1}
+        >>> hn.testing.check_case("sgd", hn.testing.normal_case(hypers, {"w": (2,)}, 1))
     """
     checked = subject(rule)
     laws: list[Law] = [*LAWS, functools.partial(check_granularities, record=Record()), check_derivatives, check_compile]

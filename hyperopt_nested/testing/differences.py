@@ -61,6 +61,12 @@ def central_difference(function: Callable[[Tensor], Tensor], at: Tensor, step: f
 
     Returns:
         A tensor of the shape of `at`.
+
+    Example:
+        >>> import torch, hyperopt_nested as hn
+        >>> at = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> hn.testing.central_difference(lambda x: x.square().sum(), at, 1e-3)
+        tensor([2.0000, 4.0000], dtype=torch.float64)
     """
     h = torch.as_tensor(step, dtype=at.dtype, device=at.device).broadcast_to(at.shape).flatten()
     values: Tensor = _along_axes(lambda offset: function(at + offset.reshape(at.shape)), torch.stack([h, -h]))

@@ -27,12 +27,14 @@ def every_rule(*packages: str) -> Any:
     Args:
         *packages: only entries that these packages define; none: all.
 
+    Returns:
+        The decorator.
+
     Example:
-        ```python
-        @hn.testing.every_rule("my_package")
-        def test_rule(name):
-            hn.testing.check_rule(name)
-        ```
+        >>> import hyperopt_nested as hn
+        >>> @hn.testing.every_rule("my_package")
+        ... def test_rule(name):
+        ...     hn.testing.check_rule(name)
     """
     import pytest
 

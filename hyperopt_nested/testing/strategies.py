@@ -22,7 +22,15 @@ MAX_STEPS = 9
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Tensor]:
-    """Tensors of a shape: ordinary values with exact zeros among them, one value repeated, all zeros, tiny or huge ones."""
+    """Tensors of a shape: ordinary values with exact zeros among them, one value repeated, all zeros, tiny or huge ones.
+
+    Returns:
+        A strategy of tensors.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> strategy = hn.testing.tensors((2, 3))
+    """
     size = math.prod(shape)
     ordinary = st.one_of(st.floats(-3, 3, width=32, allow_subnormal=False), st.just(0.0))
     lists = st.lists(ordinary, min_size=size, max_size=size)
@@ -37,17 +45,41 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> st.Se
 
 
 def trees(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> st.SearchStrategy[dict[str, Tensor]]:
-    """Dicts of tensors of these shapes: parameters, or gradients."""
+    """Dicts of tensors of these shapes: parameters, or gradients.
+
+    Returns:
+        A strategy of dicts.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> strategy = hn.testing.trees({"w": (2, 3)})
+    """
     return st.fixed_dictionaries({name: tensors(shape, dtype) for name, shape in shapes.items()})
 
 
 def shape_trees(shapes: Sequence[tuple[int, ...]] = SHAPES) -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
-    """One or two shapes, by name."""
+    """One or two shapes, by name.
+
+    Returns:
+        A strategy of dicts of shapes.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> strategy = hn.testing.shape_trees([(2, 3)])
+    """
     return st.lists(st.sampled_from(list(shapes)), min_size=1, max_size=2).map(lambda found: dict(zip("ab", found, strict=False)))
 
 
 def hyper_values(hyper: Hyper) -> st.SearchStrategy[float]:
-    """Values of a hyper inside its domain: around its default, and far enough from the ends to be moved both ways."""
+    """Values of a hyper inside its domain: around its default, and far enough from the ends to be moved both ways.
+
+    Returns:
+        A strategy of numbers.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> strategy = hn.testing.hyper_values(hn.Positive(1e-3))
+    """
     low, high, default = hyper.lower, hyper.upper, hyper.default
     parts = st.integers(1, 19).map(lambda part: part / 20)  # evenly spread, which floats would not be
     if math.isfinite(low) and math.isfinite(high):
@@ -121,6 +153,13 @@ def cases(
         shapes: shapes of tensors to draw from.
         pers: granularities to draw from.
         options: choices of each option to draw.
+
+    Returns:
+        The case.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> strategy = hn.testing.cases(hn.sgd().rule.hypers)
     """
     tree = draw(shape_trees(shapes))
     count = draw(st.sampled_from((1, 2, 3, 4, MAX_STEPS + 1)))
