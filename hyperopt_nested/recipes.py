@@ -6,17 +6,20 @@ from typing import Literal
 
 from hyperopt_nested.domains import BIJECTIONS, Bijection, Hyper
 
-RATE = 0.05
-"""Adam's learning rate in the coordinates of a bijection: the one constant of all default recipes, without a unit."""
+RATE = 0.1
+"""The learner's rate in the coordinates of a bijection: the one constant of all default recipes, without a unit."""
 
-LEVEL_RATE = 0.1
+LEVEL_RATE = 0.15
 """The same for a level that is learned in a window, under a shape: see `hyperopt_nested.optim.level`."""
 
 EPS = 1e-16
-"""Adam's eps: far below any hypergradient, so that steps have no unit; float32 holds its inverse, and squares of what is larger."""
+"""The learner's eps: far below any hypergradient, so that steps have no unit; float32 holds its inverse, and squares of what is larger."""
 
 FACTOR = 1e4
 """How far from its start a value may go: a factor of its distance from the domain's end; of its odds in an interval."""
+
+BELOW = 0.1
+"""The part of a learning rate's start that it begins at, where the start is above the rule's default."""
 
 _AT_ZERO = 1e-3
 _OF_WIDTH = 0.01
@@ -28,7 +31,7 @@ class Recipe:
 
     Attributes:
         via: the coordinates.
-        rate: Adam's learning rate there.
+        rate: the learner's rate there.
         bounds: of the value; infinite where there is none.
     """
 
@@ -68,6 +71,19 @@ def recipe(hyper: Hyper, value: float, via: Bijection | Literal["projection"] | 
     else:
         size = _OF_WIDTH * max(abs(value), 1.0)
     return Recipe(via or "projection", RATE if isinstance(via, Bijection) else size, bounds)
+
+
+def begin(hyper: Hyper, start: float) -> float:
+    """Where a learning rate begins: one that is too high damages a model before it is learned, one that is too low costs steps.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> [begin(hn.NonNegative(1e-3), start) for start in (1e-5, 1e-3, 5e-3, 0.1)]
+        [1e-05, 0.001, 0.001, 0.01]
+    """
+    if not math.isfinite(hyper.lower):
+        return start
+    return min(start, max(hyper.default, hyper.lower + BELOW * (start - hyper.lower)))
 
 
 def _of_odds(hyper: Hyper, value: float, factor: float) -> float:

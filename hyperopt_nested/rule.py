@@ -155,7 +155,7 @@ class Learn:
             return self
         how = recipe(hyper, self.value, self.via)
         bounds = self.bounds if self.bounds != (-math.inf, math.inf) else how.bounds
-        by: Optimizer = registry.get("adam")(lr=how.rate, eps=EPS)
+        by: Optimizer = registry.get("coherent_adam")(lr=how.rate, eps=EPS)
         return self._variant(hyper, by=by, via=how.via, bounds=bounds)
 
     def learned_by(self, made_of: Hashable, make: "Callable[[Optimizer], Optimizer]") -> "Learn":
@@ -262,15 +262,17 @@ def learn(
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
-    With a start alone, `learn(1e-3)`, or with nothing, `learn()`, the default recipe of the hyper's domain learns it: Adam, in the
-    logarithm of a rate and the logit of a decay rate. It has one constant for all rules, and no unit.
+    With a start alone, `learn(1e-3)`, or with nothing, `learn()`, the default recipe of the hyper's domain learns it: `coherent_adam`, in
+    the logarithm of a rate and the logit of a decay rate. It has one constant for all rules, and no unit. An `lr` whose start is above the
+    rule's default begins at a tenth of it, but not below that default: it rises fast, and one that is too high would damage the model.
 
     Wherever one and the same `learn(...)` object is used (several tensors, several parameter groups), one hyper is learned; these must
     be hypers of one name and domain.
 
     Args:
         value: the start value, in the hyper's domain; by default the default of the rule, or of the class in `hn.optim`.
-        by: the optimizer that learns it; its own hypers may be learned too (a tower). By default `adam`, at the rate of the recipe.
+        by: the optimizer that learns it; its own hypers may be learned too (a tower). By default `coherent_adam`, at the
+            recipe's rate.
         per: one value per "model", "tensor", "row" (index of dim 0) or "element".
         grad: a transform of the hypergradient before the learner sees it, tensor to tensor of the same shape.
         bounds: further bounds of the value, `(low, high)`; None is no bound. Numbers apply whenever it was learned; a function from the

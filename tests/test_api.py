@@ -85,7 +85,7 @@ def test_arguments_are_those_of_torch(name: str) -> None:
 
 def test_every_rule_has_a_class() -> None:
     covered = {cls._rule for cls in (getattr(hn.optim, name) for name in [*TORCH, *OWN])}
-    learners = {hn.coin_betting, hn.erfi_tuner}  # which step no weights
+    learners = {hn.coherent_adam, hn.coin_betting, hn.erfi_tuner}  # which step no weights
     assert covered == {hn.get(name) for name in hn.names() if hn.get(name).__module__.startswith("hyperopt_nested.rules.")} - learners
 
 

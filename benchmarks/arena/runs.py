@@ -12,6 +12,7 @@ from torch import Tensor
 import hyperopt_nested as hn
 from benchmarks.arena.arms import ARMS, BASES
 from benchmarks.arena.tasks import TASKS, Batch, Tensors, short
+from hyperopt_nested.optim.level import first_values
 
 PARTS = 0.0, 1.0
 """Shares of training after which the validation loss is kept."""
@@ -81,7 +82,7 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
     params = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     by_seed = {seed: task.batches(seed, task.steps) for seed in set(seeds)}
     train, validation = task.data()
-    st = torch.func.vmap(nested.init)(params)
+    st = torch.func.vmap(lambda params: nested.init(params, first_values(nested)))(params)
     losses = torch.func.vmap(task.loss)
     kept = {}
 

@@ -27,7 +27,7 @@ class ASGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -70,7 +70,7 @@ class LAMB(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -115,7 +115,7 @@ class LARS(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -170,7 +170,7 @@ class MADA(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -218,7 +218,7 @@ class SGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -258,7 +258,7 @@ class SGDHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
 
@@ -299,7 +299,7 @@ class AdaBelief(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -338,7 +338,7 @@ class Adadelta(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -381,7 +381,7 @@ class Adafactor(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -422,7 +422,7 @@ class Adagrad(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -466,7 +466,7 @@ class Adam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -506,7 +506,7 @@ class AdamHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `adam`.
 
@@ -545,7 +545,7 @@ class AdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -585,7 +585,7 @@ class Adamax(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -628,7 +628,7 @@ class Adan(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -680,7 +680,7 @@ class DAdaptAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -727,7 +727,7 @@ class DoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -768,7 +768,7 @@ class LDoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -807,7 +807,7 @@ class Lion(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -853,7 +853,7 @@ class Muon(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -901,7 +901,7 @@ class NAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -958,7 +958,7 @@ class Prodigy(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1007,7 +1007,7 @@ class RAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1051,7 +1051,7 @@ class RMSprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1094,7 +1094,7 @@ class Rprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1137,7 +1137,7 @@ class ScheduleFreeAdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:
@@ -1185,7 +1185,7 @@ class ScheduleFreeSGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
-        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further steps keep the last factor. None: there is no such schedule.
+        total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Example:

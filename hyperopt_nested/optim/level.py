@@ -3,29 +3,26 @@
 from collections.abc import Iterable
 
 from hyperopt_nested.combinators.window import window
-from hyperopt_nested.recipes import LEVEL_RATE, RATE
+from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.recipes import LEVEL_RATE, RATE, begin
 from hyperopt_nested.rule import Optimizer
 
-WARM_UP = 0.05
-"""The part of all steps in which the shape rises."""
-
-WINDOW = 0.15
+WINDOW = 0.2
 """The part of all steps in which the level is learned."""
 
 
 def shape(step: int, total: int) -> float:
-    """The factor of the level: it rises linearly to 1 in the first steps, then falls linearly, to 0 after the last one.
+    """The factor of the level, which falls linearly: 1 in the first step, 0 after the last one.
 
     Args:
         step: how many steps were taken before, >= 0. From `total` on, the factor stays what it was in the last of these.
         total: how many steps there are, >= 1.
 
     Example:
-        >>> [round(shape(step, 21), 2) for step in (0, 1, 11, 20, 30)]
-        [1.0, 1.0, 0.5, 0.05, 0.05]
+        >>> [shape(step, 20) for step in (0, 5, 10, 19, 30)]
+        [1.0, 0.75, 0.5, 0.05, 0.05]
     """
-    step, rising = min(step, total - 1), max(1, round(WARM_UP * total))
-    return min((step + 1) / rising, (total - step) / max(total - rising, 1))
+    return (total - min(step, total - 1)) / total
 
 
 def window_of(total: int) -> int:
@@ -36,6 +33,12 @@ def window_of(total: int) -> int:
 def has_level(optimizer: Optimizer) -> bool:
     """Whether there is an `lr` that the default learner learns."""
     return "lr" in optimizer.learned and optimizer.learned["lr"].by_default
+
+
+def first_values(nested: Nested) -> dict[str, float]:
+    """Where learning rates of the default learner begin, by key."""
+    rates = {key: each for key, each in nested.learned.items() if each.learn.by_default and key.split("#")[0] == "lr"}
+    return {key: begin(each.hyper, each.learn.value) for key, each in rates.items()}
 
 
 def is_settled(optimizers: Iterable[Optimizer], step: int, total: int) -> bool:

@@ -53,8 +53,8 @@ class HyperOptimizer(GroupedOptimizer):
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the
-            first 15 % of the steps; it is multiplied by a factor that rises in the first 5 % and then falls linearly to zero. Further
-            steps keep the last factor. None: there is no such schedule.
+            first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last
+            factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
     Attributes:

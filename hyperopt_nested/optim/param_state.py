@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.engine.nested import Nested
+from hyperopt_nested.optim.level import first_values
 from hyperopt_nested.optim.refs import Ref, pairs, refs
 from hyperopt_nested.optim.roster import Roster
 from hyperopt_nested.optim.weights import Weights
@@ -233,7 +234,7 @@ def built(
         ValueError: an entry, or a tensor, has another shape than it had. The message names both, and the remedy.
     """
     params = {name: param.detach() for name, param in roster.tensors.items() if name in tracked}
-    fresh = nested.init(params)
+    fresh = nested.init(params, first_values(nested))
     tree = refs(nested, fresh, roster.home)
     places, leaves = flatten(tree), flatten(fresh)
     last: dict[Path, Tensor] = flatten(before.st) if before else {}

@@ -16,7 +16,7 @@ from hyperopt_nested.rules._blocks import (
     smaller,
     trust_ratio,
 )
-from hyperopt_nested.rules.adam import adabelief, adam, adam_hd, adamax, adamw, adan, lamb, mada, nadam, radam
+from hyperopt_nested.rules.adam import adabelief, adam, adam_hd, adamax, adamw, adan, coherent_adam, lamb, mada, nadam, radam
 from hyperopt_nested.rules.betting import coin_betting, erfi_tuner
 from hyperopt_nested.rules.distance import dadapt_adam, dog, ldog, prodigy
 from hyperopt_nested.rules.muon import muon
@@ -39,6 +39,7 @@ __all__ = [
     "anchor_of",
     "asgd",
     "average",
+    "coherent_adam",
     "coin_betting",
     "copy_of",
     "counted",

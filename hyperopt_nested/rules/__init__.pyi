@@ -33,6 +33,7 @@ from hyperopt_nested.rules._calls import adamax as adamax
 from hyperopt_nested.rules._calls import adamw as adamw
 from hyperopt_nested.rules._calls import adan as adan
 from hyperopt_nested.rules._calls import asgd as asgd
+from hyperopt_nested.rules._calls import coherent_adam as coherent_adam
 from hyperopt_nested.rules._calls import coin_betting as coin_betting
 from hyperopt_nested.rules._calls import dadapt_adam as dadapt_adam
 from hyperopt_nested.rules._calls import dog as dog

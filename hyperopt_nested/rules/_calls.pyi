@@ -189,6 +189,39 @@ class _adan(FunctionRule):
 
 adan: _adan
 
+class _coherent_adam(FunctionRule):
+    def __call__(
+        self,
+        lr: float | Learn = 0.01,
+        *,
+        beta1: float | Learn = 0.9,
+        beta2: float | Learn = 0.999,
+        eps: float | Learn = 1e-08,
+        weight_decay: float | Learn = 0.0,
+        maximize: bool = False,
+        betas: tuple[float | Learn, float | Learn] = ...,
+    ) -> Optimizer:
+        r"""Adam whose steps are shorter where gradients disagree: the default learner of `hn.learn`. It has no paper.
+
+        Adam's direction \(d_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)\) is near \(\pm 1\) where gradients agree, and near 0 where they
+        cancel. A step is \(-\eta\, c_t \lvert c_t \rvert\), where \(c_t\) is \(d_t\) between \(-\sqrt 2\) and \(\sqrt 2\): at most
+        \(2\eta\). What starts far away travels fast, and what has arrived hardly moves.
+
+        Args:
+            beta1: decay rate of the first moment, in [0, 1).
+            beta2: decay rate of the second moment, in [0, 1).
+            eps: added to the root of the second moment, > 0.
+            weight_decay: added to the gradient times the parameter, >= 0.
+            lr: learning rate, >= 0: the length of a step where gradients agree.
+
+        Example:
+            >>> import hyperopt_nested as hn
+            >>> hn.adamw(lr=hn.learn(1e-3)).learned["lr"].by.rule.name
+            'coherent_adam'
+        """
+
+coherent_adam: _coherent_adam
+
 class _lamb(FunctionRule):
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -237,6 +238,29 @@ def adamax(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor
     step, exp_avg = state["step"] + 1, average(state["exp_avg"], grad, h.beta1)
     exp_inf = larger(h.beta2 * state["exp_inf"], kink(grad).abs() + h.eps)
     return param - h.lr / (1 - h.beta1**step) * exp_avg / exp_inf, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
+
+
+@_like_adam(_moments, lr=1e-2)
+def coherent_adam(param: Tensor, grad: Tensor, state: State, h: Hypers) -> tuple[Tensor, State]:
+    r"""Adam whose steps are shorter where gradients disagree: the default learner of `hn.learn`. It has no paper.
+
+    Adam's direction \(d_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)\) is near \(\pm 1\) where gradients agree, and near 0 where they
+    cancel. A step is \(-\eta\, c_t \lvert c_t \rvert\), where \(c_t\) is \(d_t\) between \(-\sqrt 2\) and \(\sqrt 2\): at most
+    \(2\eta\). What starts far away travels fast, and what has arrived hardly moves.
+
+    Args:
+        lr: learning rate, >= 0: the length of a step where gradients agree.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> hn.adamw(lr=hn.learn(1e-3)).learned["lr"].by.rule.name
+        'coherent_adam'
+    """
+    new = moments(grad + h.weight_decay * param, state, h.beta1, h.beta2)
+    found = direction(new["step"], new["exp_avg"], new["exp_avg_sq"], h.beta1, h.beta2, h.eps)
+    kink(found.abs(), math.sqrt(2))
+    capped = found.clamp(-math.sqrt(2), math.sqrt(2))
+    return param - h.lr * capped * capped.abs(), new
 
 
 @_like_adam(counted("exp_avg", "exp_avg_var"), eps=1e-16)
