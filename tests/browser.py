@@ -13,9 +13,9 @@ from typing import Any, Self
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 OPTIONS = (
-    "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--in-process-gpu", "--disable-dev-shm-usage",
-    "--hide-scrollbars", "--no-zygote", "--no-first-run", "--disable-extensions", "--disable-background-networking",
-    "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-gpu-rasterization", "--in-process-gpu",
+    "--disable-dev-shm-usage", "--hide-scrollbars", "--no-zygote", "--no-first-run", "--disable-extensions",
+    "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
 SECONDS = 60  # without a message, after which the browser is given up
 

@@ -26,13 +26,12 @@ WORDS = {
 }  # fmt: skip
 """Pages that the search finds by a word."""
 LOOK = """(() => {
-    const content = document.querySelector('.md-content'), text = content.cloneNode(true);
-    text.querySelectorAll('pre, code').forEach(each => each.remove());
+    const content = document.querySelector('.md-content');
     return {
         width: document.documentElement.scrollWidth,
         scrolls: [...content.querySelectorAll('pre, pre > code')].filter(each => each.scrollWidth > each.clientWidth)
             .map(each => each.textContent.split('\\n').reduce((a, b) => a.length < b.length ? b : a)),
-        tex: text.textContent.match(/\\\\[(\\[a-z].*/g) ?? [],
+        tex: [...content.querySelectorAll('.arithmatex')].map(each => each.textContent),
         formulas: [...content.querySelectorAll('math')].map(each => each.getBoundingClientRect().height),
     }
 })()"""
@@ -93,7 +92,8 @@ def pages(site: Path, address: str, browser: Browser) -> dict[str, dict[int | st
         for width in (1400, 390):
             browser.resize(width)
             looks[width] = browser.run(LOOK)
-            browser.picture(PICTURES / f"{page.strip('/').replace('/', '-') or 'home'}-{width}.png")
+            if not page.startswith("api/"):  # a picture takes as long as the rest, and those pages look alike
+                browser.picture(PICTURES / f"{page.strip('/').replace('/', '-') or 'home'}-{width}.png")
         looks["errors"], browser.errors = browser.errors, []
     return found
 

@@ -133,8 +133,9 @@ def moments(grad: Tensor, state: State, beta1: Tensor, beta2: Tensor) -> State:
         >>> import torch, hyperopt_nested as hn
         >>> state = hn.rules.counted("exp_avg", "exp_avg_sq")(torch.ones(2))
         >>> beta1, beta2 = torch.tensor(0.5), torch.tensor(0.75)
-        >>> hn.rules.moments(torch.ones(2), state, beta1, beta2)
-        {'step': tensor(1., dtype=torch.float64), 'exp_avg': tensor([0.5000, 0.5000]), 'exp_avg_sq': tensor([0.2500, 0.2500])}
+        >>> new = hn.rules.moments(torch.ones(2), state, beta1, beta2)
+        >>> new["exp_avg"], new["exp_avg_sq"]
+        (tensor([0.5000, 0.5000]), tensor([0.2500, 0.2500]))
     """
     second = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
     return {"step": state["step"] + 1, "exp_avg": average(state["exp_avg"], grad, beta1), "exp_avg_sq": second}
