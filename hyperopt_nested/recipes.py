@@ -78,8 +78,8 @@ def begin(hyper: Hyper, start: float) -> float:
 
     Example:
         >>> import hyperopt_nested as hn
-        >>> [begin(hn.NonNegative(1e-3), start) for start in (1e-5, 1e-3, 5e-3, 0.1)]
-        [1e-05, 0.001, 0.001, 0.01]
+        >>> [begin(hn.NonNegative(1e-3), start) for start in (1e-5, 1e-3, 5e-3, 0.5)]
+        [1e-05, 0.001, 0.001, 0.05]
     """
     if not math.isfinite(hyper.lower):
         return start
