@@ -1,34 +1,74 @@
-"""Work in several processes, one thread each, that begins nothing after a given time."""
+"""Runs that go on where they stopped: options of the command, and processes that begin nothing after a given time."""
 
+import argparse
 import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def finished(work: Callable[[T], R], items: Iterable[T], *, jobs: int = 1, end: float = float("inf")) -> Iterator[tuple[T, R]]:
-    """Items with what was made of them, in the order in which they finish.
+QUICK_NOTE = "These are short runs to try the harness, and no evidence."
+
+
+def add_options(parser: argparse.ArgumentParser, folders: str) -> None:
+    """Add the options that all such commands have.
 
     Args:
-        work: function at the top of a module.
-        items: of the work; each is taken when a process is free.
-        jobs: processes; 1 is this one.
-        end: of `time.monotonic()`, after which no item is begun.
+        parser: of the command.
+        folders: where rows are written by default, for the help.
     """
-    if jobs == 1:
-        for item in itertools.takewhile(lambda _: time.monotonic() < end, items):
-            yield item, work(item)
-        return
-    waiting, working = iter(items), dict[Future[R], T]()
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    parser.add_argument("--quick", action="store_true", help="few short runs in under 5 minutes, to see that all of it works; no evidence")
+    parser.add_argument("--out", type=Path, help=f"folder of rows, tables and figures; {folders}")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+
+
+def end_after(minutes: float | None) -> float:
+    """The time of `time.monotonic()` after so many minutes; None is never."""
+    return float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+
+class Workers:
+    """Processes, which start when they are first needed; a context manager.
+
+    Args:
+        jobs: how many; 1 is this process.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def finished(self, work: Callable[[T], R], items: Iterable[T], end: float = float("inf")) -> Iterator[tuple[T, R]]:
+        """Items with what was made of them, in the order in which they finish.
+
+        Args:
+            work: function at the top of a module.
+            items: of the work; each is taken when a process is free.
+            end: of `time.monotonic()`, after which no item is begun.
+        """
+        if self._pool is None:
+            for item in itertools.takewhile(lambda _: time.monotonic() < end, items):
+                yield item, work(item)
+            return
+        waiting, working = iter(items), dict[Future[R], T]()
         while True:
-            for item in itertools.islice(waiting, jobs - len(working) if time.monotonic() < end else 0):
-                working[pool.submit(work, item)] = item
+            for item in itertools.islice(waiting, self._jobs - len(working) if time.monotonic() < end else 0):
+                working[self._pool.submit(work, item)] = item
             if not working:
                 return
             for future in wait(working, return_when=FIRST_COMPLETED).done:

@@ -47,6 +47,12 @@ def test_a_batched_run_is_the_users(arm: str) -> None:
         assert float(str(numbers["loss_0"])) > float(str(numbers["loss_1"]))
 
 
+def test_schedules_warm_up_for_a_twentieth_and_fall_to_zero() -> None:
+    for arm in ("linear", "cosine", "D-Adaptation, linear", "Mechanic, linear", "Prodigy, cosine"):
+        found = [ARMS[arm].shape(step, 40) for step in (0, 1, 20, 39)]
+        assert found == pytest.approx([0.5, 1, 0.5, 0], abs=1e-6), arm
+
+
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if not arm.startswith("learn")])
 def test_every_arm_runs(arm: str) -> None:
     rate = list(ARMS[arm].rates_of("adamw"))[2 if len(ARMS[arm].rates_of("adamw")) > 2 else 0]

@@ -77,6 +77,13 @@ def online() -> None:
     panel.legend(frameon=False)
 
 
+def tangent(panel: Axes, at: float, half: float, value: Any, slope: Any) -> None:
+    """The tangent of a loss at a value of a hyper, as long as twice `half`; the first one of a panel has a label."""
+    near = torch.tensor([-half, half])
+    label = "hypergradient" if len(panel.lines) == 1 else None
+    panel.plot(at + near, value + slope * near, color=ORANGE, lw=2.5, label=label)
+
+
 def reverse() -> None:
     """The outer loss against the learning rate, with the hypergradients as tangents."""
     page = defined_by("reverse", 3)
@@ -87,9 +94,7 @@ def reverse() -> None:
         optimizer = hn.sgd(lr=hn.learn(lr), momentum=0.9, weight_decay=0.01)
         losses = page["train_loss"], page["outer_loss"]
         found: Any = hn.hypergradient(optimizer, page["model"].params, page["batches"], *losses, outer_batch=page["held_out"])
-        near = torch.tensor([-0.007, 0.007])
-        label = "hypergradient" if lr == 0.01 else None
-        panel.plot(lr + near, found.loss + found["lr"]["model"] * near, color=ORANGE, lw=2.5, label=label)
+        tangent(panel, lr, 0.007, found.loss, found["lr"]["model"])
     panel.legend(frameon=False)
 
 
@@ -104,9 +109,7 @@ def implicit() -> None:
         optimizer = hn.sgd(lr=0.1, weight_decay=hn.learn(decay))
         batch, how = [(page["x"], page["y"])], {"outer_batch": held_out, "method": "implicit"}
         found: Any = hn.hypergradient(optimizer, {"weight": page["trained"](decay)}, batch, loss, loss, **how)
-        near = torch.tensor([-0.08, 0.08])
-        label = "hypergradient" if decay == 0.05 else None
-        panel.plot(decay + near, found.loss + found["weight_decay"]["model"] * near, color=ORANGE, lw=2.5, label=label)
+        tangent(panel, decay, 0.08, found.loss, found["weight_decay"]["model"])
     panel.legend(frameon=False)
 
 

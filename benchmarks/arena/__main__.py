@@ -11,7 +11,7 @@ from benchmarks.arena.arms import ARMS, BASES
 from benchmarks.arena.runs import Cell, Group, groups, perform
 from benchmarks.arena.tables import write
 from benchmarks.arena.tasks import TASKS
-from benchmarks.pool import finished
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, end_after
 from benchmarks.reproduce.rows import Rows
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="optimizers whose rate is chosen")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="few short runs in under 5 minutes, to see that all of it works; no evidence")
-    parser.add_argument("--out", type=Path, help="folder of rows, tables and figures; docs/results/arena, or benchmarks/results/arena")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+    add_options(parser, "docs/results/arena, or benchmarks/results/arena")
     chosen = parser.parse_args(arguments)
     if unknown := [task for task in chosen.tasks if task not in TASKS]:
         parser.error(f"there is no task {unknown[0]!r}: choose from {', '.join(TASKS)}")
@@ -39,14 +35,14 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1")
     rows = Rows(chosen.out or ROOT / ("benchmarks/results/arena" if chosen.quick else "docs/results/arena"), Cell)
     if not chosen.tables:
-        end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
+        end = end_after(chosen.minutes)
         tasks = chosen.tasks or list(TASKS)
         if chosen.quick:
             work(rows, groups(tasks, ["adamw"], QUICK_ARMS, 2), jobs=chosen.jobs, end=end, steps=20)
         else:  # all tasks with the first base, then with the next
             each = (groups(tasks, [base], chosen.arms, chosen.seeds) for base in chosen.bases)
             work(rows, itertools.chain.from_iterable(each), jobs=chosen.jobs, end=end)
-    write(rows, "These are short runs to try the harness, and no evidence." if chosen.quick else "")
+    write(rows, QUICK_NOTE if chosen.quick else "")
 
 
 def work(rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = float("inf"), steps: int | None = None) -> None:
@@ -61,12 +57,13 @@ def work(rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = fl
     """
     missing = [left for group in planned if (left := tuple(cell for cell in group if cell not in rows))]
     started = time.monotonic()
-    for done, (group, all_numbers) in enumerate(finished(functools.partial(perform, steps=steps), missing, jobs=jobs, end=end), start=1):
-        for cell, numbers in zip(group, all_numbers, strict=True):
-            rows.add(cell, numbers)
-        first, minutes = group[0], (time.monotonic() - started) / 60
-        shown = f"{first.task}, {first.base}, {first.arm}, from {first.rate:g}: validation loss {all_numbers[0]['loss_1']}"
-        print(f"{done} of {len(missing)} groups in {minutes:.1f} minutes; {shown}", flush=True)
+    with Workers(jobs) as workers:
+        for done, (group, results) in enumerate(workers.finished(functools.partial(perform, steps=steps), missing, end), start=1):
+            for cell, numbers in zip(group, results, strict=True):
+                rows.add(cell, numbers)
+            first, minutes = group[0], (time.monotonic() - started) / 60
+            shown = f"{first.task}, {first.base}, {first.arm}, from {first.rate:g}: validation loss {results[0]['loss_1']}"
+            print(f"{done} of {len(missing)} groups in {minutes:.1f} minutes; {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Base:
 
 
 def _grid(low: int) -> tuple[float, ...]:
-    """Seven rates, two a decade, of which the first is 10 ** low."""
+    """Seven rates, two in each decade, starting at 10 ** low."""
     return tuple(round(factor * 10.0 ** (low + decade), -(low + decade) + 1) for decade in range(4) for factor in (1, 3))[:7]
 
 
@@ -52,10 +52,27 @@ def constant(step: int, total: int) -> float:  # noqa: ARG001  all shapes are ca
     return 1.0
 
 
+def linear(step: int, total: int) -> float:
+    """The shape that rises linearly in the first 5 % of steps, and falls linearly."""
+    return min(_rise(step, total), 1 - _fallen(step, total))
+
+
 def cosine(step: int, total: int) -> float:
     """The shape that rises linearly in the first 5 % of steps, and falls as a cosine."""
-    rising = max(1, round(WARM_UP * total))
-    return min((step + 1) / rising, (1 + math.cos(math.pi * max(0, step + 1 - rising) / (total - rising))) / 2)
+    return min(_rise(step, total), (1 + math.cos(math.pi * _fallen(step, total))) / 2)
+
+
+def _rising(total: int) -> int:
+    return max(1, round(WARM_UP * total))
+
+
+def _rise(step: int, total: int) -> float:
+    return (step + 1) / _rising(total)
+
+
+def _fallen(step: int, total: int) -> float:
+    """The part of the fall that is over, in [0, 1]."""
+    return max(0, step + 1 - _rising(total)) / (total - _rising(total))
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Arm:
 
     Attributes:
         make: the optimizer, from the base, a rate and the number of steps.
-        rates: "grid": all rates of the base's grid, of which the best is taken; "starts": all starts, each judged; or numbers.
+        rates: "grid": all rates of the base's grid, and the best one counts; "starts": all starts, and each counts; or numbers.
         shape: factor of the rate in each step.
         bases: it is run with.
         horizon: of hypergradients.
@@ -127,7 +144,7 @@ def _gdtuo(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
 ALL = tuple(BASES)
 ARMS: Mapping[str, Arm] = {
     "constant": Arm(_fixed, "grid", constant, ALL),
-    "linear": Arm(_fixed, "grid", level.shape, ALL),
+    "linear": Arm(_fixed, "grid", linear, ALL),
     "cosine": Arm(_fixed, "grid", cosine),
     "learn": Arm(_learned, "starts", constant, ALL),
     "learn, total_steps": Arm(_level, "starts", level.shape, ALL, learn_until=level.window_of),
@@ -135,11 +152,11 @@ ARMS: Mapping[str, Arm] = {
     "Prodigy": Arm(_alone(hn.prodigy, weight_decay=0.01), (1.0,)),
     "Prodigy, cosine": Arm(_alone(hn.prodigy, weight_decay=0.01, safeguard_warmup=True), (1.0,), cosine),
     "D-Adaptation": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,)),
-    "D-Adaptation, linear": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,), level.shape),
+    "D-Adaptation, linear": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,), linear),
     "DoG": Arm(_alone(hn.dog), (1.0,)),
     "LDoG": Arm(_alone(hn.ldog), (1.0,)),
     "Mechanic": Arm(_mechanic, (1.0,)),
-    "Mechanic, linear": Arm(_mechanic, (1.0,), level.shape),
+    "Mechanic, linear": Arm(_mechanic, (1.0,), linear),
     "hypergradient descent": Arm(_by(hn.sgd(lr=1e-7)), "starts"),
     "MetaOptimize": Arm(_by(hn.lion(lr=1e-3), "log"), "starts", horizon=hn.Discounted(1.0)),
     "gdtuo": Arm(_gdtuo, "starts"),

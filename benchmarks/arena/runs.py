@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor
 
 import hyperopt_nested as hn
 from benchmarks.arena.arms import ARMS, BASES
-from benchmarks.arena.tasks import TASKS, Batch, Tensors, short
+from benchmarks.arena.tasks import TASKS, Batch, Tensors
 from hyperopt_nested.optim.level import first_values
-
-PARTS = 0.0, 1.0
-"""Shares of training after which the validation loss is kept."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
     """
     started = time.perf_counter()
     first, task = group[0], TASKS[group[0].task]
-    task = task if steps is None else short(task, steps)
+    task = task if steps is None else replace(task, steps=min(steps, task.steps))
     arm = ARMS[first.arm]
     optimizer = arm.make(BASES[first.base], first.rate, task.steps)
     nested = hn.Nested(optimizer, horizon=arm.horizon)
@@ -84,17 +81,12 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
     train, validation = task.data()
     st = torch.func.vmap(lambda params: nested.init(params, first_values(nested)))(params)
     losses = torch.func.vmap(task.loss)
-    kept = {}
+    before = _measure(task.loss, params, validation)
 
     def step(params: Tensors, grads: Tensors, st: Any, rate: Tensor, factor: Tensor, learn: bool) -> Any:
         return nested.step(params, grads, st, {name: {"lr": rate * factor} for name in params}, learn=learn)
 
-    for at in range(task.steps + 1):
-        for part in PARTS:
-            if at == round(part * task.steps):
-                kept[part] = _measure(task.loss, torch.func.vmap(nested.eval_params)(params, st), validation)
-        if at == task.steps:
-            break
+    for at in range(task.steps):
         leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
         index = torch.stack([by_seed[seed][at] for seed in seeds])
         total = losses(leaves, tuple(each[index] for each in train)).sum()
@@ -103,11 +95,12 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
         learn = arm.learn_until is None or at < arm.learn_until(task.steps)
         params, st = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None, None))(params, grads, st, rates, factor, learn)
     ends = torch.func.vmap(nested.eval_params)(params, st)
+    after = _measure(task.loss, ends, validation)
     accuracy = _measure(task.accuracy, ends, validation) if task.accuracy else None
     learned = nested.hypers(st).get("lr", {}).get("model", rates)
     seconds = (time.perf_counter() - started) / len(group)
     return [
-        {f"loss_{part:g}": f"{values[i].item():.6g}" for part, values in kept.items()}
+        {"loss_0": f"{before[i].item():.6g}", "loss_1": f"{after[i].item():.6g}"}
         | {"accuracy": "" if accuracy is None else f"{accuracy[i].item():.4f}"}
         | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}"}
         for i in range(len(group))

@@ -7,7 +7,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import torch
@@ -285,8 +285,3 @@ TASKS = {
     )
 }
 """By name. Those of the first half are for finding the recipe; those that are held out are looked at once."""
-
-
-def short(task: Task, steps: int) -> Task:
-    """The same task, with fewer steps."""
-    return replace(task, steps=min(steps, task.steps))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.pool import finished
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, end_after
 from benchmarks.reproduce.fine_tune import perform
 from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
@@ -19,11 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Do the runs that have no row yet, then write tables and figures of all rows."""
     parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=main.__doc__)
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all in this order by default")
-    parser.add_argument("--quick", action="store_true", help="few short runs in under 5 minutes, to see that all of it works; no evidence")
-    parser.add_argument("--out", type=Path, help="folder of rows, tables and figures; docs/results, or benchmarks/results/quick")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+    add_options(parser, "docs/results, or benchmarks/results/quick")
     chosen = parser.parse_args(arguments)
     if unknown := [study for study in chosen.studies if study not in STUDIES]:
         parser.error(f"there is no study {unknown[0]!r}: choose from {', '.join(STUDIES)}")
@@ -31,10 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--jobs must be at least 1")
     rows = Rows(chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results"))
     if not chosen.tables:
-        end = time.monotonic() + 60 * chosen.minutes if chosen.minutes is not None else float("inf")
+        end = end_after(chosen.minutes)
         studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
         work(rows, studies, QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
-    write(rows, "These are short runs to try the harness, and no evidence." if chosen.quick else "")
+    write(rows, QUICK_NOTE if chosen.quick else "")
 
 
 def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: float = float("inf")) -> None:
@@ -47,17 +43,17 @@ def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: fl
         jobs: processes; 1 is this one.
         end: of `time.monotonic()`, after which no run begins.
     """
-    for study in studies:
-        for plan in (STUDIES[study].tuning, STUDIES[study].tests):
-            runs = [run for run in plan(rows, scale) if run not in rows]
-            started = time.monotonic()
-            all_finished = finished(functools.partial(perform, scale=scale), runs, jobs=jobs, end=end)
-            for done, (run, numbers) in enumerate(all_finished, start=1):
-                rows.add(run, numbers)
-                minutes = (time.monotonic() - started) / 60
-                print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)
-            if time.monotonic() > end:
-                return
+    with Workers(jobs) as workers:
+        for study in studies:
+            for plan in (STUDIES[study].tuning, STUDIES[study].tests):
+                runs = [run for run in plan(rows, scale) if run not in rows]
+                started = time.monotonic()
+                for done, (run, numbers) in enumerate(workers.finished(functools.partial(perform, scale=scale), runs, end), start=1):
+                    rows.add(run, numbers)
+                    minutes = (time.monotonic() - started) / 60
+                    print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)
+                if time.monotonic() > end:
+                    return
 
 
 def _shown(run: Run, numbers: Mapping[str, object]) -> str:
