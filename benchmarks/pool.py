@@ -1,11 +1,14 @@
 """Runs that go on where they stopped: options of the command, and processes that begin nothing after a given time."""
 
 import argparse
+import fcntl
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +36,24 @@ def add_options(parser: argparse.ArgumentParser, folders: str) -> None:
 def end_after(minutes: float | None) -> float:
     """The time of `time.monotonic()` after so many minutes; None is never."""
     return float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other process add rows to a folder meanwhile; it is made if need be. A process that ends, or is killed, lets go of it.
+
+    Raises:
+        SystemExit: another process adds rows there; the message says what to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise SystemExit(f"another process adds rows to {folder}: wait until it ends, or give another folder with --out") from None
+    finally:
+        os.close(descriptor)
 
 
 class Workers:

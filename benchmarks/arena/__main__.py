@@ -11,7 +11,7 @@ from benchmarks.arena.arms import ARMS, BASES
 from benchmarks.arena.runs import Cell, Group, groups, perform
 from benchmarks.arena.tables import write
 from benchmarks.arena.tasks import TASKS
-from benchmarks.pool import QUICK_NOTE, Workers, add_options, end_after
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after
 from benchmarks.reproduce.rows import Rows
 
 ROOT = Path(__file__).parents[2]
@@ -33,16 +33,18 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("jobs", "seeds"):
         if getattr(chosen, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    rows = Rows(chosen.out or ROOT / ("benchmarks/results/arena" if chosen.quick else "docs/results/arena"), Cell)
-    if not chosen.tables:
-        end = end_after(chosen.minutes)
-        tasks = chosen.tasks or list(TASKS)
-        if chosen.quick:
-            work(rows, groups(tasks, ["adamw"], QUICK_ARMS, 2), jobs=chosen.jobs, end=end, steps=20)
-        else:  # all tasks with the first base, then with the next
-            each = (groups(tasks, [base], chosen.arms, chosen.seeds) for base in chosen.bases)
-            work(rows, itertools.chain.from_iterable(each), jobs=chosen.jobs, end=end)
-    write(rows, QUICK_NOTE if chosen.quick else "")
+    folder = chosen.out or ROOT / ("benchmarks/results/arena" if chosen.quick else "docs/results/arena")
+    end = end_after(chosen.minutes)
+    with alone(folder):
+        rows = Rows(folder, Cell)
+        if not chosen.tables:
+            tasks = chosen.tasks or list(TASKS)
+            if chosen.quick:
+                work(rows, groups(tasks, ["adamw"], QUICK_ARMS, 2), jobs=chosen.jobs, end=end, steps=20)
+            else:  # all tasks with the first base, then with the next
+                each = (groups(tasks, [base], chosen.arms, chosen.seeds) for base in chosen.bases)
+                work(rows, itertools.chain.from_iterable(each), jobs=chosen.jobs, end=end)
+        write(rows, QUICK_NOTE if chosen.quick else "")
 
 
 def work(rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = float("inf"), steps: int | None = None) -> None:

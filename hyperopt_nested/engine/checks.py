@@ -95,6 +95,18 @@ def optimizers_of(optimizer: Any) -> list[Optimizer]:
     return list(optimizer.values())
 
 
+def check_losses(names: Iterable[str], values: Values, bindings: Bindings) -> None:
+    """Refuse a step without the loss that a rule reads.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    for name in names:
+        rule = bindings[name].optimizer.rule
+        if missing := [loss for loss in rule.loss_names if loss not in values.get(name, {})]:
+            raise ValueError(f"{rule.name} reads the loss of each step: give values={{{name!r}: {{{missing[0]!r}: loss}}}}")
+
+
 def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None:
     """Refuse one `learn(...)` for hypers of several names, domains or starts: its value would leave one of these.
 
