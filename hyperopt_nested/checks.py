@@ -1,5 +1,6 @@
 """Messages: what is wrong with an argument, with its name, its value and the remedy; where the user's code is; what to install."""
 
+import functools
 import inspect
 import math
 import numbers
@@ -8,9 +9,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Kinds = Mapping[str, type | None]
 """By option: the type that its values have (bool, int, float or tuple); None of an option that takes others."""
@@ -64,6 +67,25 @@ def checked_bounds(value: float | None, bounds: Any) -> tuple[Any, Any]:
     if value is not None and ((not callable(low) and value < low) or (not callable(high) and value > high)):
         raise ValueError(f"value={value!r} is outside bounds={bounds!r}: start inside, or widen them")
     return low, high
+
+
+def with_remedy(remedy: str) -> Callable[[F], F]:
+    """Make a function's error for arguments that do not fit its signature end with what to write instead."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: Any, **arguments: Any) -> Any:
+            try:
+                signature.bind(*args, **arguments)
+            except TypeError as error:
+                raise TypeError(f"{function.__qualname__.removesuffix('.__init__')}: {error}; {remedy}") from None
+            return function(*args, **arguments)
+
+        return cast(F, checked)
+
+    return decorate
 
 
 def not_an_optimizer(name: str, value: Any) -> TypeError:

@@ -175,6 +175,7 @@ def test_classes_of_ones_own() -> None:
         (lambda p: hn.optim.SGD(p, foreach=False), "say what runs the steps: backend='foreach'"),
         (lambda p: hn.optim.NAdam(p, amsgrad=True), "leave it out; hn.optim.Adam and hn.optim.AdamW have it"),
         (lambda p: hn.optim.Adam(p, decoupled_weight_decay=True), "hn.optim.AdamW decouples the decay"),
+        (lambda p: hn.optim.AdamW(p, learning_rate=0.1), "AdamW has no argument 'learning_rate' (given 0.1): it is called lr"),
         (lambda p: hn.optim.AdamW(p, lrr=0.1), "AdamW has no argument 'lrr' (given 0.1): did you mean 'lr'?"),
         (lambda p: hn.optim.AdamW(p, beta1=0.1), "did you mean 'betas'?"),
         (lambda p: hn.optim.Lion(p, xyz=0.1), "it has params, lr, betas, weight_decay, maximize"),

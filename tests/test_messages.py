@@ -93,6 +93,7 @@ def o2() -> Any:
 
 Case = tuple[Callable[[], Any], type[Exception], str]
 
+HYPERS_ARE = "hypers are arguments of a rule: HyperOptimizer(params, hn.adamw(lr=1e-3)), or hn.optim.AdamW(params, lr=1e-3)"
 CASES: list[Case] = [
     (lambda: hn.learn("0.1", by=hn.sgd()), TypeError, "learn: value='0.1' (str) must be a number"),
     (lambda: learned(nan), ValueError, "learn: value=nan must be finite"),
@@ -438,6 +439,12 @@ CASES: list[Case] = [
         "nothing differs between runs: give starts, such as",
     ),
     (lambda: hn.sgd(lr=None), TypeError, "sgd: lr=None (NoneType) must be a number, or learn(<number>,"),
+    (lambda: hn.HyperOptimizer(PARAMS), TypeError, f"HyperOptimizer: missing a required argument: 'optimizer'; {HYPERS_ARE}"),
+    (
+        lambda: hn.HyperOptimizer(PARAMS, hn.sgd(), lr=0.1),
+        TypeError,
+        f"HyperOptimizer: got an unexpected keyword argument 'lr'; {HYPERS_ARE}",
+    ),
 ]
 
 

@@ -21,6 +21,7 @@ Factory = Callable[..., Optimizer]
 Parameters = dict[str, inspect.Parameter]
 
 _REMEDIES = {
+    "learning_rate": "it is called lr",
     "foreach": "leave it out, or say what runs the steps: backend='foreach'",
     "fused": "leave it out, or say what runs the steps: backend='fused'",
     "capturable": "leave it out: no step waits for the device",

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.checks import caller_level, check_count, is_number, not_an_optimizer
+from hyperopt_nested.checks import caller_level, check_count, is_number, not_an_optimizer, with_remedy
 from hyperopt_nested.engine.binding import Hessian
 from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.learned import MODEL
@@ -87,6 +87,7 @@ class HyperOptimizer(GroupedOptimizer):
     begins_at_first_step: ClassVar[bool] = True
     _plan: tuple[Roster, dict[str, Optimizer], ParamState] | None = None  # what a load in progress will install
 
+    @with_remedy("hypers are arguments of a rule: HyperOptimizer(params, hn.adamw(lr=1e-3)), or hn.optim.AdamW(params, lr=1e-3)")
     def __init__(
         self,
         params: Params,
