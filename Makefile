@@ -10,7 +10,7 @@ JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules stubs figures bench reproduce arena clean
+.PHONY: demo test test-thorough lint format docs rules stubs figures urls bench reproduce arena clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -40,6 +40,12 @@ rules: $(VENV)/.done
 
 stubs: $(VENV)/.done
 	$(BIN)/python tools/stubs.py
+
+# The project's addresses: make urls REPOSITORY=https://github.com/NAME/hyperopt-nested DOCUMENTATION=https://NAME.github.io/hyperopt-nested/
+url = $(shell sed -n 's/^$(1) = "\(.*\)"$$/\1/p' pyproject.toml)
+urls:
+	$(if $(and $(REPOSITORY),$(DOCUMENTATION)),,$(error give REPOSITORY=https://... and DOCUMENTATION=https://.../))
+	sed -i 's|$(call url,Documentation)|$(DOCUMENTATION)|g; s|$(call url,Repository)|$(REPOSITORY)|g' pyproject.toml README.md
 
 figures: $(VENV)/.done
 	$(BIN)/python tools/figures.py

@@ -112,6 +112,23 @@ def test_one_version_stands_everywhere() -> None:
         release.notes("v9.9", ROOT)
 
 
+def test_one_command_sets_the_addresses(tmp_path: Path) -> None:
+    """They are of a reserved domain, which is nobody's, until then; no release is made with these."""
+    version, reserved = hn.__version__, "https://git.example/hyperopt-nested, which is no address: make urls"
+    for name in ("Makefile", "pyproject.toml", "README.md"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "CHANGELOG.md").write_text(f"## [{version}]\n\n- This.\n")
+    with pytest.raises(ValueError, match=reserved):
+        release.notes(f"v{version}", tmp_path)
+    urls = {"REPOSITORY": "https://github.com/me/here", "DOCUMENTATION": "https://me.github.io/here/"}
+    subprocess.run(["make", "urls", *(f"{key}={url}" for key, url in urls.items())], cwd=tmp_path, check=True, capture_output=True)
+    assert release.notes(f"v{version}", tmp_path) == "- This."
+    assert ".example" not in (tmp_path / "pyproject.toml").read_text() + (tmp_path / "README.md").read_text()
+    set_now = release.facts(tmp_path)["urls"]
+    assert (set_now["Repository"], set_now["Documentation"]) == (*urls.values(),)
+    assert set_now["Issues"] == "https://github.com/me/here/issues"
+
+
 def test_release_notes_are_the_section_of_the_version(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.0.0"\n')
     changelog = tmp_path / "CHANGELOG.md"

@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from browser import PROGRAM, Browser
-from hooks import ROOT, project
+from hooks import ROOT
+from release import facts
 
 pytestmark = [pytest.mark.skipif(PROGRAM is None, reason="no Chromium"), pytest.mark.xdist_group("browser")]
 SITE, PICTURES = ROOT / "site", ROOT / "site-pictures"
 SOURCES = ("docs", "tools", "hyperopt_nested", "ftp", "mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md")
-PREFIX = urlsplit(project()["urls"]["Documentation"]).path
+PREFIX = urlsplit(facts(ROOT)["urls"]["Documentation"]).path
 WORDS = {
     "checkpoint": "how-to/fine-tune/", "FAQ": "how-to/troubleshooting/", "GradScaler": "how-to/training-loops/",
     "lightning": "how-to/integrations/", "tensorboard": "how-to/log-what-is-learned/",

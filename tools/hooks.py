@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import re
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from release import facts
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
@@ -64,18 +64,13 @@ def mathml(page: str) -> str:
     return FORMULA.sub(formula, page)
 
 
-def project() -> dict[str, Any]:
-    """The table `project` of `pyproject.toml`."""
-    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
-
-
 def on_config(config: MkDocsConfig) -> None:
     """Take links and version from `pyproject.toml`; warn of problems of the API pages."""
-    facts = project()
-    urls = facts["urls"]
+    project = facts(ROOT)
+    urls = project["urls"]
     config.site_url, config.repo_url, config.edit_uri = urls["Documentation"], urls["Repository"], "edit/main/docs/"
-    config.repo_name, config.site_description = "/".join(urls["Repository"].split("/")[-2:]), facts["description"]
-    config.extra["version"] = facts["version"]
+    config.repo_name, config.site_description = "/".join(urls["Repository"].split("/")[-2:]), project["description"]
+    config.extra["version"] = project["version"]
     for problem in problems(Path(config.docs_dir)):
         log.warning(problem)
 
