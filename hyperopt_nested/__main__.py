@@ -4,6 +4,8 @@ import logging
 import signal
 import sys
 
+from hyperopt_nested import __version__
+
 
 def main() -> None:
     """Run the command line; where an optional package is missing, exit with one line that says what to install."""
@@ -16,8 +18,11 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.__cause__ is None:
             raise
-        sys.exit(str(missing))
-    app(prog_name="hyperopt-nested")
+        if sys.argv[1:] != ["--version"]:
+            sys.exit(str(missing))
+        print(f"hyperopt-nested {__version__}")
+    else:
+        app(prog_name="hyperopt-nested")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 import ast
 import email
-import os
 import re
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from collections.abc import Callable, Iterable
 from email.message import Message
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import release
 import yaml
+from packaging.requirements import Requirement
 
 import hyperopt_nested as hn
 
@@ -64,15 +67,99 @@ def test_the_source_distribution_has_no_tests_and_pages(built: Path) -> None:
     assert others == {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
 
 
-def test_the_wheel_runs_the_first_example(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    wheel.extractall(tmp_path)
-    code, _, shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-c", f"{code}\nprint(hn.__file__)"]
-    found = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    *printed, file = found.stdout.splitlines()
-    assert printed == shown.partition("```text\n")[2].partition("\n```")[0].splitlines()
-    assert Path(file).is_relative_to(tmp_path)
+def needed(requirements: Iterable[str], extra: str = "") -> set[str]:
+    """Names of the installed distributions that requirements need, with what these need."""
+    found = set[str]()
+    for each in map(Requirement, requirements):
+        if each.name not in found and (each.marker is None or each.marker.evaluate({"extra": extra})):
+            found |= {each.name, *needed(distribution(each.name).requires or [])}
+    return found
+
+
+@pytest.fixture
+def bare(wheel: zipfile.ZipFile, metadata: Message, tmp_path: Path) -> Callable[[str, str], list[str]]:
+    """Run code in a new environment that has the wheel, with an extra, and nothing else: not even a compiler. Return what it prints."""
+
+    def run(code: str, extra: str) -> list[str]:
+        venv.create(tmp_path / "bare", symlinks=True)
+        (site,) = (tmp_path / "bare").glob("lib/*/site-packages")
+        wheel.extractall(site)
+        for name in needed(metadata.get_all("Requires-Dist", []), extra):
+            files = distribution(name).files or []
+            for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+                (site / top).symlink_to(distribution(name).locate_file(top))
+        program = [tmp_path / "bare" / "bin" / "python", "-c", f"{code}\nimport hyperopt_nested; print(hyperopt_nested.__file__)"]
+        environment = {"PATH": str(program[0].parent), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(program, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        *printed, file = done.stdout.splitlines()
+        assert Path(file).is_relative_to(site)
+        return printed
+
+    return run
+
+
+def examples(*pages: str) -> tuple[str, list[str]]:
+    """The code of pages, and what it prints; of README.md, the first block alone."""
+    code, shown = list[str](), list[str]()
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        blocks = re.findall(r"```python\n((?:(?!```).)*)```\n(?:\n```text\n(.*?)```)?", text, re.DOTALL)
+        for block, lines in blocks[:1] if page == "README.md" else blocks:
+            code.append(block)
+            shown += lines.splitlines()
+    return "\n".join(code), shown
+
+
+def test_the_first_examples_run_where_nothing_else_is_installed(bare: Callable[[str, str], list[str]]) -> None:
+    code, shown = examples("README.md", "docs/tutorials/quickstart.md")
+    assert bare(code, "demo") == shown
+
+
+MISSING = """
+import runpy
+import sys
+import torch
+import hyperopt_nested as hn
+
+def attempt(function):
+    try:
+        function()
+    except (ImportError, SystemExit) as error:
+        print(error)
+
+def command(module, *arguments):
+    sys.argv[1:] = arguments
+    attempt(lambda: runpy.run_module(module, run_name="__main__"))
+
+parameter = torch.nn.Parameter(torch.ones(2))
+parameter.grad = torch.ones(2)
+opt = hn.optim.AdamW([parameter], lr=hn.learn())
+recorder = hn.integrations.Recorder(opt)
+opt.step()
+command("hyperopt_nested", "--version")
+command("hyperopt_nested", "rules")
+command("ftp", "demo")
+command("ftp", "finetune", "photos")
+attempt(lambda: hn.testing.check_rule(hn.sgd))
+attempt(lambda: hn.plot.trajectories(recorder))
+attempt(hn.integrations.LightningCallback)
+attempt(hn.integrations.HuggingFaceCallback)
+attempt(lambda: hn.integrations.TensorBoardWriter(opt, "runs"))
+"""
+
+
+def test_torch_alone_is_enough_and_what_is_missing_is_named(bare: Callable[[str, str], list[str]]) -> None:
+    assert bare(MISSING, "") == [
+        f"hyperopt-nested {hn.__version__}",
+        'typer is not installed: pip install "hyperopt-nested[cli]"',
+        'typer is not installed: pip install "hyperopt-nested[demo]"',
+        'typer is not installed: pip install "hyperopt-nested[finetune]"',
+        'hypothesis is not installed: pip install "hyperopt-nested[testing]"',
+        'matplotlib is not installed: pip install "hyperopt-nested[plot]"',
+        "lightning is not installed: pip install lightning",
+        "transformers is not installed: pip install transformers",
+        "tensorboard is not installed: pip install tensorboard",
+    ]
 
 
 def test_the_metadata_says_what_is_needed_and_where_things_are(metadata: Message) -> None:

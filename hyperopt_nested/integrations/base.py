@@ -66,8 +66,8 @@ class AfterSteps:
         self._handle.remove()
 
 
-def framework(*names: str) -> Any:
-    """The first module that is imported already, or else that can be imported.
+def framework(*names: str, package: str) -> Any:
+    """The first module that is imported already, or else that can be imported; modules of `package`.
 
     Raises:
         ModuleNotFoundError: none is installed.
@@ -79,9 +79,8 @@ def framework(*names: str) -> Any:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as missing:
-            if (missing.name or "") not in {name, name.partition(".")[0]}:
+            if (missing.name or "") not in {name, name.partition(".")[0], package}:
                 raise
-    package = names[0].partition(".")[0]
     raise ModuleNotFoundError(f"{package} is not installed: pip install {package}", name=package)
 
 

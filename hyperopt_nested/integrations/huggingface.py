@@ -29,7 +29,7 @@ class HuggingFaceCallback:
     """
 
     def __new__(cls, *_: Any, **__: Any) -> HuggingFaceCallback:
-        return object.__new__(with_base(cls, framework("transformers").TrainerCallback))
+        return object.__new__(with_base(cls, framework("transformers", package="transformers").TrainerCallback))
 
     def __init__(self, *, prefix: str = "learned/") -> None:
         self._prefix = prefix

@@ -29,7 +29,7 @@ class LightningCallback:
     """
 
     def __new__(cls, *_: Any, **__: Any) -> LightningCallback:
-        return object.__new__(with_base(cls, framework("lightning.pytorch", "pytorch_lightning").Callback))
+        return object.__new__(with_base(cls, framework("lightning.pytorch", "pytorch_lightning", package="lightning").Callback))
 
     def __init__(self, every: int | None = None, *, prefix: str = "learned/") -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class TensorBoardWriter(AfterSteps):
 
     def __init__(self, optimizer: Any, writer: Any, *, every: int = 10, prefix: str = "learned/") -> None:
         if isinstance(writer, (str, Path)):
-            writer = framework("torch.utils.tensorboard").SummaryWriter(str(writer))
+            writer = framework("torch.utils.tensorboard", package="tensorboard").SummaryWriter(str(writer))
         super().__init__(optimizer, every)
         self.writer, self._prefix = writer, prefix
 
