@@ -372,6 +372,62 @@ def test_lightning_logs_at_the_cadence_of_the_trainer() -> None:
         hn.integrations.LightningCallback(0)
 
 
+LIGHTNING = """
+import tempfile, pytorch_lightning as pl, torch, hyperopt_nested as hn
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    def training_step(self, batch, _):
+        return (self.net(batch) - 1).square().mean()
+
+    def configure_optimizers(self):
+        lr, decay = hn.learn(1e-3), hn.learn(1e-2, per="tensor")
+        optimizer = hn.optim.AdamW(self.named_parameters(), lr=lr, weight_decay=decay, backend="reference")
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+class Logger(pl.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.seen.setdefault(step, {}).update(metrics)
+
+def trained(start=None):
+    torch.manual_seed(0)
+    model, logger, data = Model(), Logger(), torch.randn(12, 3)
+    checkpoint = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    callbacks = [hn.integrations.LightningCallback(every=2), checkpoint]
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=logger, callbacks=callbacks, accumulate_grad_batches=2, gradient_clip_val=1.0,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=start)
+    return trainer, model, logger
+
+folder = tempfile.mkdtemp()
+trainer, whole, logger = trained()
+assert [*logger.seen] == [2, 4, 6], logger.seen
+optimizer = trainer.optimizers[0]
+assert logger.seen[6] == {f"learned/{name}": value for name, value in optimizer.learned().items()}, logger.seen
+assert optimizer.learned()["lr"] != optimizer.param_groups[0]["lr"] != 1e-3
+resumed, model, _ = trained(f"{folder}/epoch=0.ckpt")
+assert resumed.optimizers[0].learned() == optimizer.learned()
+assert all(map(torch.equal, model.parameters(), whole.parameters()))
+print("fine")
+"""
+
+
+def test_lightning_trains_logs_and_goes_on_bitwise() -> None:
+    call = [sys.executable, "-W", "ignore", "-c", LIGHTNING]
+    found = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines()[-1:] == ["fine"], found.stdout + found.stderr
+
+
 def test_lightning_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -42,6 +42,7 @@ OPTIONAL = [
     "lightning",
     "matplotlib",
     "peft",
+    "pytorch_lightning",
     "rich",
     "safetensors",
     "scipy",
