@@ -176,7 +176,7 @@ class LearnedHyper:
     def _stopped(self, wanted: Tensor, confined: Tensor) -> Tensor:
         """Which entries were stopped at a fixed end that they do not start at."""
         if self._below and self._above:
-            return confined != wanted
+            return ~(confined == wanted)  # DTensor has no != of tensors before torch 2.12
         if self.via is not None and self.via.even:
             wanted, confined = wanted.abs(), confined.abs()
         return confined > wanted if self._below else confined < wanted
