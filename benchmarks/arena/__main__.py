@@ -59,12 +59,11 @@ def work(
         steps: fewer than each task's.
         device: of parameters and examples.
     """
+    run = functools.partial(perform, steps=steps, device=device)
     missing = [left for group in planned if (left := tuple(cell for cell in group if cell not in rows))]
     started = time.monotonic()
     with Workers(jobs) as workers:
-        for done, (group, results) in enumerate(
-            workers.finished(functools.partial(perform, steps=steps, device=device), missing, end), start=1
-        ):
+        for done, (group, results) in enumerate(workers.finished(run, missing, end), start=1):
             for cell, numbers in zip(group, results, strict=True):
                 rows.add(cell, numbers)
             first, minutes = group[0], (time.monotonic() - started) / 60
