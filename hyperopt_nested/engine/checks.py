@@ -16,7 +16,7 @@ from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import unused
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.trees import State
+from hyperopt_nested.trees import State, same
 
 Horizon = OneStep | Discounted
 """How many past updates a hypergradient looks through."""
@@ -173,7 +173,7 @@ def check_step(
             raise ValueError(f"grads[{name!r}] has shape {tuple(grad.shape)}, the tensor {tuple(params[name].shape)}: they must be equal")
     last = None
     for name, scheduled in values.items():
-        if scheduled is last and name in st["rule"]:
+        if same(scheduled, last) and name in st["rule"]:
             continue  # tensors of a group share them
         last = scheduled
         if name not in st["rule"]:
