@@ -19,13 +19,29 @@ import numpy as np
 import torch
 import typer
 from measure import all_met, bars, compared, report, seconds
-from sets import ALIKE, BOTH, BOTH_BY_TENSOR, NOTHING, SETS, Candidate, Params, adam_like, drawn, load_published, made, sgd_like, twins
+from sets import (
+    ALIKE,
+    BOTH,
+    BOTH_BY_TENSOR,
+    DEFAULT,
+    NOTHING,
+    SETS,
+    Candidate,
+    Params,
+    adam_like,
+    drawn,
+    load_published,
+    made,
+    sgd_like,
+    twins,
+)
 
 from hyperopt_nested.backends import compiler
 
 WARM = 2  # steps after the first
 BOUNDS = {
     **{f"{name}, auto": 2.2 for name in ("AdamP", f"AdamP, {ALIKE}", "SGDP")},
+    f"{DEFAULT}, auto": 1.5,
     f"{BOTH}, auto": 1.6,
     f"{BOTH_BY_TENSOR}, auto": 1.6,
 }

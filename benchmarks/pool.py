@@ -1,13 +1,18 @@
 """Runs that go on where they stopped: options of the command, and processes that begin nothing after a given time."""
 
 import argparse
+import fcntl
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,12 +32,41 @@ def add_options(parser: argparse.ArgumentParser, folders: str) -> None:
     parser.add_argument("--out", type=Path, help=f"folder of rows, tables and figures; {folders}")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of models and examples; cpu by default")
     parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Arguments of such a command, with the values of these options checked."""
+    chosen = parser.parse_args(arguments)
+    if chosen.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no such device here")
+    return chosen
 
 
 def end_after(minutes: float | None) -> float:
     """The time of `time.monotonic()` after so many minutes; None is never."""
     return float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let no other process add rows to a folder meanwhile; it is made if need be. A process that ends, or is killed, lets go of it.
+
+    Raises:
+        SystemExit: another process adds rows there; the message says what to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise SystemExit(f"another process adds rows to {folder}: wait until it ends, or give another folder with --out") from None
+    finally:
+        os.close(descriptor)
 
 
 class Workers:

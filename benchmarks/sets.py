@@ -99,7 +99,7 @@ class Candidate:
 LR, DECAY, MOMENTUM = 1e-3, 0.01, 0.9
 BY = hn.sgd(lr=1e-9)  # so that values stay where they are
 ADAMW_FUSED, SGD_FUSED, ADAMW_FOREACH = "torch AdamW, fused", "torch SGD, fused", "torch AdamW, foreach"
-NOTHING, RATE = "AdamW, nothing learned", "AdamW, lr learned"
+NOTHING, RATE, DEFAULT = "AdamW, nothing learned", "AdamW, lr learned", "AdamW, lr learned by default"
 BOTH, BOTH_BY_TENSOR = "AdamW, lr and decay learned", "AdamW, lr and decay learned per tensor"
 PUBLISHED, ALIKE = "published", "moments in bfloat16"
 PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written
@@ -121,6 +121,7 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
     for backend in backends:
         found[f"{NOTHING}, {backend}"] = Candidate(nested(backend), **PLAIN, moments=4, state=torch.float32)
         found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
+        found[f"{DEFAULT}, {backend}"] = Candidate(nested(backend, hn.learn(LR)), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), **LEARNED, moments=6, state=torch.float32)
         found |= _projected(partial(AdamP, lr=LR, weight_decay=DECAY), backend, dtype, moments=4, state=torch.float32)

@@ -39,7 +39,7 @@ class ValidatedOptimizer(AnchoredOptimizer):
         super().add_param_group({"params": param_group["params"]})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # the closure has the loss
         """Learn from a validation loss, and change the weights with what was learned.
 
         Each of the `updates` changes the same weights, those that the model had before this call, with the present values, and steps

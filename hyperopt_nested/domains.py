@@ -121,6 +121,7 @@ class Hyper:
         open_upper: the upper end is not in the domain.
         via: the bijection in whose coordinates the value is learned when `learn` names none; None keeps it in the domain by
             projection.
+        is_loss: it is no setting, but the loss of each step; see `StepLoss`.
 
     Raises:
         TypeError: the default is not a number.
@@ -134,6 +135,7 @@ class Hyper:
     open_lower: bool = False
     open_upper: bool = False
     via: Bijection | None = None
+    is_loss: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "via", bijection("default", self.via))
@@ -250,6 +252,26 @@ def Real(default: float) -> Any:
         0.0
     """
     return Hyper(default)
+
+
+def StepLoss() -> Any:
+    """Declare that an update reads the loss of the step that it is called in, as a tensor of shape ().
+
+    It is declared as a hyper, but cannot be set or learned: `HyperOptimizer.step` takes it from its closure, or as `loss=`;
+    `Nested.step` as one of `values`.
+
+    Returns:
+        The domain: all real numbers.
+
+    Example:
+        >>> import hyperopt_nested as hn
+        >>> @hn.combinator(separable="element")
+        ... def times_loss(param, grad, state, step, *, loss=hn.rules.StepLoss()):
+        ...     return param + loss * (step(param, grad) - param), state
+        >>> times_loss(hn.sgd(0.1)).rule.loss_names
+        ('loss',)
+    """
+    return Hyper(1.0, "Loss", is_loss=True)
 
 
 def Positive(default: float, *, via: str | Bijection | None = None) -> Any:

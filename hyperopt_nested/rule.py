@@ -67,6 +67,11 @@ class Rule(ABC):
         """What is equal for rules whose updates are the same functions."""
         return self
 
+    @functools.cached_property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names under which the update reads the loss of the step."""
+        return tuple(name for name, hyper in self.hypers.items() if hyper.is_loss)
+
     @abstractmethod
     def init(self, param: Tensor, settings: "Mapping[str, float | Learn]") -> State:
         """State before the first update of `param`; `settings` are the declared values of the hypers."""
@@ -180,7 +185,7 @@ class Optimizer:
 
     Raises:
         TypeError: a setting is no number and no `Learn`, or the rule has no hyper of that name.
-        ValueError: a value is outside its domain.
+        ValueError: a value is outside its domain, or the loss is to be learned.
     """
 
     rule: Rule
@@ -207,6 +212,8 @@ class Optimizer:
             if not isinstance(setting, Learn):
                 self.rule.hypers[name].check(f"{self.rule.name}: {name}", setting)
                 continue
+            if self.rule.hypers[name].is_loss:
+                raise ValueError(f"{self.rule.name}: {name} is the loss of each step, which cannot be learned")
             if setting.scheduled_by not in (None, *self.rule.hypers):
                 raise ValueError(
                     f"{self.rule.name}: {name} is learned with scheduled_by={setting.scheduled_by!r}, which is no hyper; hypers are: "

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, cast, get_args
 
+import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_options, is_number, kinds_of, with_betas
@@ -64,9 +65,11 @@ class Definition:
         made += [each.replace(kind=each.KEYWORD_ONLY) for each in options.values()]
         return inspect.Signature([*self.before, *made, *self.after], return_annotation=result)
 
-    def __get__(self, instance: object, owner: type | None = None) -> Self:
-        """Itself: as an attribute of a class it is no method. `help` shows the signatures of what has this."""
-        return self
+    if torch.__version__ >= "2.12":  # older compilers take an attribute that has this for a property of its object's class
+
+        def __get__(self, instance: object, owner: type | None = None) -> Self:
+            """Itself: as an attribute of a class it is no method. `help` shows the signatures of what has this."""
+            return self
 
     def assigned(self, positional: tuple[Any, ...], settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a call gives to each hyper and each option; the others have their defaults.

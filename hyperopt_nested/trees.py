@@ -18,6 +18,11 @@ def leaves(tree: State) -> list[Tensor]:
     return found
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether both are one dict. In a compiled program it is never known: torch's compiler before 2.12 does not take the question."""
+    return not torch.compiler.is_compiling() and one is other
+
+
 def map_tree(function: Callable[..., Any], tree: State, *others: State) -> State:
     """Apply `function` leaf by leaf to trees of one structure."""
     return {

@@ -354,7 +354,8 @@ def test_editors_complete_the_arguments(call: str, names: list[str], tmp_path: P
     monkeypatch.setattr(jedi.settings, "cache_directory", str(tmp_path))  # the user's may be written by another process now
     value = eval(call)
     assert [*inspect.signature(value).parameters][: len(names)] == names
-    assert names[-1] in pydoc.render_doc(value)
+    if torch.__version__ >= "2.12" or not hasattr(value, "hypers"):  # see Definition.__get__
+        assert names[-1] in pydoc.render_doc(value)
     code = f"import hyperopt_nested as hn\n{call}("
     (found,) = jedi.Script(code, project=jedi.Project(ROOT)).get_signatures()
     assert [each.name for each in found.params][: len(names)] == names

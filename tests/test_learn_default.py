@@ -386,3 +386,14 @@ def test_hypergradients_of_default_hypers_are_of_values() -> None:
 
 def test_registered_rules_are_all_tried() -> None:
     assert {"adamw", "muon", "project", "ftp", "window"} <= set(registry.names())
+
+
+def test_the_default_keeps_no_tensor_of_the_shape_of_a_parameter() -> None:
+    def size(lr: Any) -> int:
+        model = torch.nn.Linear(30, 20)
+        opt = hn.optim.AdamW(model.parameters(), lr=lr)
+        model(torch.ones(2, 30)).square().sum().backward()
+        opt.step()
+        return sum(leaf.numel() for state in opt.state.values() for leaf in state.values() if isinstance(leaf, torch.Tensor) and leaf.ndim)
+
+    assert size(hn.learn()) == size(1e-3) == 2 * (20 * 30 + 20)

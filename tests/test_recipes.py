@@ -78,6 +78,40 @@ def test_normalized_hypergradient_descent() -> None:
     assert float(lr) > 0.05
 
 
+def test_online_scaling_with_null_steps() -> None:
+    r"""Gradient methods with online scaling (OSGM-HX, arXiv 2505.23081), a diagonal preconditioner learned by AdaGrad.
+
+    \(x' = x - P \circ g\) is taken if \(f(x') \le f(x)\); \(P\) is learned from \(-g' \circ g / \|g\|^2\) in both cases.
+    """
+    rate, eps, start = 0.3, 1e-10, 3.0
+    adagrad = hn.adagrad(lr=rate, eps=eps)
+    optimizer = hn.null_step(per_squared_norm(hn.sgd(lr=hn.learn(start, by=adagrad, per="element"))))
+    x, loss = problem(3)
+    nested = hn.Nested(optimizer)
+    params, st = x, nested.init(x)
+    P, squares = (
+        {name: torch.full_like(each, start) for name, each in x.items()},
+        {name: torch.zeros_like(each) for name, each in x.items()},
+    )
+    rejected = 0
+    for _ in range(STEPS):
+        trial_loss = loss(params)
+        params, st = nested.step(params, gradients(loss, params), st, {name: {"loss": trial_loss} for name in x})
+        grads = gradients(loss, x)
+        trial = {name: x[name] - P[name] * grads[name] for name in x}
+        check(params, trial)
+        check(nested.eval_params(params, st), x)
+        after, norm = gradients(loss, trial), dot(grads, grads)
+        of_P = {name: -after[name] * grads[name] / norm for name in x}
+        squares = {name: squares[name] + of_P[name] ** 2 for name in x}
+        P = {name: (P[name] - rate * of_P[name] / (squares[name].sqrt() + eps)).clamp(min=0) for name in x}
+        if loss(trial) <= loss(x):
+            x = trial
+        else:
+            rejected += 1
+    assert 0 < rejected < STEPS
+
+
 BASES = {
     "sgd": lambda lr: hn.sgd(lr=lr, weight_decay=0.1),
     "adamw": lambda lr: hn.adamw(lr=lr, weight_decay=0.1),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.pool import alone
 from benchmarks.reproduce import __main__ as command
 from benchmarks.reproduce import data, emoji, fine_tune, networks, plan, tables, tasks
 from benchmarks.reproduce.data import Examples, Package
@@ -69,12 +70,12 @@ def test_an_interrupted_study_goes_on_where_it_stopped(monkeypatch: pytest.Monke
 
     done: list[Run] = []
 
-    def interrupted(run: Run, scale: Scale) -> dict[str, object]:
+    def interrupted(run: Run, scale: Scale, device: str) -> dict[str, object]:
         if len(done) in (2, 6):
             done.append(run)
             raise KeyboardInterrupt
         done.append(run)
-        return fine_tune.perform(run, scale)
+        return fine_tune.perform(run, scale, device)
 
     monkeypatch.setattr(command, "perform", interrupted)
     for _ in range(2):
@@ -156,3 +157,10 @@ def test_the_command_names_studies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main(["nothing"])
     assert "there is no study 'nothing': choose from near, corruptions" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_add_rows_to_one_folder(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(SystemExit, match=f"another process adds rows to {tmp_path}: wait until it ends, or give another"):
+        command.main(["--tables", "--out", str(tmp_path)])
+    with alone(tmp_path):
+        pass

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.pool import QUICK_NOTE, Workers, add_options, end_after
-from benchmarks.reproduce.fine_tune import perform
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after, parsed
+from benchmarks.reproduce.fine_tune import perform, pretrain, pretrainings
 from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
 from benchmarks.reproduce.tables import write
@@ -20,26 +20,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=main.__doc__)
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all in this order by default")
     add_options(parser, "docs/results, or benchmarks/results/quick")
-    chosen = parser.parse_args(arguments)
+    chosen = parsed(parser, arguments)
     if unknown := [study for study in chosen.studies if study not in STUDIES]:
         parser.error(f"there is no study {unknown[0]!r}: choose from {', '.join(STUDIES)}")
-    if chosen.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    rows = Rows(chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results"))
-    if not chosen.tables:
-        end = end_after(chosen.minutes)
-        studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
-        work(rows, studies, QUICK if chosen.quick else FULL, jobs=chosen.jobs, end=end)
-    write(rows, QUICK_NOTE if chosen.quick else "")
+    folder = chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results")
+    end = end_after(chosen.minutes)
+    with alone(folder):
+        rows = Rows(folder)
+        if not chosen.tables:
+            studies = chosen.studies or list(QUICK_STUDIES if chosen.quick else STUDIES)
+            work(rows, studies, QUICK if chosen.quick else FULL, device=chosen.device, jobs=chosen.jobs, end=end)
+        write(rows, QUICK_NOTE if chosen.quick else "")
 
 
-def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: float = float("inf")) -> None:
+def work(rows: Rows, studies: list[str], scale: Scale, *, device: str = "cpu", jobs: int = 1, end: float = float("inf")) -> None:
     """Do the runs of studies that have no row yet.
 
     Args:
         rows: the finished runs; new ones are added.
         studies: their names.
         scale: how much is run.
+        device: of networks and images.
         jobs: processes; 1 is this one.
         end: of `time.monotonic()`, after which no run begins.
     """
@@ -47,8 +48,11 @@ def work(rows: Rows, studies: list[str], scale: Scale, *, jobs: int = 1, end: fl
         for study in studies:
             for plan in (STUDIES[study].tuning, STUDIES[study].tests):
                 runs = [run for run in plan(rows, scale) if run not in rows]
+                how = {"scale": scale, "device": device}
+                for _ in workers.finished(functools.partial(pretrain, **how), pretrainings(runs, scale), end):
+                    pass
                 started = time.monotonic()
-                for done, (run, numbers) in enumerate(workers.finished(functools.partial(perform, scale=scale), runs, end), start=1):
+                for done, (run, numbers) in enumerate(workers.finished(functools.partial(perform, **how), runs, end), start=1):
                     rows.add(run, numbers)
                     minutes = (time.monotonic() - started) / 60
                     print(f"{study}, {run.stage}: {done} of {len(runs)} runs in {minutes:.1f} minutes; {_shown(run, numbers)}", flush=True)

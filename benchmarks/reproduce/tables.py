@@ -364,15 +364,16 @@ def runs_section(rows: Rows) -> str:
         done = rows.of(study)
         if not done:
             continue
-        versions = ", ".join(sorted({f"torch {row['torch']}, Python {row['python']}" for row in done}))
+        versions = "; ".join(sorted({f"torch {row['torch']}, Python {row['python']}" for row in done}))
+        devices = ", ".join(sorted({row.get("device", "cpu") for row in done})).replace("cpu", "CPU")
         dates = sorted({row["date"] for row in done})
         hours = sum(map(seconds, done)) / 3600
         tests = sum(row["stage"] == "test" for row in done)
         file = f"[{study}.csv]({study}.csv)"
         lines.append(
-            [file, str(len(done) - tests), str(tests), f"{hours:.2f}", versions, " to ".join(dict.fromkeys((dates[0], dates[-1])))]
+            [file, str(len(done) - tests), str(tests), f"{hours:.2f}", devices, versions, " to ".join(dict.fromkeys((dates[0], dates[-1])))]
         )
-    text = table(["rows", "runs of tuning", "tests", "hours of training", "versions", "dates"], lines) if lines else "None."
+    text = table(["rows", "runs of tuning", "tests", "hours of training", "devices", "versions", "dates"], lines) if lines else "None."
     return f"## Runs\n\n`make reproduce` does the runs that have no row yet, and writes this page.\n\n{text}"
 
 

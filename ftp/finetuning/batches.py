@@ -71,7 +71,8 @@ class Batches:
         if isinstance(self.data, DataLoader):
             yield from self.data
             return
-        yield from self._read(_chunks(torch.arange(examples(self.data)), self.size), ("in order",))
+        order = torch.arange(examples(self.data), device=_device_of(self.data))
+        yield from self._read(_chunks(order, self.size), ("in order",))
 
     def endless(self, seed: int, first: int = 0) -> Iterator[Batch]:
         """Batches of one pass in random order after another.
@@ -100,7 +101,7 @@ class Batches:
                     yield batch
             return
         order = torch.randperm(examples(self.data), generator=torch.Generator().manual_seed(_number(*key)))
-        chunks = _chunks(order, self.size)[: self.full]
+        chunks = _chunks(order.to(_device_of(self.data)), self.size)[: self.full]
         yield from self._read(chunks[skip:], key, skip)
 
     def _read(self, chunks: list[Tensor], key: tuple[object, ...], skip: int = 0) -> Iterator[Batch]:
@@ -191,6 +192,12 @@ def _loader(loader: DataLoader[Any], indices: Tensor) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
     )
+
+
+def _device_of(data: Any) -> torch.device:
+    """Where batches are indexed, without waiting for it in each: with the tensors, if they are what the data are."""
+    tensors = data.tensors if isinstance(data, TensorDataset) else data if isinstance(data, tuple) else ()
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _reader(data: Any) -> Callable[[Tensor], Batch] | None:

@@ -9,6 +9,8 @@ from hyperopt_nested.combinators._calls import decoupled_decay as decoupled_deca
 from hyperopt_nested.combinators._calls import ema as ema
 from hyperopt_nested.combinators._calls import l2_sp as l2_sp
 from hyperopt_nested.combinators._calls import lookahead as lookahead
+from hyperopt_nested.combinators._calls import null_step as null_step
+from hyperopt_nested.combinators._calls import polyak as polyak
 from hyperopt_nested.combinators._calls import project as project
 from hyperopt_nested.combinators._calls import rescale as rescale
 from hyperopt_nested.combinators._calls import spd as spd

@@ -184,6 +184,69 @@ class _clip_by_value(Combinator):
 
 clip_by_value: _clip_by_value
 
+class _null_step(Combinator):
+    def __call__(self, optimizer: Optimizer, /, loss: float | Learn = 1.0) -> Optimizer:
+        r"""The optimizer, with each step taken back that does not lower the loss (null steps of Chu et al. 2025, arXiv 2502.11229).
+
+        The weights \(x^+\) after a step are on trial. With the next loss \(f\) they become the best point \(x\) if \(f(x^+) \le f(x)\);
+        otherwise the next step starts again from \(x\) and its gradient. Hypers learn from the gradient at \(x^+\) in both cases: a learning
+        rate that was too high comes down, and training goes on from where it was. For losses without noise, as of full batches.
+
+        The loss is that of `step(closure)`, or of `step(loss=loss)`. One that is NaN takes the step back too. `eval_params` returns \(x\),
+        whose loss is known to be the lowest. The state of the optimizer inside, such as its momentum, is not taken back. It keeps two tensors
+        of the parameter's shape.
+
+        Args:
+            loss: given by each step; it cannot be set or learned.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> lr = hn.learn(8.0, by=hn.adam(0.5), via="log")  # far too high
+            >>> opt = hn.HyperOptimizer([w], hn.null_step(hn.sgd(lr)))
+            >>> losses = []
+            >>> for _ in range(8):
+            ...     loss = w.square().sum() / 2
+            ...     loss.backward()
+            ...     opt.step(loss=loss)
+            ...     opt.zero_grad()
+            ...     losses.append(round(loss.item(), 2))
+            >>> losses
+            [0.5, 24.5, 10.19, 3.71, 1.26, 0.38, 0.06, 0.0]
+        """
+
+null_step: _null_step
+
+class _polyak(Combinator):
+    def __call__(
+        self, optimizer: Optimizer, /, largest: float | Learn = 1.0, *, lower_bound: float | Learn = 0.0, loss: float | Learn = 1.0
+    ) -> Optimizer:
+        r"""The optimizer, with its updates scaled to Polyak's step size (\(\mathrm{SPS}_{\max}\) of Loizou et al. 2021, arXiv 2002.10542).
+
+        With the loss \(f\), its gradient \(g\) of all tensors and the update \(u\) of the optimizer inside,
+
+        \[x^+ = x + \min\left(\frac{f - f^*}{\|g\|^2}, \gamma\right) u.\]
+
+        Around `sgd(lr=1 / c)` this is \(\mathrm{SPS}_{\max}\). The loss is that of `step(closure)`, or of `step(loss=loss)`.
+
+        Args:
+            largest: \(\gamma > 0\), the largest factor.
+            lower_bound: \(f^*\), a lower bound of the loss. Where the loss is below it, nothing is stepped.
+            loss: given by each step; it cannot be set or learned.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = hn.HyperOptimizer([w], hn.polyak(hn.sgd(1.0)))
+            >>> loss = w.norm()
+            >>> loss.backward()
+            >>> opt.step(loss=loss)  # 5 / 1 is more than the largest factor
+            >>> w.detach()
+            tensor([2.4000, 3.2000])
+        """
+
+polyak: _polyak
+
 class _project(Combinator):
     def __call__(
         self,

@@ -14,7 +14,7 @@ from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.rule import Optimizer, Per
-from hyperopt_nested.trees import State, leaves, map_tree
+from hyperopt_nested.trees import State, leaves, map_tree, same
 
 Tensors = Mapping[str, Tensor]
 Values = Mapping[str, Mapping[str, float | Tensor]]
@@ -197,7 +197,7 @@ class Bindings:
         result, last = {}, None
         for name, state in states.items():
             binding, scheduled, device = self[name], values.get(name, _NONE), params[name].device
-            if last is None or last[0] is not binding or last[1] is not scheduled or last[2] != device:  # tensors of a group share numbers
+            if last is None or last[0] is not binding or not same(last[1], scheduled) or last[2] != device:  # a group shares numbers
                 last = binding, scheduled, device, binding.numbers(scheduled, device)
             result[name] = binding.update(params[name], grads[name], state, scheduled, last[3])
         return result

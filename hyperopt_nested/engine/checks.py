@@ -16,7 +16,7 @@ from hyperopt_nested.engine.learned import LearnedHyper
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import unused
 from hyperopt_nested.rule import Optimizer
-from hyperopt_nested.trees import State
+from hyperopt_nested.trees import State, same
 
 Horizon = OneStep | Discounted
 """How many past updates a hypergradient looks through."""
@@ -95,6 +95,18 @@ def optimizers_of(optimizer: Any) -> list[Optimizer]:
     return list(optimizer.values())
 
 
+def check_losses(names: Iterable[str], values: Values, bindings: Bindings) -> None:
+    """Refuse a step without the loss that a rule reads.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    for name in names:
+        rule = bindings[name].optimizer.rule
+        if missing := [loss for loss in rule.loss_names if loss not in values.get(name, {})]:
+            raise ValueError(f"{rule.name} reads the loss of each step: give values={{{name!r}: {{{missing[0]!r}: loss}}}}")
+
+
 def check_shared(learned: LearnedHyper, optimizer: Optimizer, name: str) -> None:
     """Refuse one `learn(...)` for hypers of several names, domains or starts: its value would leave one of these.
 
@@ -161,7 +173,7 @@ def check_step(
             raise ValueError(f"grads[{name!r}] has shape {tuple(grad.shape)}, the tensor {tuple(params[name].shape)}: they must be equal")
     last = None
     for name, scheduled in values.items():
-        if scheduled is last and name in st["rule"]:
+        if same(scheduled, last) and name in st["rule"]:
             continue  # tensors of a group share them
         last = scheduled
         if name not in st["rule"]:

@@ -74,6 +74,8 @@ class Discounted:
             ValueError: the message names the hyper and the remedy.
         """
         rule, per = optimizer.rule, learn.per
+        if rule.loss_names:
+            raise ValueError(f"discount={self.discount:g} is not exact for {rule.name}, which reads the loss: use horizon=hn.OneStep()")
         if self.curvature == "exact":
             if per not in ("model", "tensor"):
                 raise ValueError(

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype
 from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
-from hyperopt_nested.engine.checks import Horizon, check_horizon, check_shared, check_step, check_tensors, check_used, optimizers_of
+from hyperopt_nested.engine.checks import (
+    Horizon,
+    check_horizon,
+    check_losses,
+    check_shared,
+    check_step,
+    check_tensors,
+    check_used,
+    optimizers_of,
+)
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.engine.sensitivity import Named
@@ -153,7 +162,8 @@ class Nested:
             grads: their gradients. A tensor without one is left alone, and so are the hypers that only it uses.
             st: as `init` or the last step made it.
             values: by tensor and hyper, what a schedule has made of declared values: it replaces a value that is not learned, and
-                scales one that is (by its ratio to the declared value). Numbers, in the hyper's domain, or tensors.
+                scales one that is (by its ratio to the declared value). Numbers, in the hyper's domain, or tensors. A rule that
+                reads the loss, such as that of `null_step`, needs it here: `{"w": {"loss": loss}}`.
             learn: whether to step the learned hypers, or which, by key; what is not stepped, `hyper_step` may step.
             hessian: with `curvature="exact"`: product of the Hessian of the loss, at `params`, with tensors, by name; such as
                 `lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]`.
@@ -168,6 +178,7 @@ class Nested:
         """
         values = {} if values is None else values
         check_step(params, grads, st, values, learn, self.bindings, self.learned)
+        check_losses(grads, values, self.bindings)
         if (hessian is not None) != ((curvature := self.horizon.curvature) == "exact"):
             raise ValueError(f"hessian={hessian!r}, but curvature={curvature!r}: give products with the Hessian if it is 'exact', only")
         if not grads:

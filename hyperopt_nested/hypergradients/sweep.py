@@ -108,8 +108,10 @@ def sweep(
         loss_and_aux.append(rebuilt)
         return found, carried.buffers
 
-    def update(params: dict[str, Tensor], grads: dict[str, Tensor], st: Any) -> Any:
-        params, st = nested.step(params, grads, st)
+    readers = {name: nested.bindings[name].optimizer.rule.loss_names for name in params}
+
+    def update(params: dict[str, Tensor], grads: dict[str, Tensor], st: Any, loss: Tensor) -> Any:
+        params, st = nested.step(params, grads, st, {name: dict.fromkeys(names, loss) for name, names in readers.items() if names})
         return params, st, nested.hypers(st)
 
     losses, hypers, aux = [], [], []
@@ -124,7 +126,7 @@ def sweep(
             grads = gradients(found[0].sum(), leaves, graph=False)
         loss, more = detached(loss_and_aux.pop()(list(found)))
         buffers = detached(buffers)
-        now, st, values = torch.func.vmap(update)(now, grads, st)
+        now, st, values = torch.func.vmap(update)(now, grads, st, loss)
         losses.append(loss)
         aux.append(more)
         hypers.append(values)

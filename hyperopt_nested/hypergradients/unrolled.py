@@ -171,8 +171,14 @@ class Hypergradients(dict[str, Tensors]):
 
 
 def in_values(optimizer: Optimizer | Mapping[str, Optimizer]) -> Optimizer | dict[str, Optimizer]:
-    """The same optimizers with hypers that are their own coordinates; a `learn` that several share stays shared."""
-    optimizers_of(optimizer)  # refuses what is none
+    """The same optimizers with hypers that are their own coordinates; a `learn` that several share stays shared.
+
+    Raises:
+        ValueError: an update reads the loss, through which nothing is differentiated.
+    """
+    for each in optimizers_of(optimizer):  # refuses what is none
+        if each.rule.loss_names:
+            raise ValueError(f"{each.rule.name} reads the loss of each step: use an optimizer without it, or hn.HyperOptimizer")
     made: dict[int, Learn] = {}
 
     def plain(each: Optimizer) -> Optimizer:

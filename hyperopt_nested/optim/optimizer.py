@@ -12,13 +12,14 @@ from torch.nn.parameter import is_lazy
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
 from hyperopt_nested.backends.program import capturing
 from hyperopt_nested.backends.step import ProgramStep
-from hyperopt_nested.checks import caller_level, check_count, not_an_optimizer
+from hyperopt_nested.checks import caller_level, check_count, is_number, not_an_optimizer
 from hyperopt_nested.engine.binding import Hessian
 from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.learned import MODEL
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
+from hyperopt_nested.ops import number_dtype
 from hyperopt_nested.optim.level import has_level, is_settled
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, as_floats, declared_hypers, learned_values, listed, with_value
@@ -154,6 +155,7 @@ class HyperOptimizer(GroupedOptimizer):
                     del moved[key]
         store.write(self.state)
         self._roster, self._optimizers, self._store = roster, optimizers, store
+        self._reads_loss = any(each.rule.loss_names for each in {id(each): each for each in optimizers.values()}.values())
         self._shapes = {name: p.shape for name, p in roster.tensors.items() if not is_lazy(p)}
         self._renumber()
         self._program_step = None
@@ -162,31 +164,37 @@ class HyperOptimizer(GroupedOptimizer):
             self._program_step = ProgramStep(store.nested, self._programs)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
     @outside_dynamo  # what is kept between steps is not for tracing
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
         """Step the learned hypers, then the parameters that have a gradient.
 
         Args:
             closure: evaluates the model again and returns the loss. With `curvature="exact"` it must not call backward: the step
                 differentiates the loss, twice, and leaves the gradients in `grad`.
+            loss: the loss that the gradients are of, for optimizers that read it, such as `null_step`, where there is no closure.
 
         Raises:
             RuntimeError: a gradient is sparse.
+            TypeError: `loss` is no number and no tensor of one.
+            ValueError: an optimizer reads the loss, and there is neither `loss` nor a closure.
             ValueError: `curvature="exact"`, and there is no closure, or it returns no loss that can be differentiated.
             NotImplementedError: `curvature="exact"`, and an operation in the loss has no double backward; the message names it.
                 Whatever is raised, nothing has been changed then.
         """
-        return self.update(closure)
+        return self.update(closure, loss)
 
-    def update(self, closure: Callable[[], float] | None = None) -> float | None:
+    def update(self, closure: Callable[[], float] | None = None, given: float | Tensor | None = None) -> float | None:
         """What `step` does, without the hooks of torch: for subclasses whose own step makes several, under `torch.no_grad`."""
         loss = None
         exact: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
+        if self._reads_loss and given is None and closure is None:
+            name = next(each.rule.name for each in self._optimizers.values() if each.rule.loss_names)
+            raise ValueError(f"{name} reads the loss of each step: call step(loss=loss), or step(closure)")
         if self._nested.horizon.curvature == "exact":
             if closure is None:
                 raise ValueError("closure=None, but curvature='exact' needs the loss: give step() a function that returns it")
@@ -199,6 +207,8 @@ class HyperOptimizer(GroupedOptimizer):
         grads = self._grads(exact)
         if not grads:
             return loss
+        if self._reads_loss:
+            self._last_loss = self._loss_number(loss if given is None else given)
         self._prepare(grads)
         self._mind_changes(grads.keys())
         store, total = self._store, self._total_steps
@@ -219,6 +229,17 @@ class HyperOptimizer(GroupedOptimizer):
         store.stepped(grads.keys())
         self._pinned.look(store.nested, store.st)
         return loss
+
+    def _loss_number(self, loss: Any) -> Tensor:
+        """The loss, shape (), without its graph.
+
+        Raises:
+            TypeError: it is no number.
+        """
+        if not is_number(loss) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+            raise TypeError(f"loss={loss!r} ({type(loss).__name__}) must be a number, or a tensor of one number")
+        value = torch.as_tensor(loss).detach()
+        return value.reshape(()).to(number_dtype(value.device))
 
     @torch.no_grad()
     def begin(self) -> None:

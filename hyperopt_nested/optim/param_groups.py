@@ -244,6 +244,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     _store: ParamState = NO_STORE
     _total_steps: int | None
     _shapes: dict[str, torch.Size]
+    _last_loss: Tensor | None = None  # of the last step, for what reads it
+    _reads_loss: bool = False
 
     def _create_state(
         self, also: Iterable[str] = (), *, roster: Roster | None = None, optimizers: dict[str, Optimizer] | None = None
@@ -404,13 +406,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _scheduled(self, group: Group, optimizer: Optimizer) -> dict[str, Any]:
         """The numbers that a group holds now, with the shape of the next step where an optimizer of the group has a level."""
         numbers = unpack(group)
+        if self._last_loss is not None:
+            numbers |= dict.fromkeys(optimizer.rule.loss_names, self._last_loss)
         if self._total_steps is None or not has_level(optimizer):
             return numbers
         return {**numbers, "lr": numbers["lr"] * shape(self._store.taken, self._total_steps)}
 
     def _values(self, *, as_tensors: bool = False) -> dict[str, Any]:
         """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
-        if as_tensors and self._lists and self._total_steps is None:
+        if as_tensors and self._lists and self._total_steps is None and not self._reads_loss:
             return self._lists
         result: dict[str, Any] = {}
         for key, names in self._users:

@@ -1,5 +1,6 @@
 """The rules that come with the library, one family a module; and what rules are made of, for authors of others."""
 
+from hyperopt_nested.domains import StepLoss
 from hyperopt_nested.ops import counter, kink, safe_sqrt, state_dtype, watch_kinks, zeros, zeros_like
 from hyperopt_nested.registry import register
 from hyperopt_nested.rules._anchor import anchor_of, displacement, keep_anchor, moved_anchor
@@ -26,6 +27,7 @@ from hyperopt_nested.rules.signs import lion, rprop
 from hyperopt_nested.rules.squares import adadelta, adafactor, adagrad, rmsprop
 
 __all__ = [
+    "StepLoss",
     "accumulator",
     "adabelief",
     "adadelta",

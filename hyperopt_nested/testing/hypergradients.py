@@ -13,7 +13,7 @@ from hyperopt_nested.rule import Per
 from hyperopt_nested.testing.comparison import EXACT, TOLERANCE, RuleError
 from hyperopt_nested.testing.differences import Difference, Slopes, slopes
 from hyperopt_nested.testing.strategies import Case, room
-from hyperopt_nested.testing.subject import Inapplicable, Step, Subject, Tree
+from hyperopt_nested.testing.subject import Inapplicable, Step, Subject, Tree, losses
 from hyperopt_nested.trees import map_tree
 
 PERS: tuple[Per, ...] = get_args(Per)
@@ -127,7 +127,7 @@ def _by_engine(subject: Subject, case: Case, step: Step, learned: Mapping[str, P
     full = {
         name: map_tree(lambda leaf, like: leaf.expand(like.shape).clone(), state, st["rule"][name]) for name, state in step.states.items()
     }
-    new, st = nested.step(step.params, step.grads, {**st, "rule": full})
+    new, st = nested.step(step.params, step.grads, {**st, "rule": full}, losses(step.optimizer, step.grads))
     found = nested.hypergradients(new, case.after, st)
     moves = torch.stack([(case.after[t] * (new[t] - param)).abs().sum() for t, param in step.params.items()]).sum()
     sizes = {name: moves / room(nested.learned[name].hyper, case.hypers[name]) for name in learned}

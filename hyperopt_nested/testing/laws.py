@@ -16,7 +16,7 @@ from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.rule import Optimizer, Per
 from hyperopt_nested.testing.comparison import RuleError, compare, difference
 from hyperopt_nested.testing.strategies import MAX_STEPS, Case
-from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, by_path, direct, numbers, start
+from hyperopt_nested.testing.subject import Inapplicable, Subject, Tree, by_path, direct, losses, numbers, start
 from hyperopt_nested.trees import map_tree
 
 Law = Callable[[Subject, Case], None]
@@ -129,7 +129,7 @@ def check_ends(subject: Subject, case: Case) -> None:
             except ValueError:  # at zero it switches something off that another hyper needs, or that it acts on itself
                 continue
             for grads in case.grads:
-                params, st = nested.step(params, grads, st)
+                params, st = nested.step(params, grads, st, losses(subject.template, grads))
             _check_finite({"param": params, "hypergradient": nested.hypergradients(params, case.after, st)}, f"with {name}={end!r}")
 
 

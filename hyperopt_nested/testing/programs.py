@@ -124,7 +124,7 @@ def _run(optimizer: Optimizer, backend: Any, shapes: Mapping[str, tuple[int, ...
         if step:
             for name, value in drawn().items():
                 params[name].grad = torch.where(torch.rand(value.shape, generator=generator) < 0.1, 0, value)
-            opt.step()
+            opt.step(loss=(-1) ** step)
         found: dict[str, Any] = {f"parameter {name!r}": param.detach() for name, param in params.items()}
         found |= {f"state {key!r} of {name!r}": leaf for name, param in params.items() for key, leaf in opt.state.get(param, {}).items()}
         yield found | {f"learned {hyper} of {key!r}": leaf for hyper, by in opt.hypers().items() for key, leaf in by.items()}

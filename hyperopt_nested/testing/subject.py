@@ -1,6 +1,6 @@
 """What is checked: an optimizer as a template, filled in with the values of a case, and stepped without the engine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperopt_nested import registry
 from hyperopt_nested.combinators.base import Combinator
-from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Per, learn
+from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Per, Rule, learn
 from hyperopt_nested.rules.sgd import sgd
 from hyperopt_nested.testing.strategies import SHAPES, Case
 from hyperopt_nested.trees import State, flatten
@@ -119,16 +119,21 @@ def subject(rule: Checkable) -> Subject:
         if isinstance(entry, FunctionRule) and not registry.check_with(rule):
             return subject(entry)
         own = entry.hypers if isinstance(entry, Combinator) else example.learned or example.settings
-        return Subject(rule, lambda: example, tuple(own))
+        return Subject(rule, lambda: example, settable(own, example.rule))
     if isinstance(rule, Optimizer):
-        return Subject(rule.rule.name, lambda: rule, tuple(rule.settings))
+        return Subject(rule.rule.name, lambda: rule, settable(rule.settings, rule.rule))
     if isinstance(rule, Combinator):
         outer = rule(inner())
-        return Subject(rule.name, lambda: outer, tuple(rule.hypers), f"{rule.name}(hn.sgd(lr=0.1, momentum=0.9))")
+        return Subject(rule.name, lambda: outer, settable(rule.hypers, outer.rule), f"{rule.name}(hn.sgd(lr=0.1, momentum=0.9))")
     if isinstance(rule, FunctionRule):
         choices = {name: (default, not default) for name, default in rule.options.items() if isinstance(default, bool)}
-        return Subject(rule.name, rule, tuple(rule.hypers), f"{rule.name}({{}})", choices)
+        return Subject(rule.name, rule, settable(rule.hypers, rule), f"{rule.name}({{}})", choices)
     raise TypeError(f"rule={rule!r} ({type(rule).__name__}) must be a rule, a combinator, an optimizer, or a registered name")
+
+
+def settable(names: Iterable[str], rule: Rule) -> tuple[str, ...]:
+    """Those of the hypers that can be set and learned: all but the loss."""
+    return tuple(name for name in names if name not in rule.loss_names)
 
 
 def start(optimizer: Optimizer, params: Mapping[str, Tensor]) -> dict[str, State]:
@@ -147,6 +152,11 @@ def numbers(case: Case, optimizer: Optimizer) -> dict[str, Tree]:
     """Values of the hypers as single numbers, by tensor."""
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in optimizer.declared.items()}
     return dict.fromkeys(case.params, values)
+
+
+def losses(optimizer: Optimizer, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Values of the loss in one step, by tensor, for rules that read it."""
+    return {name: {loss: optimizer.declared[loss] for loss in optimizer.rule.loss_names} for name in names}
 
 
 def direct(
