@@ -55,6 +55,7 @@ class Problem:
         params, offsets = ({name: torch.randn(shape, generator=generator).to(device, dtype) for name in ("a", "b")} for _ in range(2))
         self.params = {name: torch.nn.Parameter(param) for name, param in params.items()}
         self.offsets = offsets
+        self.reads_loss = bool(optimizer.rule.loss_names)
         self.opt = hn.HyperOptimizer(list(self.params.items()), optimizer, backend=backend, **how)  # type: ignore[arg-type]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, 20) if "lr" in self.opt.defaults else None
 
@@ -62,10 +63,13 @@ class Problem:
         for name, p in self.params.items():
             p.grad = torch.cos(p.detach() + self.offsets[name])
 
+    def loss(self) -> torch.Tensor:
+        return torch.stack([torch.sin(p.detach() + self.offsets[name]).sum() for name, p in self.params.items()]).sum() + 30
+
     def run(self, steps: int) -> "Problem":
         for _ in range(steps):
             self.gradients()
-            self.opt.step()
+            self.opt.step(**({"loss": self.loss()} if self.reads_loss else {}))
             if self.schedule is not None:
                 self.schedule.step()
         return self
