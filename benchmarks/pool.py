@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -30,7 +32,18 @@ def add_options(parser: argparse.ArgumentParser, folders: str) -> None:
     parser.add_argument("--out", type=Path, help=f"folder of rows, tables and figures; {folders}")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of models and examples; cpu by default")
     parser.add_argument("--tables", action="store_true", help="only write tables and figures")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Arguments of such a command, with the values of these options checked."""
+    chosen = parser.parse_args(arguments)
+    if chosen.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no such device here")
+    return chosen
 
 
 def end_after(minutes: float | None) -> float:

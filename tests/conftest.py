@@ -16,11 +16,18 @@ for name, examples in (("quick", 15), ("thorough", 150)):
 settings.load_profile("quick")  # the option --hypothesis-profile comes after
 
 
+NEEDED = {
+    "test_site.py": "no Chromium is installed. The site was not checked in a browser.",
+    "test_cuda.py": "there is no CUDA device. Nothing was checked on a GPU.",
+}
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it where the checks of the site were skipped."""
-    if any("test_site.py" in report.nodeid for report in terminalreporter.stats.get("skipped", [])):
-        line = "tests/test_site.py did not run: no Chromium is installed. The site was not checked in a browser."
-        terminalreporter.write_line(line, yellow=True)
+    """Say it where checks were skipped that need what is not here."""
+    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]
+    for file, why in NEEDED.items():
+        if any(file in nodeid for nodeid in skipped):
+            terminalreporter.write_line(f"tests/{file} did not run: {why}", yellow=True)
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ def test_a_stopped_arena_goes_on_and_its_tables_follow_from_rows(tmp_path: Path,
     count = len(rows.of("quadratic"))
     again = Rows(tmp_path, Cell)
     done: list[object] = []
-    monkeypatch.setattr(command, "perform", lambda group, steps: done.append(group) or perform(group, steps))
+    monkeypatch.setattr(command, "perform", lambda group, steps, device: done.append(group) or perform(group, steps, device))
     command.work(again, iter(planned), steps=STEPS)
     assert len(done) == len(planned) - 2
     assert len(again.of("quadratic")) == count + 2 * (len(planned) - 2) == 2 * (len(BASES["adamw"].grid) + len(STARTS))

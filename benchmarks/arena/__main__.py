@@ -11,7 +11,7 @@ from benchmarks.arena.arms import ARMS, BASES
 from benchmarks.arena.runs import Cell, Group, groups, perform
 from benchmarks.arena.tables import write
 from benchmarks.arena.tasks import TASKS
-from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after, parsed
 from benchmarks.reproduce.rows import Rows
 
 ROOT = Path(__file__).parents[2]
@@ -27,27 +27,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     add_options(parser, "docs/results/arena, or benchmarks/results/arena")
-    chosen = parser.parse_args(arguments)
+    chosen = parsed(parser, arguments)
     if unknown := [task for task in chosen.tasks if task not in TASKS]:
         parser.error(f"there is no task {unknown[0]!r}: choose from {', '.join(TASKS)}")
-    for name in ("jobs", "seeds"):
-        if getattr(chosen, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    if chosen.seeds < 1:
+        parser.error("--seeds must be at least 1")
     folder = chosen.out or ROOT / ("benchmarks/results/arena" if chosen.quick else "docs/results/arena")
     end = end_after(chosen.minutes)
     with alone(folder):
         rows = Rows(folder, Cell)
         if not chosen.tables:
-            tasks = chosen.tasks or list(TASKS)
+            tasks, how = chosen.tasks or list(TASKS), {"jobs": chosen.jobs, "end": end, "device": chosen.device}
             if chosen.quick:
-                work(rows, groups(tasks, ["adamw"], QUICK_ARMS, 2), jobs=chosen.jobs, end=end, steps=20)
+                work(rows, groups(tasks, ["adamw"], QUICK_ARMS, 2), steps=20, **how)
             else:  # all tasks with the first base, then with the next
                 each = (groups(tasks, [base], chosen.arms, chosen.seeds) for base in chosen.bases)
-                work(rows, itertools.chain.from_iterable(each), jobs=chosen.jobs, end=end)
+                work(rows, itertools.chain.from_iterable(each), **how)
         write(rows, QUICK_NOTE if chosen.quick else "")
 
 
-def work(rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = float("inf"), steps: int | None = None) -> None:
+def work(
+    rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = float("inf"), steps: int | None = None, device: str = "cpu"
+) -> None:
     """Do the runs of groups that have no row yet.
 
     Args:
@@ -56,11 +57,13 @@ def work(rows: Rows, planned: Iterator[Group], *, jobs: int = 1, end: float = fl
         jobs: processes; 1 is this one.
         end: of `time.monotonic()`, after which no group begins.
         steps: fewer than each task's.
+        device: of parameters and examples.
     """
+    run = functools.partial(perform, steps=steps, device=device)
     missing = [left for group in planned if (left := tuple(cell for cell in group if cell not in rows))]
     started = time.monotonic()
     with Workers(jobs) as workers:
-        for done, (group, results) in enumerate(workers.finished(functools.partial(perform, steps=steps), missing, end), start=1):
+        for done, (group, results) in enumerate(workers.finished(run, missing, end), start=1):
             for cell, numbers in zip(group, results, strict=True):
                 rows.add(cell, numbers)
             first, minutes = group[0], (time.monotonic() - started) / 60

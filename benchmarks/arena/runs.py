@@ -57,15 +57,16 @@ def groups(tasks: Sequence[str], bases: Sequence[str], arms: Sequence[str], seed
             yield tuple(Cell(task, base, arm, rate, seed) for rate in some for seed in range(seeds))
 
 
-def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
+def perform(group: Group, steps: int | None = None, device: str = "cpu") -> list[dict[str, object]]:
     """Train the cells of a group, and measure each.
 
     Args:
         group: cells of one task, base and arm; where a learner starts, of one rate.
         steps: fewer than the task's.
+        device: of parameters and examples.
 
     Returns:
-        Of each cell: the validation losses, the accuracy, the rate at the end, and seconds.
+        Of each cell: the validation losses, the accuracy, the rate at the end, seconds, and the device.
     """
     started = time.perf_counter()
     first, task = group[0], TASKS[group[0].task]
@@ -73,12 +74,13 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
     arm = ARMS[first.arm]
     optimizer = arm.make(BASES[first.base], first.rate, task.steps)
     nested = hn.Nested(optimizer, horizon=arm.horizon)
-    rates = torch.tensor([optimizer.declared["lr"] if arm.rates == "starts" else cell.rate for cell in group])
+    rates = torch.tensor([optimizer.declared["lr"] if arm.rates == "starts" else cell.rate for cell in group], device=device)
     seeds = [cell.seed for cell in group]
     states = [task.init(seed) for seed in seeds]
-    params = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    by_seed = {seed: task.batches(seed, task.steps) for seed in set(seeds)}
-    train, validation = task.data()
+    params = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
+    by_seed = {seed: task.batches(seed, task.steps).to(device) for seed in set(seeds)}
+    train, validation = (tuple(each.to(device) for each in part) for part in task.data())
+    factors = torch.tensor([arm.shape(at, task.steps) for at in range(task.steps)], device=device)
     st = torch.func.vmap(lambda params: nested.init(params, first_values(nested)))(params)
     losses = torch.func.vmap(task.loss)
     before = _measure(task.loss, params, validation)
@@ -91,18 +93,18 @@ def perform(group: Group, steps: int | None = None) -> list[dict[str, object]]:
         index = torch.stack([by_seed[seed][at] for seed in seeds])
         total = losses(leaves, tuple(each[index] for each in train)).sum()
         grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
-        factor = torch.tensor(arm.shape(at, task.steps))
         learn = arm.learn_until is None or at < arm.learn_until(task.steps)
-        params, st = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None, None))(params, grads, st, rates, factor, learn)
+        params, st = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None, None))(params, grads, st, rates, factors[at], learn)
     ends = torch.func.vmap(nested.eval_params)(params, st)
     after = _measure(task.loss, ends, validation)
     accuracy = _measure(task.accuracy, ends, validation) if task.accuracy else None
     learned = nested.hypers(st).get("lr", {}).get("model", rates)
+    where = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     seconds = (time.perf_counter() - started) / len(group)
     return [
         {"loss_0": f"{before[i].item():.6g}", "loss_1": f"{after[i].item():.6g}"}
         | {"accuracy": "" if accuracy is None else f"{accuracy[i].item():.4f}"}
-        | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}"}
+        | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}", "device": where}
         for i in range(len(group))
     ]
 

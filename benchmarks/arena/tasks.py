@@ -174,7 +174,7 @@ def _autoencoder(p: Tensors, batch: Batch) -> Tensor:
 
 
 def _quadratic(p: Tensors, batch: Batch) -> Tensor:
-    curvatures = torch.logspace(-2, 0, 100)
+    curvatures = torch.logspace(-2, 0, 100, device=batch[0].device)
     return 0.5 * ((p["at"] - batch[0]).square() * curvatures).sum(-1).mean()
 
 
@@ -201,7 +201,7 @@ def _transformer(p: Tensors, x: Tensor, depth: int, heads: int, causal: bool) ->
         )
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         if causal:
-            scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1), -math.inf)
+            scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1), -math.inf)
         x = x + linear(p, f"{at}.o", (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
         x = x + linear(p, f"{at}.down", F.gelu(linear(p, f"{at}.up", _normed(p, f"{at}.norm2", x))))
     return _normed(p, "norm", x)

@@ -6,9 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after
+from benchmarks.pool import QUICK_NOTE, Workers, add_options, alone, end_after, parsed
 from benchmarks.reproduce.fine_tune import perform, pretrain, pretrainings
 from benchmarks.reproduce.plan import FULL, QUICK, QUICK_STUDIES, STUDIES, Scale
 from benchmarks.reproduce.rows import Rows, Run
@@ -22,14 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=main.__doc__)
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all in this order by default")
     add_options(parser, "docs/results, or benchmarks/results/quick")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of networks and images; cpu by default")
-    chosen = parser.parse_args(arguments)
+    chosen = parsed(parser, arguments)
     if unknown := [study for study in chosen.studies if study not in STUDIES]:
         parser.error(f"there is no study {unknown[0]!r}: choose from {', '.join(STUDIES)}")
-    if chosen.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no such device here")
     folder = chosen.out or ROOT / ("benchmarks/results/quick" if chosen.quick else "docs/results")
     end = end_after(chosen.minutes)
     with alone(folder):

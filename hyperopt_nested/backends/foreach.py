@@ -21,10 +21,8 @@ class Interpreter:
     backend = "foreach"
 
     def __init__(self, graph: UpdateGraph) -> None:
-        source, constants = _source(_with_casts(graph))
-        namespace: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, **constants}
-        exec(source, namespace)
-        self._step: Callable[[_Tensors], None] = namespace["step"]
+        self._source, self._constants = _source(_with_casts(graph))
+        self._steps: dict[torch.device, Callable[[_Tensors], None]] = {}
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
@@ -35,7 +33,17 @@ class Interpreter:
             chunks = groupby(zip(keys, batch.rows, strict=True), key=lambda each: each[0])
             batch.prepared = [_Tensors([row for _, row in chunk], self._like) for _, chunk in chunks]
         for tensors in batch.prepared:
-            self._step(tensors)
+            if tensors.device not in self._steps:
+                self._steps[tensors.device] = self._on(tensors.device)
+            self._steps[tensors.device](tensors)
+
+    def _on(self, device: torch.device) -> Callable[["_Tensors"], None]:
+        """The step of tensors on a device, with constants that are there: some operators wait for the device to copy one to it."""
+        constants = {name: constant.to(device) for name, constant in self._constants.items()}
+        namespace: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan, **constants}
+        exec(self._source, namespace)
+        step: Callable[[_Tensors], None] = namespace["step"]
+        return step
 
 
 def _with_casts(graph: UpdateGraph) -> UpdateGraph:
@@ -117,7 +125,7 @@ class _Tensors:
 
     def __init__(self, rows: Sequence[list[Tensor]], like: int) -> None:
         self._rows, likes = rows, [row[like] for row in rows]
-        self._device = likes[0].device
+        self.device = likes[0].device
         columns = [[*one] for one in zip(*rows, strict=True)]
         columns[0] = []  # gradients are others in each step
         self._inputs = [[each.view(-1) if each.is_contiguous() else each for each in one] for one in columns]
@@ -130,7 +138,7 @@ class _Tensors:
         widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
         repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): elements, (Kind.ROW, Kind.ELEMENT): widths}
         counted = {} if self._equal else {kinds: torch.tensor(each) for kinds, each in repeats.items()}
-        self._owners = {kinds: torch.arange(len(each)).repeat_interleave(each).int().to(self._device) for kinds, each in counted.items()}
+        self._owners = {kinds: torch.arange(len(each)).repeat_interleave(each).int().to(self.device) for kinds, each in counted.items()}
         whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
         self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in whole.items()}
 
@@ -141,10 +149,10 @@ class _Tensors:
             grads = ((row[0], written) for row, written in zip(self._rows, self._written, strict=True))
             parts = [grad.clone() if grad.untyped_storage().data_ptr() in written else grad for grad, written in grads]
         if kind == Kind.NUMBER and self._same[index]:
-            return parts[0].to(self._device).reshape(())
+            return parts[0].to(self.device).reshape(())
         if len(parts) == 1:
-            return parts[0].to(self._device).reshape(self._shapes[kind])
-        joined = torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self._device)
+            return parts[0].to(self.device).reshape(self._shapes[kind])
+        joined = torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self.device)
         return joined.view(self._shapes[kind]) if self._equal else joined
 
     def write(self, index: int, value: Tensor, kind: Kind) -> None:

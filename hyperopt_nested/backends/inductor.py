@@ -25,9 +25,10 @@ class Inductor:
 
     def __call__(self, batch: Batch) -> None:
         if batch.prepared is None:
-            together = batch.rows[0][0].device.type in TOGETHER
-            parts = [batch.rows] if together else [[row] for row in batch.rows]
-            batch.prepared = [(rows, *self._program(rows)) for rows in parts]
+            parts: dict[Any, list[list[Tensor]]] = {}
+            for i, row in enumerate(batch.rows):
+                parts.setdefault(row[0].device if row[0].device.type in TOGETHER else i, []).append(row)
+            batch.prepared = [(rows, *self._program(rows)) for rows in parts.values()]
         for rows, strides, program in batch.prepared:
             given = ([_lying(row, stride), *row[1:]] for row, stride in zip(rows, strides, strict=True))
             program(*chain.from_iterable(given))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.graph import Kind, kind_of
@@ -69,3 +70,8 @@ def write_over(arguments: Sequence[Tensor], new: Sequence[Tensor | None]) -> Non
     for old, value in zip(arguments, new, strict=True):
         if value is not None and value is not old:
             old.copy_(value)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph records what is done now, so that nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
-from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
+from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, capturing, write_over
 from hyperopt_nested.backends.verify import examples
 from hyperopt_nested.engine.binding import Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
@@ -92,6 +92,8 @@ class ProgramStep:
         of, last = [learn, *grads, *objects, *_each(grads.values(), type, *_FORM)], self._last
         if last and last.st is st and last.of == of and last.addresses == _each(last.tensors, Tensor.data_ptr, *_FORM):
             return last
+        if capturing():
+            raise RuntimeError("a step is captured in a CUDA graph before any other was taken in this form: take some steps first")
         made = self._arranged(of, params, grads, st, numbers, learn)
         programs = dict(zip(made.requests, self._programs.make(list(made.requests.values())), strict=True))
         made.requests = {}  # which have gradients in them

@@ -136,7 +136,7 @@ class LearnedHyper:
         one = map_tree(lambda *leaves: torch.stack(leaves), *many)  # a vector of single values, for operators that act on each element
         memory = st["memory"][next(iter(grads))]  # of nothing, since the learner learns nothing
         part = {**st, "rule": {MODEL: one["rule"]}, "memory": {MODEL: memory}}
-        stacked = {MODEL: torch.stack([torch.as_tensor(factors[key]).to(one["raw"]) for key in grads])} if factors else {}
+        stacked = {MODEL: torch.stack([number(factors[key], one["raw"].device).to(one["raw"].dtype) for key in grads])} if factors else {}
         new_raws, new, counts = self._step({MODEL: one["raw"]}, {MODEL: one["grad"]}, part, counts, stacked)
         rule = {key: map_tree(operator.itemgetter(i), new["rule"][MODEL]) for i, key in enumerate(grads)}
         return {**raws, **dict(zip(grads, new_raws[MODEL].unbind(), strict=True))}, {**st, "rule": {**st["rule"], **rule}}, counts
@@ -208,8 +208,9 @@ def _widest(end: Bound, wider: Callable[[Tensor, Tensor], Tensor], none: float, 
 
 
 def number(value: float | Tensor, device: torch.device) -> Tensor:
-    """A single number as a tensor of shape ()."""
-    return torch.as_tensor(value, dtype=number_dtype(device), device=device)
+    """A single number as a tensor of shape (); one of Python is filled in there, since a copy to a device would wait for it."""
+    dtype = number_dtype(device)
+    return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
 def _keep_where(ok: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

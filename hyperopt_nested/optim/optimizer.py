@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from hyperopt_nested.backends.choice import Backend, Programs, chosen
+from hyperopt_nested.backends.program import capturing
 from hyperopt_nested.backends.step import ProgramStep
 from hyperopt_nested.checks import caller_level, check_count, is_number, not_an_optimizer, with_remedy
 from hyperopt_nested.engine.binding import Hessian
@@ -214,6 +215,11 @@ class HyperOptimizer(GroupedOptimizer):
         store, total = self._store, self._total_steps
         learn = self._learn_from == "training" and (total is None or not is_settled(self._optimizers.values(), store.taken, total))
         if not self._step_by_programs(store, grads, learn):
+            if capturing():
+                raise RuntimeError(
+                    "backend='reference' cannot be captured in a CUDA graph: it makes a new state in each step, which a replay does not go "
+                    "on from. Use backend='foreach' or 'compile'"
+                )
             now = {name: store.params[name].detach() for name in grads}
             new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian)
             for name, value in new.items():

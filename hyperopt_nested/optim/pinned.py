@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.backends.program import capturing
 from hyperopt_nested.checks import caller_level
 from hyperopt_nested.engine.learned import LearnedHyper, Learner
 from hyperopt_nested.engine.nested import Nested
@@ -43,7 +44,7 @@ class PinnedValues:
             return
         self._steps += 1
         for path, count in nested.pinned(st).items():
-            if path in self._reported or (count.device.type != "cpu" and self._steps % _EVERY):
+            if path in self._reported or (count.device.type != "cpu" and (self._steps % _EVERY or capturing())):
                 continue
             if count.item() > 0:
                 self._reported.add(path)
