@@ -3,8 +3,7 @@
 import logging
 import signal
 import sys
-
-from hyperopt_nested import __version__
+from importlib.metadata import version
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
             raise
         if sys.argv[1:] != ["--version"]:
             sys.exit(str(missing))
-        print(f"hyperopt-nested {__version__}")
+        print(f"hyperopt-nested {version('hyperopt-nested')}")
     else:
         app(prog_name="hyperopt-nested")
 
