@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="after which what is not ready is left out")
     parser.add_argument("--rounds", type=int, default=30, help="how often each candidate is timed")
     parser.add_argument("--device", default="cuda", help="cuda; or cpu, to try this program out on small tensors")
-    parser.add_argument("--only", default="", help="measure only what has this in its name")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure only what has one of these in its name")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -341,7 +341,7 @@ def main() -> None:
     end = time.monotonic() + given.seconds
     version = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU"}
     given.out.mkdir(parents=True, exist_ok=True)
-    names = [name for name in tasks() if given.only in name]
+    names = [name for name in tasks() if any(part in name for part in given.only)]
     with tempfile.TemporaryDirectory() as temporary, (given.out / "cuda.log").open("w") as log:
         folder = Path(temporary)
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
