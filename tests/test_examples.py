@@ -30,7 +30,7 @@ def test_every_example_is_here() -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_example(name: str) -> None:
-    quiet = ["-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning"]
+    quiet = ["-W", "error", "-W", "ignore:`torch.jit.script"]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side, and threads that wait for a core are many times slower
     path = str(EXAMPLES / f"{name}.py")
     done = subprocess.run([sys.executable, *quiet, path], capture_output=True, text=True, check=False, env=one_core)
