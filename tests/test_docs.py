@@ -136,8 +136,10 @@ def test_the_gallery_has_every_example_and_its_notebook() -> None:
         assert arguments["source"].startswith("import sys\n\nsys.argv")
         assert program.endswith("\n\n\n".join(cell["source"] for cell in cells) + "\n")
         assert title["source"].partition("\n")[0] in program
-    for link in re.findall(r"\(repo:([^)]+)\)", text):
-        assert (ROOT / link).exists()
+    figures = re.findall(r"!\[[^]]+\]\((assets/[^)]+)\)", text)
+    assert len(figures) == len(list((ROOT / "examples").glob("*.py")))
+    for file in [ROOT / "docs" / figure for figure in figures] + [ROOT / link for link in re.findall(r"\(repo:([^)]+)\)", text)]:
+        assert file.exists()
 
 
 def test_the_api_pages_show_the_public_names() -> None:

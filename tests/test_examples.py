@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hooks
+import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,3 +36,16 @@ def test_example(name: str) -> None:
     done = subprocess.run([sys.executable, *quiet, path], capture_output=True, text=True, check=False, env=one_core)
     assert done.returncode == 0, done.stderr
     assert re.search(RESULTS[name], done.stdout), done.stdout
+
+
+def test_a_notebook_runs_in_jupyter(tmp_path: Path) -> None:
+    """Its cells are the program's code, as those of all notebooks, which test_docs.py shows; and the programs run above."""
+    file, example = tmp_path / "notebook.ipynb", "write_a_rule"
+    file.write_text(hooks.notebook((EXAMPLES / f"{example}.py").read_text(encoding="utf-8")), encoding="utf-8")
+    execute = [sys.executable, "-c", "from nbclient.cli import main; main()", "--inplace", str(file)]
+    folders = {name: str(tmp_path) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    subprocess.run(execute, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **folders})
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert re.search(RESULTS[example], "".join(output.text for output in outputs if output.name == "stdout"))

@@ -1,9 +1,13 @@
-"""Draw the figures of the tutorials, from the code of their pages: `python tools/figures.py`, half a minute.
+"""Draw the figures of the tutorials and the thumbnails of the examples: `python tools/figures.py`, three minutes.
 
-The first code blocks of a page are run; a function here continues from what they define, and draws. Files go to `docs/assets/tutorials`.
+Tutorials: the first code blocks of a page are run; a function here continues from what they define, and draws.
+Examples: a program is run, and what it prints is drawn.
 """
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,18 +149,99 @@ def validation() -> None:
     decay.legend(frameon=False)
 
 
+def printed(example: str) -> str:
+    """What a program of `examples` prints."""
+    call = [sys.executable, str(DOCS.parent / "examples" / f"{example}.py")]
+    return subprocess.run(call, check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "140"}).stdout
+
+
+def rows(text: str, columns: int) -> list[list[str]]:
+    """The cells of the printed tables with so many columns."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return [row for row in cells if len(row) == columns]
+
+
+def learn_the_learning_rate() -> None:
+    """Accuracy over starts, fixed and learned."""
+    (panel,) = axes(("learning rate at the start", "accuracy"))
+    found = [[float(cell) for cell in row] for row in rows(printed("learn_the_learning_rate"), 4)]
+    for column, name, color in ((1, "fixed", GRAY), (2, "learned", BLUE)):
+        panel.plot([row[0] for row in found], [row[column] for row in found], "o-", color=color, label=name)
+    panel.set_xscale("log")
+    panel.legend(frameon=False)
+
+
+def learn_weight_decays() -> None:
+    """The decay of each tensor over the steps of the outer optimizer."""
+    (panel,) = axes(("step", "weight decay"))
+    found = [[float(cell) for cell in row] for row in rows(printed("learn_weight_decays"), 7)]
+    for column, (name, color) in enumerate(zip(("0.weight", "0.bias", "2.weight", "2.bias"), (BLUE, ORANGE, GREEN, GRAY), strict=True)):
+        panel.plot([row[0] for row in found], [row[3 + column] for row in found], color=color, label=name)
+    panel.set_yscale("log")
+    panel.legend(frameon=False)
+
+
+def maml() -> None:
+    """Test loss over steps of adaptation."""
+    (panel,) = axes(("steps of adaptation", "test loss"))
+    for (name, _, *cells), color in zip(rows(printed("maml"), 7), (GRAY, ORANGE, BLUE), strict=True):
+        panel.plot([0, 1, 2, 5, 10], [float(cell.partition(" ")[0]) for cell in cells], "o-", color=color, label=name)
+    panel.set_ylim(0)
+    panel.legend(frameon=False)
+
+
+def lora() -> None:
+    """Accuracy on the digits that were learned last and before, for each learning rate."""
+    (panel,) = axes(("accuracy on turned digits, %", "accuracy on upright digits, %"))
+    found = rows(printed("lora"), 5)
+    for name, color in (("AdamW", GRAY), ("FTP", BLUE)):
+        mine = [(float(turned), float(upright)) for _, optimizer, turned, upright, _ in found if optimizer == name]
+        panel.plot(*zip(*mine, strict=True), "o-", color=color, label=name)
+    panel.legend(frameon=False)
+
+
+def finetune_folder() -> None:
+    """Accuracy of each method, in distribution and under the shift."""
+    (panel,) = axes(("", "accuracy, %"))
+    found = [row for row in rows(printed("finetune_folder"), 4) if "±" in row[1]]
+    for column, name, color in ((2, "in distribution", GRAY), (3, "inverted", BLUE)):
+        heights = [float(row[column].partition(" ")[0]) for row in found]
+        panel.bar([at + 0.2 * (2 * column - 5) for at in range(len(found))], heights, 0.4, color=color, label=name)
+    panel.set_xticks(range(len(found)), [row[0] for row in found])
+    panel.set_ylim(top=115)
+    panel.legend(frameon=False, ncols=2)
+
+
+def write_a_rule() -> None:
+    """Learned hypers of the rule over the steps."""
+    (panel,) = axes(("step", "value"))
+    numbers = [[float(number) for number in re.findall(r"[\d.]+", line)] for line in printed("write_a_rule").splitlines()]
+    for column, (name, color) in enumerate(zip(("loss", "lr", "beta", "delta"), (GRAY, BLUE, ORANGE, GREEN), strict=True)):
+        panel.plot([row[0] for row in numbers], [row[1 + column] for row in numbers], color=color, label=name)
+    panel.set_yscale("log")
+    panel.legend(frameon=False, ncols=2)
+
+
+FIGURES = {
+    "tutorials": (quickstart, online, reverse, implicit, validation),
+    "examples": (learn_the_learning_rate, learn_weight_decays, maml, lora, finetune_folder, write_a_rule),
+}
+
+
 def main() -> None:
-    """Draw all of them."""
+    """Draw all of them, or those that are named."""
     mpl.use("svg")
     style: Any = {"axes.edgecolor": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY, "ytick.color": GRAY, "text.color": GRAY}
     mpl.rcParams.update(
         {**style, "svg.hashsalt": "", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "lines.linewidth": 1.6}
     )
-    (DOCS / "assets" / "tutorials").mkdir(exist_ok=True)
-    for draw in (quickstart, online, reverse, implicit, validation):
-        draw()
-        plt.savefig(DOCS / "assets" / "tutorials" / f"{draw.__name__}.svg", transparent=True, metadata={"Date": None})
-        plt.close("all")
+    for folder, figures in FIGURES.items():
+        (DOCS / "assets" / folder).mkdir(exist_ok=True)
+        for draw in figures:
+            if draw.__name__ in (sys.argv[1:] or [draw.__name__]):
+                draw()
+                plt.savefig(DOCS / "assets" / folder / f"{draw.__name__}.svg", transparent=True, metadata={"Date": None})
+                plt.close("all")
 
 
 if __name__ == "__main__":

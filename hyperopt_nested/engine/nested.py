@@ -308,7 +308,7 @@ class Nested:
             return raws
         users: dict[str, list[State]] = {}
         for name in grads:
-            if learned in self.bindings[name].learned.values():
+            if any(each.key == key for each in self.bindings[name].learned.values()):
                 users.setdefault(learned.key_of(name), []).append(rule[name])
         return {name: learned.bounded(raw, users[name]) if name in users else raw for name, raw in raws.items()}
 

@@ -20,6 +20,7 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.ops import number_dtype
+from hyperopt_nested.optim import averages
 from hyperopt_nested.optim.level import has_level, is_settled
 from hyperopt_nested.optim.loading import loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, as_floats, declared_hypers, learned_values, listed, with_value
@@ -86,7 +87,8 @@ class HyperOptimizer(GroupedOptimizer):
 
     pinned_at_ends: ClassVar[frozenset[str]] = frozenset()
     begins_at_first_step: ClassVar[bool] = True
-    _plan: tuple[Roster, dict[str, Optimizer], ParamState] | None = None  # what a load in progress will install
+    _plan: tuple[Roster, dict[str, Optimizer], ParamState, dict[str, Tensor]] | None = None  # what a load in progress will install
+    _evaluates = False  # whether averages are in the place of parameters
 
     @with_remedy("hypers are arguments of a rule: HyperOptimizer(params, hn.adamw(lr=1e-3)), or hn.optim.AdamW(params, lr=1e-3)")
     def __init__(
@@ -155,6 +157,7 @@ class HyperOptimizer(GroupedOptimizer):
                 for key in [key for key in moved if key in was.shared() or is_declaration(key)]:
                     del moved[key]
         store.write(self.state)
+        self._evaluates = averages.are_in(self.state)
         self._roster, self._optimizers, self._store = roster, optimizers, store
         self._reads_loss = any(each.rule.loss_names for each in {id(each): each for each in optimizers.values()}.values())
         self._shapes = {name: p.shape for name, p in roster.tensors.items() if not is_lazy(p)}
@@ -179,7 +182,7 @@ class HyperOptimizer(GroupedOptimizer):
             loss: the loss that the gradients are of, for optimizers that read it, such as `null_step`, where there is no closure.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or averages are in the place of the parameters; see `eval`.
             TypeError: `loss` is no number and no tensor of one.
             ValueError: an optimizer reads the loss, and there is neither `loss` nor a closure.
             ValueError: `curvature="exact"`, and there is no closure, or it returns no loss that can be differentiated.
@@ -193,6 +196,7 @@ class HyperOptimizer(GroupedOptimizer):
         loss = None
         exact: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
+        self._check_trains("step()")
         if self._reads_loss and given is None and closure is None:
             name = next(each.rule.name for each in self._optimizers.values() if each.rule.loss_names)
             raise ValueError(f"{name} reads the loss of each step: call step(loss=loss), or step(closure)")
@@ -321,6 +325,7 @@ class HyperOptimizer(GroupedOptimizer):
         """
         if self._learn_from != "validation":
             raise RuntimeError("this optimizer learns from training gradients, in step(): make it with learn_from='validation' to use this")
+        self._check_trains("hyper_step()")
         grads, store = self._grads(), self._store
         grads = {name: grad for name, grad in grads.items() if name in store.params}
         self._mind_changes(grads.keys())
@@ -483,9 +488,72 @@ class HyperOptimizer(GroupedOptimizer):
             >>> x = torch.ones(3, 2)
             >>> prediction = torch.func.functional_call(model, opt.eval_params(), x)
         """
-        st, store = self._state(), self._store
-        params = {name: p.detach() for name, p in store.params.items()}
-        return {**self._nested.eval_params(params, st), **{name: params[name] for name in store.fresh if self.begins_at_first_step}}
+        self._state()
+        return {name: p.detach() for name, p in self._store.params.items()} | averages.averages(self._store, self._unaveraged)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the weights to evaluate or save the model with, as `eval_params` returns them, in the place of the parameters.
+
+        For rules that keep averages, such as `schedule_free_adamw` and `ema`; with others it does nothing. `train` puts the parameters
+        back, bit by bit, whatever was done to them meanwhile. Until then the state keeps them, one tensor more for each, also in what
+        `state_dict` returns; and steps are errors. Trainers that call both, as that of Hugging Face, evaluate and save the averages.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.parameters(), hn.ema(hn.sgd(), decay=0.9))
+            >>> opt.eval()
+            >>> torch.save(model.state_dict(), "model.pt")  # doctest: +SKIP
+            >>> opt.train()
+        """
+        self._state()
+        if not self._evaluates and (new := averages.averages(self._store, self._unaveraged)):
+            self._mind_changes(new.keys())
+            averages.put_in(self._store, self.state, new)
+            self._evaluates = True
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the parameters back that `eval` has replaced; without that, it does nothing."""
+        if self._evaluates:
+            self._state()
+            averages.take_out(self._store, self.state)
+            self._evaluates = False
+
+    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """The state dict of a model with the weights of `eval_params`: to be saved, or loaded into another model.
+
+        Args:
+            model: whose parameters are stepped. Its buffers, frozen parameters and further names of tied ones are in the result, too.
+
+        Returns:
+            The tensors, by the model's names; they are not copies.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> model, shadow = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+            >>> opt = hn.HyperOptimizer(model.parameters(), hn.ema(hn.sgd(), decay=0.9))
+            >>> shadow.load_state_dict(opt.averaged_state_dict(model))
+            <All keys matched successfully>
+        """
+        self._state()
+        new = averages.averages(self._store, self._unaveraged)
+        return averages.with_averages(model, {self._store.params[name]: average for name, average in new.items()})
+
+    @property
+    def _unaveraged(self) -> frozenset[str]:
+        """Names of tensors whose averages are not begun yet."""
+        return frozenset(self._store.fresh) if self.begins_at_first_step else frozenset()
+
+    def _check_trains(self, call: str) -> None:
+        """Refuse a call while averages are in the place of the parameters.
+
+        Raises:
+            RuntimeError: they are.
+        """
+        if self._evaluates:
+            raise RuntimeError(f"{call}: averages are in the place of the parameters since eval(): call train() first")
 
     def _state(self) -> State:
         """The engine's state."""
@@ -529,14 +597,15 @@ class HyperOptimizer(GroupedOptimizer):
             return loadable  # torch says so itself
         indices = [index for group in groups for index in group["params"]]
         names = [name for each in self._roster.names for name in each]
-        saved = {name: loadable["state"].get(index, {}) for index, name in zip(indices, names, strict=True)}
+        entries = {name: loadable["state"].get(index, {}) for index, name in zip(indices, names, strict=True)}
+        saved, trained = averages.parted(entries)
         optimizers = self._switched(groups)
         nested = Nested(optimizers, **self._how)
         tracked = {*self._store.params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
         start = built(nested, self._roster, tracked, {}, None)
         store = built(nested, self._roster, tracked, loaded(start, saved), None)
         chosen(self._backend, nested, store.params)
-        self._plan = self._roster, optimizers, store
+        self._plan = self._roster, optimizers, store, averages.moved(trained, store.params)
         return {**loadable, "state": {key: entry for key, entry in loadable["state"].items() if key not in indices}}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -551,7 +620,9 @@ class HyperOptimizer(GroupedOptimizer):
         super().__setstate__({key: value for key, value in state.items() if key not in ("_names", "_tracked")})
         self.param_groups = [self._live(group) for group in self.param_groups]
         if self._plan is not None:  # torch calls this to load a state_dict
-            roster, optimizers, store = self._plan
+            roster, optimizers, store, trained = self._plan
+            for name, param in store.params.items():
+                averages.keep(self.state, param, trained.get(name))
             self._take(Roster(self.param_groups, roster.names), optimizers, store)
         elif names is not None and tracked is not None:  # a copy or an unpickled one
             self._programs, self._store, self._pinned = None, NO_STORE, PinnedValues(self.pinned_at_ends)
