@@ -1,13 +1,14 @@
 """`AdamP` and `SGDP`: AdamW and SGD with Fast Trainable Projection, as drop-in optimizers."""
 
 import functools
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
-from ftp.rule import Radius, projection
+from ftp.rule import FLOOR, Radius, projection
 
 
 class FTPOptimizer(AnchoredOptimizer):
@@ -23,7 +24,8 @@ class FTPOptimizer(AnchoredOptimizer):
         exclude: what is optimized without projection, as a new head is: names, glob patterns of names, modules or tensors.
         anchor: what the weights stay near: None, the values that each tensor has before its first step, so that pre-trained weights may
             also be loaded after construction; a mapping from names to tensors, such as a state dict, which is copied; or "zero", which
-            takes no memory, for LoRA factors.
+            takes no memory, for LoRA factors. With a mapping, weights may have moved already: each radius whose start is not given
+            starts at the distance of the tensor from its anchor.
         anchor_decay: in [0, 1]: after each step, `anchor = anchor_decay * anchor + (1 - anchor_decay) * weights`; 1, the default, is a
             fixed anchor. Anchors that move are kept in float32 at least.
         saturation: derivative with respect to the radius where the projection is inactive; "straight-through" as published.
@@ -50,6 +52,7 @@ class FTPOptimizer(AnchoredOptimizer):
     """
 
     pinned_at_ends = frozenset({"radius"})  # where gradients want the anchor
+    _start_at_distance = False  # where radii start, if anchors are not what the weights are
 
     def __init__(
         self,
@@ -75,7 +78,26 @@ class FTPOptimizer(AnchoredOptimizer):
         how: dict[str, Any] = {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         around = functools.partial(projection(k, radius_lr, radius), saturation=saturation, **how)
         kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
+        self._start_at_distance = isinstance(anchor, Mapping) and radius.start is None
         super().__init__(params, base, around, exclude=exclude, anchor=anchor, backend=backend, **kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_start_at_distance": self._start_at_distance}
+
+    def began(self, names: Set[str]) -> None:
+        """Let radii start at the distances of the weights from anchors that were given."""
+        super().began(names)
+        if not self._start_at_distance:
+            return
+        tensors, states, learned, start = dict(self.named_parameters()), self.rule_states(), self.learned_tensors(), dict[str, float]()
+        for name in names:
+            if "anchor" in (state := states[name]):  # else it is excluded
+                norms = hn.mars.norms(hn.rules.displacement(tensors[name].detach(), state)) / state.get("anchor_norm", 1)
+                value = f"radius/{name}" if f"radius/{name}" in learned else "radius"
+                start[value] = max(start.get(value, FLOOR), *norms[norms.isfinite()].flatten().tolist(), FLOOR)
+        for value, distance in start.items():
+            if distance > FLOOR:
+                self.set_hyper(value, distance)
 
 
 class AdamP(FTPOptimizer):

@@ -93,8 +93,9 @@ class Radius:
             about \(\mu\) in each step, however large it is. From `FLOOR` that takes long: start at the displacement.
         relative: what radii are in units of: None, \(s_i = 1\); "tensor", the largest row norm of the anchor,
             \(s_i = \max_j \lVert \theta_{0,j}\rVert\); "row", \(s_i = \lVert \theta_{0,i}\rVert\). See `hn.project`.
-        start: the radius of the first step, at least `FLOOR`; or "displacement": the first step is not projected, and then
-            \(\gamma = \max_i \lVert \theta_i - \theta_{0,i}\rVert / s_i\) (of weights that it leaves in place, `FLOOR`).
+        start: the radius of the first step, at least `FLOOR`; None is `FLOOR`, as published, or, where an anchor is given that the
+            weights have left already, the largest \(\lVert \theta_i - \theta_{0,i}\rVert / s_i\) before that step; "displacement": the
+            first step is not projected, and then \(\gamma\) is the largest after it (of weights that it leaves in place, `FLOOR`).
         scheduled: whether \(\mu\) is multiplied by what schedules have made of the learning rate \(\eta\) that was declared,
             \(\mu_t = \mu\, \eta_t / \eta\): radii move no faster than the schedule lets the weights move.
 
@@ -112,7 +113,7 @@ class Radius:
     per: _Per = "tensor"
     via: Literal["log"] | None = None
     relative: hn.typing.Relative = None
-    start: float | Literal["displacement"] = FLOOR
+    start: float | Literal["displacement"] | None = None
     scheduled: bool = False
 
     def __post_init__(self) -> None:
@@ -123,11 +124,11 @@ class Radius:
             raise TypeError(f"scheduled={self.scheduled!r} ({type(self.scheduled).__name__}) must be True or False")
         if self.scheduled and self.per == "model":
             raise ValueError("scheduled=True needs per='tensor' or 'row': what all tensors share may have several schedules")
-        if self.start != "displacement":
+        if self.start not in (None, "displacement"):
             if isinstance(self.start, bool) or not isinstance(self.start, (int, float)):
-                raise TypeError(f"start={self.start!r} ({type(self.start).__name__}) must be a number, or 'displacement'")
+                raise TypeError(f"start={self.start!r} ({type(self.start).__name__}) must be a number, None or 'displacement'")
             if not FLOOR <= self.start < _UNLIMITED:
-                raise ValueError(f"start={self.start!r} must be between ftp.FLOOR and {_UNLIMITED:g}, or 'displacement'")
+                raise ValueError(f"start={self.start!r} must be between ftp.FLOOR and {_UNLIMITED:g}, None or 'displacement'")
 
 
 def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Radius()) -> Callable[..., hn.Optimizer]:
@@ -149,7 +150,7 @@ def projection(k: float = 1.0, lr: float | hn.Learn = 1e-2, radius: Radius = Rad
             raise TypeError(f"radius_lr={lr!r} ({type(lr).__name__}) must be a number >= 0, or hn.learn(...)")
         if not 0 <= lr < math.inf:
             raise ValueError(f"radius_lr={lr!r} must be finite and >= 0; the published value is 0.01")
-    start = _UNLIMITED if radius.start == "displacement" else radius.start
+    start = _UNLIMITED if radius.start == "displacement" else FLOOR if radius.start is None else radius.start
     how: dict[str, Any] = {"per": radius.per, "via": _LOG if radius.via else None, "scheduled_by": "lr" if radius.scheduled else None}
     learned = hn.learn(start, by=hn.adam(lr=1e-2).replace(lr=lr), grad=Anneal(k), bounds=(FLOOR, largest_norm), **how)
     return functools.partial(hn.project, onto=hn.mars, radius=learned, relative=radius.relative)

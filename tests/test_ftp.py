@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import hyperopt_nested as hn
-from ftp import FLOOR, SGDP, AdamP, Anneal, FTPOptimizer, ftp_rule
+from ftp import FLOOR, FTP, SGDP, AdamP, Anneal, FTPOptimizer, Radius, ftp_rule
 
 
 def network() -> nn.Sequential:
@@ -65,12 +65,33 @@ def test_anchor_from_a_state_dict() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3)
-    opt = AdamP(model.named_parameters(), lr=0.1, anchor=pretrained.state_dict())
+    opt = AdamP(model.named_parameters(), lr=0.1, anchor=pretrained.state_dict(), radius=Radius(start=FLOOR))
     train(model, opt, 1)
     for p, anchor in zip(model.parameters(), pretrained.parameters(), strict=True):
         torch.testing.assert_close(p, anchor, rtol=0, atol=1e-7)
     unchanged = network()
     assert all(torch.equal(a, b) for a, b in zip(pretrained.parameters(), unchanged.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("relative", [None, "tensor", "row"])
+@pytest.mark.parametrize("per", ["tensor", "row", "model"])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_run_that_is_taken_up_midway_goes_on_from_where_it_is(wrapped: bool, copied: bool, per: Any, relative: Any) -> None:
+    pretrained, model = network(), network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.05), 20)
+    gone = {name: p.detach() - anchor for (name, p), anchor in zip(model.named_parameters(), pretrained.parameters(), strict=True)}
+    anchor, radius = pretrained.state_dict(), Radius(per=per, relative=relative)
+    names = list(model.named_parameters())
+    if wrapped:
+        opt: Any = FTP(torch.optim.SGD(model.parameters(), lr=1e-6), named_parameters=names, anchor=anchor, radius=radius)
+    else:
+        opt = SGDP(names, lr=1e-6, anchor=anchor, radius=radius)
+    if copied:
+        model, opt = copy.deepcopy((model, opt))
+    train(model, opt, 1)
+    for (name, p), start in zip(model.named_parameters(), pretrained.parameters(), strict=True):
+        torch.testing.assert_close(p - start, gone[name], rtol=1e-3, atol=1e-5)
 
 
 def test_the_anchor_is_a_copy() -> None:
@@ -86,7 +107,7 @@ def test_anchors_of_tensors_that_train_or_come_later() -> None:
     model = network()
     anchors = {name: torch.zeros_like(p) for name, p in model.state_dict().items()}
     model[0].weight.requires_grad_(False)
-    opt = AdamP(model[0].named_parameters(prefix="0"), lr=1e-3, anchor=anchors)
+    opt = AdamP(model[0].named_parameters(prefix="0"), lr=1e-3, anchor=anchors, radius=Radius(start=FLOOR))
     opt.add_param_group({"params": list(model[2].named_parameters(prefix="2"))})
     model[0].weight.requires_grad_(True)
     train(model, opt, 1)

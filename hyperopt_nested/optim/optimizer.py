@@ -295,6 +295,10 @@ class HyperOptimizer(GroupedOptimizer):
             first = self._store.fresh.intersection(grads)
         if first and self.begins_at_first_step:
             self._store.begin(first)
+            self.began(first)
+
+    def began(self, names: Set[str]) -> None:
+        """Do nothing: called before the first step of tensors, when rules have copied what they keep of them; for subclasses."""
 
     def _mind_changes(self, names: Set[str]) -> None:
         """Learn nothing through last updates that do not explain the weights any more, where their memory needs that."""
