@@ -120,6 +120,22 @@ def test_formulas_are_shown(pages: dict[str, dict[int | str, Any]]) -> None:
     assert min(heights) > 5
 
 
+def test_pages_have_links_and_descriptions(site: Path) -> None:
+    """Those of pyproject.toml: the canonical address, edit links; and the version, neighbors, an icon, what previews of links show."""
+    project, pages = facts(ROOT), sorted(each for each in site.rglob("index.html") if each.parent != site)
+    home, repository = project["urls"]["Documentation"], project["urls"]["Repository"]
+    assert len(pages) > 25
+    for page in pages:
+        text, address = page.read_text(encoding="utf-8"), f"{home}{page.parent.relative_to(site).as_posix()}/"
+        for part in (
+            f'<link rel="canonical" href="{address}">', f'<meta property="og:url" content="{address}">', '<meta property="og:title"',
+            '<meta property="og:description" content="', f'<meta property="og:image" content="{home}assets/demo.png">',
+            '<link rel="icon" href="', 'class="md-header__button md-logo"', 'class="md-footer__link md-footer__link--prev"',
+            project["version"], f'href="{repository}/edit/main/', 'rel="edit"',
+        ):  # fmt: skip
+            assert part in text, f"{address} has no {part}"
+
+
 def test_search_finds_pages(address: str, browser: Browser) -> None:
     browser.open(address, 1400)
     for word, page in WORDS.items():
