@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperopt_nested as hn
-from ftp import SGDP, TPGM, AdamP
+from ftp import FLOOR, SGDP, TPGM, AdamP, Radius
 
 BACKENDS = ["reference", "foreach", "fused"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -551,7 +551,7 @@ def test_a_state_that_was_saved_before_the_first_step_has_it_still_before_it(ste
 
 def test_anchors_that_were_given_stay_what_they_were() -> None:
     model, pretrained = network(), network(2).state_dict()
-    opt = AdamP(model.named_parameters(), lr=0.05, anchor=pretrained)
+    opt = AdamP(model.named_parameters(), lr=0.05, anchor=pretrained, radius=Radius(start=FLOOR))
     kept_anchor = {name: value.clone() for name, value in pretrained.items()}
     with torch.no_grad():
         for value in (*pretrained.values(), *model.parameters()):
