@@ -22,6 +22,11 @@ NEEDED = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU, what Triton compiles comes last: a run that is cut off has checked all else."""
+    items.sort(key=lambda item: item.path.name == "test_cuda.py" and "compile" in item.name)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say it where checks were skipped that need what is not here."""
     skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", [])]

@@ -1,6 +1,7 @@
 """Programs do what the engine does, for every rule; they are made once, and wait for no value of a tensor."""
 
 import copy
+import gc
 import io
 import random
 import re
@@ -190,6 +191,38 @@ def test_a_thousand_steps_make_nothing_more_and_wait_for_nothing(backend: str, m
     assert problem.opt.hypers()["lr"]["group 0"] != 0.01
 
 
+@pytest.mark.parametrize("backend", ["foreach", "fused"])
+@pytest.mark.usefixtures("quick_programs")
+def test_steps_keep_the_memory_of_states_and_nothing_else(backend: Any) -> None:
+    """No gradients that are set to None, and nothing as large as tensors that are concatenated."""
+
+    def kept() -> int:
+        gc.collect()
+        storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+    before = kept()
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(100, 1000)] * 5 + [(5, 1000), (4000,), (7, 2)]]
+    opt = hn.optim.AdamW(params, lr=learned(1e-3, "model", 1e-8), backend=backend)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.cos(p.detach())
+        opt.step()
+        opt.zero_grad()
+    assert opt.backend == backend
+    state = 3 * sum(p.numel() * p.element_size() for p in params)  # parameters and moments
+    assert state <= kept() - before < state + 10_000
+
+
+def test_large_tensors_are_not_concatenated() -> None:
+    def chunks(device: str, *sizes: int) -> list[list[int]]:
+        return foreach._chunks([torch.empty(size, device=device) for size in sizes])
+
+    assert chunks("cpu", 10, 20, 100_000, 30, 40, 100_000, 100_000, 50) == [[0, 1], [2], [3, 4], [5], [6], [7]]
+    assert chunks("meta", 10, 20, 100_000, 30, 20_000_000, 40) == [[0, 1, 2, 3], [4], [5]]
+    assert [len(chunk) for chunk in chunks("cpu", *[100] * 2000)] == [655, 655, 656, 34]
+
+
 @pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("name", ["adamw", "ftp"])
 def test_one_program_steps_all_tensors_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +352,11 @@ def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         hn.HyperOptimizer([small], hn.sgd(lr=learned(0.1)), backend="compile", horizon=hn.Discounted(1.0, curvature="exact"))
     with pytest.raises(ValueError, match="backend='fused' cannot be used: it is for the CPU, and there are tensors on meta"):
         choice.chosen("fused", hn.Nested(hn.sgd()), {"w": torch.empty(1, device="meta"), "v": small})
+    monkeypatch.setattr(choice, "compiler_for", lambda device: True)
+    elsewhere = torch.empty(1_000_000, device="meta")
+    assert choice.chosen("auto", hn.Nested(hn.sgd()), {"w": elsewhere}) == "foreach"
+    assert choice.chosen("auto", hn.Nested(hn.sgd()), {"w": elsewhere, "v": small}) == "foreach"
+    assert choice.chosen("compile", hn.Nested(hn.sgd()), {"w": elsewhere}) == "compile"
     monkeypatch.setattr(choice, "compiler_for", lambda device: False)
     monkeypatch.setattr(compiler, "compiler", lambda: None)
     assert hn.HyperOptimizer([large], hn.sgd()).backend == "foreach"

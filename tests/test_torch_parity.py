@@ -242,3 +242,69 @@ def test_learners_that_do_not_move_change_nothing(name: str, per: Any, dtype: to
         models.append(params)
     for key in start:
         assert torch.equal(models[0][key], models[1][key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH if name not in ("ASGD", "Adafactor")])  # which keep other things
+def test_a_run_of_torch_goes_on(name: str) -> None:
+    """A state of torch.optim is loaded into the same rule, which goes on as torch does; also where it learns."""
+    how = {"lr": 0.02} | ({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
+    params, loss = problem(0, {key: shape for key, shape in TORCH[name].shapes.items() if key != "empty"})
+    theirs = {key: torch.nn.Parameter(value.clone()) for key, value in params.items()}
+
+    def step(opt: torch.optim.Optimizer, tensors: dict[str, torch.nn.Parameter]) -> None:
+        opt.zero_grad()
+        loss(dict(tensors)).backward()  # type: ignore[arg-type]
+        opt.step()
+
+    other = getattr(torch.optim, name)(theirs.values(), **how)
+    for _ in range(5):
+        step(other, theirs)
+    ours = {key: torch.nn.Parameter(value.detach().clone()) for key, value in theirs.items()}
+    opt = getattr(hn.optim, name)(ours.values(), **how)
+    opt.load_state_dict(other.state_dict())
+    learned = {key: torch.nn.Parameter(value.detach().clone()) for key, value in theirs.items()}
+    rate = 0.02 if name == "Rprop" else hn.learn(0.02, by=hn.sgd(1e-6))  # its rate is of the first step alone
+    learning = getattr(hn.optim, name)(learned.values(), **{**how, "lr": rate})
+    learning.load_state_dict(other.state_dict())
+    for _ in range(5):
+        step(other, theirs)
+        step(opt, ours)
+        step(learning, learned)
+    back = getattr(torch.optim, name)(learned.values(), lr=1.0)
+    back.load_state_dict(opt.torch_state_dict())
+    copies = [torch.nn.Parameter(value.detach().clone()) for value in ours.values()]
+    back.param_groups[0]["params"], back.state = copies, {copy: back.state[p] for copy, p in zip(copies, learned.values(), strict=True)}
+    step(other, theirs)
+    step(back, dict(zip(ours, copies, strict=True)))
+    for copied, value in zip(copies, theirs.values(), strict=True):
+        assert relative_error(copied.detach(), value.detach()) < EXACT
+    step(opt, ours)
+    for key, value in theirs.items():
+        assert relative_error(ours[key].detach(), value.detach()) < EXACT, key
+    assert name == "Rprop" or learning.learned()["lr"] != 0.02
+
+
+def test_a_state_for_torch_has_learned_values_or_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    opt = hn.optim.AdamW([weight], lr=hn.learn(0.1, by=hn.sgd(0.01)), betas=(hn.learn(0.9, by=hn.sgd(0.01)), 0.99))
+    for _ in range(3):
+        weight.grad = torch.ones(2)
+        opt.step()
+    (group,) = opt.torch_state_dict()["param_groups"]
+    learned = opt.learned()
+    assert (group["lr"], group["betas"][0]) == (learned["lr"], learned["beta1"]) != (0.1, 0.9)
+    with pytest.raises(ValueError, match=r"lr is learned by tensor, row or element, but torch\.optim has one number in group 0"):
+        hn.optim.SGD([weight], lr=hn.learn(0.1, by=hn.sgd(), per="tensor")).torch_state_dict()
+    with pytest.raises(ValueError, match=r"torch\.optim has no clip_by_norm\(sgd\)"):
+        hn.HyperOptimizer([weight], hn.clip_by_norm(hn.sgd())).torch_state_dict()
+
+
+def test_a_state_of_another_rule_of_torch_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    other = torch.optim.AdamW([weight], amsgrad=True)
+    other.step()
+    opt = hn.optim.AdamW([weight])
+    message = r"its entries for '0.0' are 'step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', and those of this rule 'step', 'exp_avg', "
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(other.state_dict())

@@ -30,10 +30,11 @@ next sort, tensor by tensor, with a warning.
 
 * "reference": the engine itself.
 * "foreach": torch's own operators, on many tensors at once; needs no compiler.
-* "compile": inductor's programs, for CPUs with a C++ compiler, and for GPUs with Triton, where one program steps all tensors of a kind.
+* "compile": inductor's programs, for CPUs with a C++ compiler, and for GPUs with Triton, where one program steps all tensors of a kind and
+  takes minutes to compile.
 * "fused": native kernels for the CPU, which pass over memory as seldom as can be; for rules that go row by row or element by element.
-* "auto": on the CPU "fused", or "foreach" without a C++ compiler; on GPUs "compile" for models of a million numbers and more, else
-  "foreach". Small models take their first 16 steps by the engine while kernels are compiled in the background.
+* "auto": on the CPU "fused", or "foreach" without a C++ compiler; elsewhere "foreach". Small models on the CPU take their first 16 steps by
+  the engine while kernels are compiled in the background.
 """
 
 WARM_UP = 16  # steps that the engine does for a small model while its kernels are compiled: fixed, so that runs are reproducible
@@ -55,9 +56,7 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
         return backend
     if why:
         return "reference"
-    if devices <= {torch.device("cpu")}:
-        return "foreach" if _missing("fused", devices) else "fused"
-    return "compile" if sum(param.numel() for param in params.values()) >= MANY and not _missing("compile", devices) else "foreach"
+    return "foreach" if _missing("fused", devices) else "fused"
 
 
 def _only_by_engine(nested: Nested, params: Tensors) -> str:

@@ -12,7 +12,7 @@ from hyperopt_nested.backends.fused import sizes
 from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value, Values
 from hyperopt_nested.backends.program import Batch
 
-_AT_ONCE = 1 << 16  # elements that a CPU, by its caches, steps at once, or one larger tensor; others step 256 times as many
+_AT_ONCE = 1 << 16  # elements that a CPU, by its caches, steps at once, or one larger tensor; GPUs step 256 times as many: fewer launches
 
 
 class Interpreter:
@@ -26,16 +26,15 @@ class Interpreter:
         self._like = max((i for i, (kind, _) in enumerate(graph.inputs) if kind == Kind.ELEMENT), default=0)
 
     def __call__(self, batch: Batch) -> None:
-        if batch.prepared is None:  # what is stepped at once is on one device, and has few elements
-            ends = accumulate(row[self._like].numel() for row in batch.rows)
-            devices = [row[self._like].device for row in batch.rows]
-            keys = ((at, end // (_AT_ONCE if at.type == "cpu" else _AT_ONCE << 8)) for end, at in zip(ends, devices, strict=True))
-            chunks = groupby(zip(keys, batch.rows, strict=True), key=lambda each: each[0])
-            batch.prepared = [_Tensors([row for _, row in chunk], self._like) for _, chunk in chunks]
+        if batch.prepared is None:
+            batch.prepared = [
+                _Tensors([batch.rows[i] for i in chunk], self._like) for chunk in _chunks([row[self._like] for row in batch.rows])
+            ]
         for tensors in batch.prepared:
             if tensors.device not in self._steps:
                 self._steps[tensors.device] = self._on(tensors.device)
             self._steps[tensors.device](tensors)
+            tensors.owners.clear()  # as large as the tensors
 
     def _on(self, device: torch.device) -> Callable[["_Tensors"], None]:
         """The step of tensors on a device, with constants that are there: some operators wait for the device to copy one to it."""
@@ -44,6 +43,15 @@ class Interpreter:
         exec(self._source, namespace)
         step: Callable[[_Tensors], None] = namespace["step"]
         return step
+
+
+def _chunks(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of tensors that are stepped at once: on one device, with few elements; a large tensor alone, since it is not concatenated."""
+    keys, ends = [], accumulate(map(Tensor.numel, tensors))
+    for i, (tensor, end) in enumerate(zip(tensors, ends, strict=True)):
+        limit = _AT_ONCE if tensor.device.type == "cpu" else _AT_ONCE << 8
+        keys.append((tensor.device, end // limit, i if tensor.numel() >= limit else -1))
+    return [list(chunk) for _, chunk in groupby(range(len(keys)), key=keys.__getitem__)]
 
 
 def _with_casts(graph: UpdateGraph) -> UpdateGraph:
@@ -137,8 +145,9 @@ class _Tensors:
         self._equal = len({*zip(counts, elements, strict=True)}) == 1
         widths = list(chain.from_iterable(map(repeat, self._columns, counts)))
         repeats = {(Kind.NUMBER, Kind.ROW): counts, (Kind.NUMBER, Kind.ELEMENT): elements, (Kind.ROW, Kind.ELEMENT): widths}
-        counted = {} if self._equal else {kinds: torch.tensor(each) for kinds, each in repeats.items()}
-        self._owners = {kinds: torch.arange(len(each)).repeat_interleave(each).int().to(self.device) for kinds, each in counted.items()}
+        counted = {} if self._equal else repeats
+        self._repeats = {kinds: torch.tensor(each, dtype=torch.int32, device=self.device) for kinds, each in counted.items()}
+        self.owners: dict[tuple[Kind, Kind], Tensor] = {}  # of each row or element: the index of the number or row that belongs to it
         whole = {Kind.NUMBER: (1, 1), Kind.ROW: (counts[0], 1), Kind.ELEMENT: (counts[0], self._columns[0])}
         self._shapes = {kind: (len(likes), *each) if self._equal else (-1,) for kind, each in whole.items()}
 
@@ -167,7 +176,12 @@ class _Tensors:
         """Repeat each number or row for what belongs to it, where broadcasting does not; operators take single numbers as they are."""
         if value.ndim == 0:
             return value
-        return value.to(dtype) if self._equal else value.to(dtype).index_select(0, self._owners[old, new])
+        if self._equal:
+            return value.to(dtype)
+        if (old, new) not in self.owners:  # with the size, nothing waits for the device
+            repeats = self._repeats[old, new]
+            self.owners[old, new] = torch.repeat_interleave(repeats, output_size=sum(self._lengths[new]))
+        return value.to(dtype).index_select(0, self.owners[old, new])
 
     def reduce(self, reduction: Callable[..., Tensor], value: Tensor, old: Kind, new: Kind, **how: Any) -> Tensor:
         """Reduce each row, or each tensor, to one value."""

@@ -132,6 +132,9 @@ class ProgramStep:
                 raws = prepared.st["hypers"][key]
                 new = self._nested.bounded(key, raws, prepared.st["rule"], grads)
                 write_over(list(raws.values()), [new[value] for value in raws])
+        for name in grads:
+            for row in prepared.rows[name]:
+                row[0] = _NO_GRAD  # not to keep the memory of gradients that are set to None
         torch.autograd.graph.increment_version(prepared.params)  # kernels write without telling autograd
 
     def _arranged(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
@@ -215,6 +218,7 @@ class ProgramStep:
 
 
 _LEARNER = "learner of "
+_NO_GRAD = torch.empty(0)
 _FORM = Tensor.stride, operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
 
 

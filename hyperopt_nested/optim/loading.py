@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.combinators.base import Combined
 from hyperopt_nested.domains import BIJECTIONS
+from hyperopt_nested.optim.param_groups import pack, unpack
 from hyperopt_nested.optim.param_state import COORDINATES, STEPS, ParamState, is_declaration, is_entry
 from hyperopt_nested.optim.refs import pairs
+from hyperopt_nested.rule import Optimizer
 
 Group = dict[str, Any]
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_RULE = "rule."
 _REMEDY = "build the optimizer with the same arguments as the one that was saved"
 
 
@@ -107,8 +111,7 @@ def loaded(store: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Te
     own = {name: {key: entry for key, entry in entries.items() if not _is_shared(key, common)} for name, entries in saved.items()}
     keys = {key: None for entries in own.values() for key in entries}
     if keys and not any(map(is_entry, keys)):
-        some = ", ".join(map(repr, list(keys)[:4]))
-        raise ValueError(f"state_dict is of another optimizer, such as one of torch.optim: its entries are {some}; {_REMEDY}")
+        own, pool = _from_torch(own, expected, common), {key: leaf for key, leaf in expected.get(home, {}).items() if key in common}
     if not keys and not pool and any(expected.values()):
         raise ValueError(f"state_dict has no entries for any tensor, so it is not of an optimizer of this library; {_REMEDY}")
     result: dict[Tensor, dict[str, Tensor]] = {}
@@ -121,6 +124,66 @@ def loaded(store: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Te
             shared = _fitting(name, pool, {key: leaf for key, leaf in expected.get(home, {}).items() if key in common})
             result[param] = {**result.get(param, {}), **shared}
     _check_coordinates(store, pool)
+    return result
+
+
+def for_torch(
+    state_dict: Mapping[str, Any], hypers: Mapping[str, Mapping[str, Tensor]], optimizers: Sequence[Sequence[Optimizer]]
+) -> dict[str, Any]:
+    """A state of torch.optim, in copies.
+
+    Args:
+        state_dict: of this optimizer.
+        hypers: effective learned values.
+        optimizers: of the tensors of each group.
+
+    Raises:
+        ValueError: torch.optim has no such state.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for index, (group, own) in enumerate(zip(groups, optimizers, strict=True)):
+        if inside := [each.rule.name for each in own if isinstance(each.rule, Combined)]:
+            raise ValueError(f"torch.optim has no {inside[0]}: there is no state for it")
+        numbers = unpack(group)
+        for hyper in {hyper for each in own for hyper in each.learned}:
+            found = [by_name for path, by_name in hypers.items() if path.split("#")[0] == hyper]
+            values = {float(by_name[f"group {index}"]) for by_name in found if f"group {index}" in by_name}
+            if len(values) != 1:
+                raise ValueError(f"{hyper} is learned by tensor, row or element, but torch.optim has one number in group {index}")
+            numbers[hyper] = values.pop()
+        options = {name: value for each in own for name, value in getattr(each.rule, "options", {}).items()}
+        groups[index] = {**options, **pack(numbers)}
+    state = {}
+    for index, entries in state_dict["state"].items():
+        rule = {key.removeprefix(_RULE): leaf.clone() for key, leaf in entries.items() if key.startswith(_RULE)}
+        if rule:
+            state[index] = {**rule, "step": rule.get("step", entries[STEPS]).float()}
+    return {"state": state, "param_groups": groups}
+
+
+def _from_torch(
+    saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Tensor]], common: frozenset[str]
+) -> dict[str, dict[str, Any]]:
+    """Entries of the same rule in torch.optim as entries of this optimizer; what only this one has is as before the first step.
+
+    Raises:
+        ValueError: the rule keeps other entries.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for name, entries in saved.items():
+        wanted = {key: leaf for key, leaf in expected.get(name, {}).items() if key not in common}
+        rule = {key.removeprefix(_RULE): key for key in wanted if key.startswith(_RULE)}
+        entries = {key: leaf for key, leaf in entries.items() if leaf is not None}
+        if entries and (odd := sorted((rule.keys() ^ entries.keys()) - {"step"})):
+            some, ours = (", ".join(map(repr, keys)) or "none" for keys in (entries, rule))
+            raise ValueError(
+                f"state_dict is of another optimizer, such as one of torch.optim: its entries for {name!r} are {some}, and those of this "
+                f"rule {ours} ({odd[0]!r} is on one side only); {_REMEDY}"
+            )
+        if entries:
+            entries = {"step": torch.ones(()), **entries}  # SGD's does not count steps: it has taken some
+            count = torch.as_tensor(entries["step"], dtype=torch.float64)
+            result[name] = {**wanted, STEPS: count, **{own: entries[key] for key, own in rule.items()}}
     return result
 
 

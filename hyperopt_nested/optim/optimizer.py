@@ -22,7 +22,7 @@ from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.ops import number_dtype
 from hyperopt_nested.optim import averages
 from hyperopt_nested.optim.level import has_level, is_settled
-from hyperopt_nested.optim.loading import loaded, matched
+from hyperopt_nested.optim.loading import for_torch, loaded, matched
 from hyperopt_nested.optim.named_values import LearnedValue, as_floats, declared_hypers, learned_values, listed, with_value
 from hyperopt_nested.optim.outside_dynamo import outside_dynamo
 from hyperopt_nested.optim.param_groups import NO_CHOICES, NO_STORE, ByName, Choice, GroupedOptimizer, check_params, pack, unpack
@@ -574,8 +574,29 @@ class HyperOptimizer(GroupedOptimizer):
         finally:
             self.state.update(gone)
 
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state as the class of torch.optim with the same rule loads it: learned values become numbers of the groups.
+
+        `load_state_dict` takes what such a class has saved.
+
+        Raises:
+            ValueError: a value is learned per tensor, row or element, or a rule is not one of torch.optim, since it is in a combinator.
+
+        Example:
+            >>> import torch, hyperopt_nested as hn
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = hn.optim.AdamW(model.parameters(), lr=hn.learn(0.1, by=hn.sgd(1e-3)))
+            >>> other = torch.optim.AdamW(model.parameters())
+            >>> other.load_state_dict(opt.torch_state_dict())
+            >>> other.param_groups[0]["lr"]
+            0.1
+        """
+        return for_torch(self.state_dict(), self.hypers(), [[self._optimizers[name] for name in names] for names in self._roster.names])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in the dtypes that it has; continuing is bitwise what not stopping would have been.
+
+        A state of the class of torch.optim with the same rule is loaded, too; what that does not have is as before the first step.
 
         Entries go to the tensors of their names where both sides have names, else by position. What learned hypers were declared as is
         loaded too, so that the learned values, and the factors that schedules have made, are those that were saved.
