@@ -420,10 +420,10 @@ def test_ftp_resumes_in_a_fresh_process_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(resumed[name], p) for name, p in model.state_dict().items())
     assert moved > 1e-3
     assert distance(resumed["weight"], start.weight) > moved / 2
-    # what losing the radii does: a new optimizer anchored at the start projects the first step to within 1e-8 of it
+    # without the state, the radii of a new optimizer with this anchor begin at the present distance: nothing is thrown back
     forgetful = nn.Linear(3, 2)
     forgetful.load_state_dict(torch.load(tmp_path / "saved.pt")["model"])
     lost = AdamP(forgetful.named_parameters(), lr=1e-2, anchor=start.state_dict())
     forgetful(torch.ones(1, 3)).square().mean().backward()
     lost.step()
-    assert distance(forgetful.weight, start.weight) < 1e-7
+    assert distance(forgetful.weight, start.weight) > moved / 2
