@@ -140,8 +140,8 @@ class Broken(hn.HyperOptimizer):
         super().__init__(params, optimizer, backend="reference")
         self.breaks = backend == "fused" and "lr" in optimizer.learned and optimizer.learned["lr"].per == "row"
 
-    def step(self, closure: Any = None) -> Any:
-        super().step()
+    def step(self, closure: Any = None, *, loss: Any = None) -> Any:
+        super().step(loss=loss)
         if self.breaks:
             type(self).wrong(self)
 

@@ -62,7 +62,7 @@ def loop(
     for name, p in params.items():
         norms = rows(p)
         units[name] = {None: 1.0, "tensor": norms.max(), "row": norms}[radius.relative]
-    start = math.inf if radius.start == "displacement" else radius.start
+    start = math.inf if radius.start == "displacement" else FLOOR if radius.start is None else radius.start
     radii = {g: torch.full_like(rows(params[name]), start) if by_row else torch.tensor(start).double() for name, g in group.items()}
     first, second = ({g: torch.zeros_like(r) for g, r in radii.items()} for _ in range(2))
     last: dict[str, Tensor] = {}
@@ -381,8 +381,8 @@ def made(**settings: Any) -> AdamP:
         (lambda: Radius(per="element"), "per='element' of a radius must be 'model' or 'tensor' or 'row'"),  # type: ignore[arg-type]
         (lambda: Radius(via="logit"), "via='logit' of a radius must be None or 'log'"),  # type: ignore[arg-type]
         (lambda: Radius(relative="layer"), "relative='layer' of a radius must be 'tensor' or 'row' or None"),  # type: ignore[arg-type]
-        (lambda: Radius(start=0.0), r"start=0\.0 must be between ftp\.FLOOR and 1e\+20, or 'displacement'"),
-        (lambda: Radius(start=True), r"start=True \(bool\) must be a number, or 'displacement'"),
+        (lambda: Radius(start=0.0), r"start=0\.0 must be between ftp\.FLOOR and 1e\+20, None or 'displacement'"),
+        (lambda: Radius(start=True), r"start=True \(bool\) must be a number, None or 'displacement'"),
         (lambda: Radius(scheduled=1), r"scheduled=1 \(int\) must be True or False"),  # type: ignore[arg-type]
         (lambda: Radius(per="model", scheduled=True), "scheduled=True needs per='tensor' or 'row'"),
         (lambda: made(radius=0.1), r"radius=0\.1 \(float\) must be an ftp\.Radius"),
