@@ -176,3 +176,9 @@ def test_import_loads_no_optional_package() -> None:
 def test_a_missing_package_is_named_with_its_extra(package: str, extra: str, use: str) -> None:
     found = run(f"import sys; sys.modules[{package!r}] = None; import hyperopt_nested as hn; {use}")
     assert found.stderr.splitlines()[-1] == f'ModuleNotFoundError: {package} is not installed: pip install "hyperopt-nested[{extra}]"'
+
+
+def test_a_benchmark_starts() -> None:
+    """Its folder is the first that modules are looked for in: none there may have the name of one that torch imports."""
+    program = ROOT / "benchmarks" / "optimizer_steps.py"
+    subprocess.run([sys.executable, program, "--help"], check=True, capture_output=True)

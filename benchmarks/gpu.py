@@ -342,7 +342,7 @@ def main() -> None:
     version = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if given.device == "cuda" else "CPU"}
     given.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in tasks() if any(part in name for part in given.only)]
-    with tempfile.TemporaryDirectory() as temporary, (given.out / "cuda.log").open("w") as log:
+    with tempfile.TemporaryDirectory() as temporary, (given.out / "gpu.log").open("w") as log:
         folder = Path(temporary)
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--rounds", str(given.rounds), "--device", given.device, "--folder", temporary, "--one"]
@@ -359,7 +359,7 @@ def main() -> None:
             file = folder / f"{list(tasks()).index(name)}.json"
             rows += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             rows += [{"what": name, "note": f"not ready after {given.seconds:.0f} s"}] if name in late else []
-    with (given.out / "cuda.csv").open("w", newline="") as table:
+    with (given.out / "gpu.csv").open("w", newline="") as table:
         writer = csv.DictWriter(table, [*COLUMNS, *version])
         writer.writeheader()
         writer.writerows({**row, **version} for row in rows)
