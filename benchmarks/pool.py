@@ -46,6 +46,11 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     return chosen
 
 
+def device_name(device: str) -> str:
+    """What rows call a device: "cpu", or the model of the GPU."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
 def end_after(minutes: float | None) -> float:
     """The time of `time.monotonic()` after so many minutes; None is never."""
     return float("inf") if minutes is None else time.monotonic() + 60 * minutes

@@ -12,6 +12,7 @@ from torch import Tensor
 import hyperopt_nested as hn
 from benchmarks.arena.arms import ARMS, BASES
 from benchmarks.arena.tasks import TASKS, Batch, Tensors
+from benchmarks.pool import device_name
 from hyperopt_nested.optim.level import first_values
 
 
@@ -99,12 +100,11 @@ def perform(group: Group, steps: int | None = None, device: str = "cpu") -> list
     after = _measure(task.loss, ends, validation)
     accuracy = _measure(task.accuracy, ends, validation) if task.accuracy else None
     learned = nested.hypers(st).get("lr", {}).get("model", rates)
-    where = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     seconds = (time.perf_counter() - started) / len(group)
     return [
         {"loss_0": f"{before[i].item():.6g}", "loss_1": f"{after[i].item():.6g}"}
         | {"accuracy": "" if accuracy is None else f"{accuracy[i].item():.4f}"}
-        | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}", "device": where}
+        | {"rate_at_end": f"{learned[i].item():.4g}", "seconds": f"{seconds:.2f}", "device": device_name(device)}
         for i in range(len(group))
     ]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ftp
+from benchmarks.pool import device_name
 from benchmarks.reproduce import data, networks, tasks
 from benchmarks.reproduce.data import Examples
 from benchmarks.reproduce.plan import CORRUPTED_IMAGES, EPOCHS, Scale
@@ -31,7 +32,7 @@ def perform(run: Run, scale: Scale, device: str = "cpu") -> dict[str, object]:
     _set_up(device)
     numbers = _continual(run, scale, device) if run.study == "continual" else _classify(run, scale, device)
     versions = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    return {**numbers, **versions, "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device)}
+    return {**numbers, **versions, "device": device_name(device)}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def pretrainings(runs: Iterable[Run], scale: Scale) -> list[Pretraining]:
     needed = [
         Pretraining(network, task, seed) for network, task in dict.fromkeys((run.network, run.task) for run in runs) for seed in seeds
     ]
-    names = {each: networks.name_of(each.network, tasks.TASKS[each.task], each.seed, scale.pretraining_steps) for each in needed}
-    return [each for each, name in names.items() if not data.stored(name).exists()]
+    return [each for each in needed if not data.stored(each.name(scale)).exists()]
 
 
 def _set_up(device: str) -> None:

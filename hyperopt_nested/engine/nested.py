@@ -76,8 +76,10 @@ class Nested:
         check_horizon(horizon)
         check_dtype("state_dtype", state_dtype)
         self.horizon, self.state_dtype = horizon, state_dtype
+        self.reads_loss = False
         by_learn: dict[int, LearnedHyper] = {}
         for each in optimizers_of(optimizer):
+            self.reads_loss |= bool(each.rule.loss_names)
             for name, learn in each.learned.items():
                 if learn.key in by_learn:
                     check_shared(by_learn[learn.key], each, name)
@@ -178,7 +180,8 @@ class Nested:
         """
         values = {} if values is None else values
         check_step(params, grads, st, values, learn, self.bindings, self.learned)
-        check_losses(grads, values, self.bindings)
+        if self.reads_loss:
+            check_losses(grads, values, self.bindings)
         if (hessian is not None) != ((curvature := self.horizon.curvature) == "exact"):
             raise ValueError(f"hessian={hessian!r}, but curvature={curvature!r}: give products with the Hessian if it is 'exact', only")
         if not grads:

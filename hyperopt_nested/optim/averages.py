@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.optim.param_state import ParamState, States
-from hyperopt_nested.trees import eval_params
 
 TRAINED = "train_params"
 """The entry of a tensor's state that keeps what training goes on from, while an average is in its place."""
@@ -16,7 +15,7 @@ TRAINED = "train_params"
 def averages(store: ParamState, skipped: frozenset[str]) -> dict[str, Tensor]:
     """The tensors that rules keep an average of, by name: these averages. They are not copies."""
     params = {name: param.detach() for name, param in store.params.items() if name not in skipped}
-    found = {name: eval_params(param, store.st["rule"][name]) for name, param in params.items()}
+    found = store.nested.eval_params(params, store.st)
     return {name: average for name, average in found.items() if average is not params[name]}
 
 
@@ -24,9 +23,8 @@ def put_in(store: ParamState, state: States, new: Mapping[str, Tensor]) -> None:
     """Put averages in the place of parameters, whose values are kept in the state."""
     for name, average in new.items():
         param = store.params[name]
-        if TRAINED not in state[param]:
-            state[param][TRAINED] = param.detach().clone()
-            param.copy_(average)
+        state[param][TRAINED] = param.detach().clone()
+        param.copy_(average)
     store.write(state)
 
 

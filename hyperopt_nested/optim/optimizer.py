@@ -15,11 +15,10 @@ from hyperopt_nested.backends.step import ProgramStep
 from hyperopt_nested.checks import caller_level, check_count, is_number, not_an_optimizer, with_remedy
 from hyperopt_nested.engine.binding import Hessian
 from hyperopt_nested.engine.checks import Horizon
-from hyperopt_nested.engine.learned import MODEL
+from hyperopt_nested.engine.learned import MODEL, number
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
-from hyperopt_nested.ops import number_dtype
 from hyperopt_nested.optim import averages
 from hyperopt_nested.optim.level import has_level, is_settled
 from hyperopt_nested.optim.loading import for_torch, loaded, matched
@@ -159,7 +158,6 @@ class HyperOptimizer(GroupedOptimizer):
         store.write(self.state)
         self._evaluates = averages.are_in(self.state)
         self._roster, self._optimizers, self._store = roster, optimizers, store
-        self._reads_loss = any(each.rule.loss_names for each in {id(each): each for each in optimizers.values()}.values())
         self._shapes = {name: p.shape for name, p in roster.tensors.items() if not is_lazy(p)}
         self._renumber()
         self._program_step = None
@@ -197,7 +195,7 @@ class HyperOptimizer(GroupedOptimizer):
         exact: dict[str, Tensor] | None = None
         hessian: Hessian | None = None
         self._check_trains("step()")
-        if self._reads_loss and given is None and closure is None:
+        if given is None and closure is None and self._nested.reads_loss:
             name = next(each.rule.name for each in self._optimizers.values() if each.rule.loss_names)
             raise ValueError(f"{name} reads the loss of each step: call step(loss=loss), or step(closure)")
         if self._nested.horizon.curvature == "exact":
@@ -212,7 +210,7 @@ class HyperOptimizer(GroupedOptimizer):
         grads = self._grads(exact)
         if not grads:
             return loss
-        if self._reads_loss:
+        if self._nested.reads_loss:
             self._last_loss = self._loss_number(loss if given is None else given)
         self._prepare(grads)
         self._mind_changes(grads.keys())
@@ -243,8 +241,8 @@ class HyperOptimizer(GroupedOptimizer):
         """
         if not is_number(loss) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             raise TypeError(f"loss={loss!r} ({type(loss).__name__}) must be a number, or a tensor of one number")
-        value = torch.as_tensor(loss).detach()
-        return value.reshape(()).to(number_dtype(value.device))
+        value = torch.as_tensor(loss).detach().reshape(())
+        return number(value, value.device)
 
     @torch.no_grad()
     def begin(self) -> None:

@@ -245,7 +245,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
     _total_steps: int | None
     _shapes: dict[str, torch.Size]
     _last_loss: Tensor | None = None  # of the last step, for what reads it
-    _reads_loss: bool = False
 
     def _create_state(
         self, also: Iterable[str] = (), *, roster: Roster | None = None, optimizers: dict[str, Optimizer] | None = None
@@ -414,7 +413,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _values(self, *, as_tensors: bool = False) -> dict[str, Any]:
         """By tensor: the numbers that its group holds now, as tensors where they are not learned; or all of them as tensors that stay."""
-        if as_tensors and self._lists and self._total_steps is None and not self._reads_loss:
+        if as_tensors and self._lists and self._total_steps is None and not self._nested.reads_loss:
             return self._lists
         result: dict[str, Any] = {}
         for key, names in self._users:
