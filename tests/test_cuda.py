@@ -224,6 +224,15 @@ def test_ftp_around_optimizers_on_the_device(inside: Any, same: Any) -> None:
     assert_close(values(params, wrapped), ends[1], 1e-8)  # torch's own kernels round otherwise
 
 
+def learn_from_validation(params: Params, opt: ftp.TPGM | ftp.WiSEFT) -> None:
+    def validation() -> Tensor:
+        loss = torch.stack([(p - 0.1).square().sum() for _, p in params]).sum()
+        loss.backward()
+        return loss
+
+    opt.step(validation)
+
+
 @pytest.mark.parametrize("norm", ["mars", "l2"])
 def test_tpgm(norm: Any) -> None:
     ends = []
@@ -231,13 +240,7 @@ def test_tpgm(norm: Any) -> None:
         params = tensors(device, torch.float64)
         tpgm = ftp.TPGM(params, norm=norm, updates=3)
         descend(params, torch.optim.AdamW([p for _, p in params], lr=1e-2), 3)
-
-        def validation(params: Params = params) -> Tensor:
-            loss = torch.stack([(p - 0.1).square().sum() for _, p in params]).sum()
-            loss.backward()
-            return loss
-
-        tpgm.step(validation)
+        learn_from_validation(params, tpgm)
         ends.append(values(params, tpgm))
     assert_close(*ends, TOLERANCE[torch.float64])
 
@@ -248,13 +251,7 @@ def test_wise_ft_learned_from_validation() -> None:
         params = tensors(device, torch.float64)
         wise = ftp.WiSEFT(params, updates=3)
         descend(params, torch.optim.SGD([p for _, p in params], lr=1e-2), 3)
-
-        def validation(params: Params = params) -> Tensor:
-            loss = torch.stack([(p - 0.1).square().sum() for _, p in params]).sum()
-            loss.backward()
-            return loss
-
-        wise.step(validation)
+        learn_from_validation(params, wise)
         ends.append(values(params, wise))
     assert_close(*ends, TOLERANCE[torch.float64])
 
