@@ -94,7 +94,8 @@ class FTPOptimizer(AnchoredOptimizer):
             if "anchor" in (state := states[name]):  # else it is excluded
                 norms = hn.mars.norms(hn.rules.displacement(tensors[name].detach(), state)) / state.get("anchor_norm", 1)
                 value = f"radius/{name}" if f"radius/{name}" in learned else "radius"
-                start[value] = max(start.get(value, FLOOR), *norms[norms.isfinite()].flatten().tolist(), FLOOR)
+                largest = torch.where(norms.isfinite(), norms, 0).amax() if norms.numel() else norms.sum()
+                start[value] = max(start.get(value, FLOOR), largest.item(), FLOOR)
         for value, distance in start.items():
             if distance > FLOOR:
                 self.set_hyper(value, distance)
