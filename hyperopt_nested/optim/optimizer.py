@@ -145,7 +145,8 @@ class HyperOptimizer(GroupedOptimizer):
         check_flat(roster.tensors, optimizers)
         check_partition(optimizers.values())
         nested = Nested(optimizers, **self._how)
-        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store))
+        gather = not self.begins_at_first_step
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store, gather=gather))
 
     def _take(self, roster: Roster, optimizers: dict[str, Optimizer], store: ParamState) -> None:
         """Take a state that was made, and what steps it."""

@@ -171,6 +171,10 @@ class ParamState:
         """What is kept there; None if it is no tensor."""
         return _entry(self.roster, self.sharding, state, name, key)
 
+    def part(self, name: str, key: str, entry: Any) -> Any:
+        """What this process steps of an entry of the state of a tensor."""
+        return self.sharding.part(name, entry) if isinstance(entry, Tensor) and key.startswith(_OWN) else entry
+
     def _kept(self, ref: Ref, leaf: Tensor) -> Tensor:
         """An entry of the state: of a sharded tensor, a DTensor that shares the memory of the leaf."""
         return self.sharding.joined(ref.name, leaf) if self.sharding and ref.key.startswith(_OWN) else leaf
@@ -243,6 +247,8 @@ def built(
     tracked: Collection[str],
     state: Mapping[Tensor, Mapping[str, Any]],
     before: ParamState | None,
+    *,
+    gather: bool = False,
 ) -> ParamState:
     """The state of tensors: what is kept, and, where there is nothing, what it is before the first step.
 
@@ -255,12 +261,15 @@ def built(
         tracked: names of those that have state.
         state: what the optimizer keeps now; it is not changed.
         before: the state until now.
+        gather: whether rules copy values from the weights now, so that those of whole tensors are needed.
 
     Raises:
         ValueError: an entry, or a tensor, has another shape than it had. The message names both, and the remedy.
     """
     params = {name: param.detach() for name, param in roster.tensors.items() if name in tracked}
     sharding = Sharding(nested, {name: roster.tensors[name] for name in params}, before.sharding if before else None)
+    if gather:
+        sharding.gather(params)
     params = dict(sharding.tensors(params))
     fresh = nested.init(params, first_values(nested))
     tree = refs(nested, fresh, roster.home)
