@@ -7,6 +7,7 @@ from torch's generators, and a resumed run goes on with the bits of one that was
 from __future__ import annotations  # torch.compile does not evaluate annotations of inner functions
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ Rounding = Literal["nearest", "stochastic"]
 """How parameters, and what rules keep of their shape, are rounded to bfloat16: "nearest", where small updates are lost, or "stochastic": up
 or down at random, so that the expectation is the exact value. Other dtypes are rounded to nearest."""
 
+Path = tuple[str, ...]
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
@@ -63,17 +65,13 @@ def in_dtypes_of(param: Tensor, state: State, new_param: Tensor, new_state: Stat
     if not counted:
         return new_param.to(param.dtype), map_tree(lambda leaf, old: leaf.to(old.dtype), new_state, state), {}
     old, new = flatten({"param": param, "state": state}), {"param": new_param, "state": new_state}
-    streams = {path: stream for stream, path in enumerate(old)}
-
-    def stored(path: tuple[str, ...], leaf: Tensor) -> Tensor:
-        rounded = _rounded(leaf, _bits(counted["count"], streams[path], param)) if _at_random(path, old[path], param) else leaf
-        return rounded.to(old[path].dtype)
-
-    result = filled(new, [stored(path, leaf) for path, leaf in flatten(new).items()])
+    bits = _bits(counted["count"], [path for path, leaf in old.items() if _at_random(path, leaf, param)], param)
+    stored = {path: (_rounded(leaf, bits[path]) if path in bits else leaf).to(old[path].dtype) for path, leaf in flatten(new).items()}
+    result = filled(new, stored.values())
     return result["param"], result["state"], {"count": counted["count"] + 1}
 
 
-def _at_random(path: tuple[str, ...], leaf: Tensor, param: Tensor) -> bool:
+def _at_random(path: Path, leaf: Tensor, param: Tensor) -> bool:
     """Whether a tensor, or a leaf of its state, is rounded at random; anchors are copies."""
     return leaf.dtype == torch.bfloat16 and leaf.shape == param.shape and path[-1] != "anchor"
 
@@ -91,11 +89,16 @@ def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     return wide - off.detach()
 
 
-def _bits(count: Tensor, stream: int, param: Tensor) -> Tensor:
-    """Random bits for each element: int32, uniform in [0, 2^16); others for each count and stream."""
+def _bits(count: Tensor, paths: Sequence[Path], param: Tensor) -> dict[Path, Tensor]:
+    """Random bits of each element of some tensors: int32, uniform in [0, 2^16), by path; two share the halves of one hash."""
     step, seed = (count & 0xFFFFFFFF).to(torch.int32), torch.bitwise_right_shift(count, 32).to(torch.int32)
-    key = _mixed(step ^ _mixed(seed ^ stream, 0), 0)
-    return _mixed(positions(param) ^ key, _mixed(~key, 0)) & 0xFFFF
+    where, bits = positions(param), dict[Path, Tensor]()
+    for i in range(0, len(paths), 2):
+        key = _mixed(step ^ _mixed(seed ^ i, 0), 0)
+        both = _mixed(where ^ key, _mixed(~key, 0))
+        for path, half in zip(paths[i : i + 2], (both, torch.bitwise_right_shift(both, 16)), strict=False):
+            bits[path] = half & 0xFFFF
+    return bits
 
 
 def _mixed(x: Tensor, key: Tensor | int) -> Tensor:
