@@ -92,7 +92,8 @@ def _rounded(x: Tensor, bits: Tensor) -> Tensor:
 def _bits(count: Tensor, paths: Sequence[Path], param: Tensor) -> dict[Path, Tensor]:
     """Random bits of each element of some tensors: int32, uniform in [0, 2^16), by path; two share the halves of one hash."""
     step, seed = (count & 0xFFFFFFFF).to(torch.int32), torch.bitwise_right_shift(count, 32).to(torch.int32)
-    where, bits = positions(param), dict[Path, Tensor]()
+    where = positions(param)
+    bits: dict[Path, Tensor] = {}
     for i in range(0, len(paths), 2):
         key = _mixed(step ^ _mixed(seed ^ i, 0), 0)
         both = _mixed(where ^ key, _mixed(~key, 0))

@@ -291,7 +291,7 @@ class HyperOptimizer(GroupedOptimizer):
         store = self._store
         unfrozen = [name for name in grads if name not in store.params]
         first = store.fresh.intersection(grads)
-        if unfrozen or (first and store.is_converted(first)):
+        if unfrozen or store.is_converted(grads if store.nested.rounding == "stochastic" else first):
             self._create_state(also=unfrozen)
             first = self._store.fresh.intersection(grads)
         if first and self.begins_at_first_step:
