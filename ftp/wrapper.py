@@ -295,8 +295,9 @@ class FTP(torch.optim.Optimizer):
         groups = [dict(group) for group in own["param_groups"]]
         for mine, theirs in zip(groups, given["param_groups"], strict=True):
             mine["params"] = theirs["params"]
-            if sorted(theirs.get("param_names", ())) == sorted(mine["param_names"]):  # else both go by position
-                mine["param_names"] = theirs["param_names"]
+            names = [*theirs.get("param_names", ())]
+            if sorted(names) == sorted(mine["param_names"]):  # else both go by position
+                mine["param_names"] = names
         self.projection.load_state_dict({"state": parts[1], "param_groups": groups})
         try:
             self.optimizer.load_state_dict({**given, "state": parts[0]})
