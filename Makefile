@@ -10,7 +10,7 @@ JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
-.PHONY: demo test test-thorough lint format docs rules stubs figures urls bench reproduce arena clean
+.PHONY: demo test test-thorough lint format docs rules conventions stubs figures urls bench reproduce arena clean
 
 demo: $(VENV)/.done
 	$(BIN)/python -m ftp demo
@@ -37,6 +37,9 @@ rules: $(VENV)/.done
 	sed -i '/<!-- table -->/q' docs/reference/rules.md
 	echo >> docs/reference/rules.md
 	$(BIN)/hyperopt-nested rules --markdown >> docs/reference/rules.md
+
+conventions: $(VENV)/.done
+	$(BIN)/python tools/conventions.py
 
 stubs: $(VENV)/.done
 	$(BIN)/python tools/stubs.py

@@ -183,14 +183,32 @@ class FTP(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse. Nothing has been changed then.
         """
+        left: dict[Tensor, Tensor | None] = {}
+        try:
+            return self.projection.step(lambda: self._step_inside(closure, left))  # which torch.compile does not trace
+        finally:
+            for p, grad in left.items():
+                p.grad = grad
+
+    @torch.no_grad()
+    def _step_inside(self, closure: Callable[[], float] | None, left: dict[Tensor, Tensor | None]) -> float:
+        """Step the optimizer inside; then put gradients in place as they were before, and so that they descend, for radii to learn from.
+
+        Args:
+            closure: as of `step`.
+            left: is given the gradients that the optimizer inside leaves, where others are put in their place.
+        """
         self._synchronize()
-        grads: dict[Tensor, Tensor] = {}
+        before: dict[Tensor, Tensor] = {}
+        may_change = not type(self.optimizer).__module__.startswith(_LEAVE_GRADIENTS)
 
         def begin() -> None:
             self.projection.begin()
-            if not type(self.optimizer).__module__.startswith(_LEAVE_GRADIENTS):
-                tensors = (p for group in self.param_groups for p in group["params"])
-                grads.update({p: p.grad.clone() for p in tensors if p.grad is not None})
+            for group in self.param_groups:
+                ascends = group.get("maximize", False)
+                for p in group["params"] if may_change or ascends else ():
+                    if p.grad is not None:
+                        before[p] = -p.grad if ascends else p.grad.clone()
 
         def evaluated() -> float:
             loss = cast(Callable[[], float], closure)()
@@ -199,17 +217,10 @@ class FTP(torch.optim.Optimizer):
 
         if closure is None:
             begin()
-            loss = self.optimizer.step()
-        else:
-            loss = self.optimizer.step(evaluated)
-        left = {p: p.grad for p in grads}
-        for p, grad in grads.items():
+        loss = cast(float, self.optimizer.step(evaluated if closure is not None else None))
+        left |= {p: p.grad for p in before}
+        for p, grad in before.items():
             p.grad = grad
-        try:
-            self.projection.step()
-        finally:
-            for p, changed in left.items():
-                p.grad = changed
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -284,8 +295,9 @@ class FTP(torch.optim.Optimizer):
         groups = [dict(group) for group in own["param_groups"]]
         for mine, theirs in zip(groups, given["param_groups"], strict=True):
             mine["params"] = theirs["params"]
-            if sorted(theirs.get("param_names", ())) == sorted(mine["param_names"]):  # else both go by position
-                mine["param_names"] = theirs["param_names"]
+            names = [*theirs.get("param_names", ())]
+            if sorted(names) == sorted(mine["param_names"]):  # else both go by position
+                mine["param_names"] = names
         self.projection.load_state_dict({"state": parts[1], "param_groups": groups})
         try:
             self.optimizer.load_state_dict({**given, "state": parts[0]})

@@ -30,6 +30,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def host_number(name: str, value: Any, unseen: float) -> Any:
+    """The number in a tensor; `unseen` if that is not on the CPU, since looking would wait for the device. What is no tensor, as it is.
+
+    Raises:
+        ValueError: the tensor holds several numbers.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must be one number")
+    return value.item() if value.device.type == "cpu" else unseen
+
+
 def check_number(name: str, value: Any) -> None:
     """Refuse what is no finite number.
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hyperopt_nested.checks import check_number, is_number
+from hyperopt_nested.checks import check_number, host_number, is_number
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,15 @@ class Hyper:
 
         Args:
             name: how messages call the hyper-parameter.
-            value: the value to check.
+            value: the value to check; a tensor of one number, too.
             via: the bijection that it will be learned through.
 
         Raises:
             TypeError: `value` is not a real number.
-            ValueError: `value` is outside the domain, or `via` does not map onto the domain or never reaches the value.
+            ValueError: `value` is a tensor of several numbers, or outside the domain; or `via` does not map onto the domain, or never
+                reaches the value.
         """
+        value = host_number(name, value, self.default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be a number, or learn(<number>, by=<optimizer>)")
         below = value <= self.lower if self.open_lower else value < self.lower

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 from typing import Any
 
 import pytest
@@ -172,18 +171,6 @@ def test_ftp_around_another_rule_and_a_group_of_its_own_later() -> None:
     opt.add_param_group({"params": list(model[2].named_parameters(prefix="2")), "lr": 0.01})
     train(model, opt, 2)
     assert sorted(opt.hypers()["radius"]) == ["0.weight", "2.weight"]
-
-
-def test_copies_and_pickles_go_on_alike() -> None:
-    model = network()
-    opt = AdamP(model.named_parameters(), lr=0.05, exclude="2.*", k=0.5)
-    train(model, opt, 3)
-    copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
-    train(model, opt, 3)
-    for other_model, other in copies:
-        train(other_model, other, 3)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
-        assert repr(other.hypers()) == repr(opt.hypers())
 
 
 def test_distributed_checkpoint_changes_neither_parameters_nor_radii() -> None:

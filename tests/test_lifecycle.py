@@ -75,33 +75,6 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 # Groups without tensors
 
 
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("where", ["first", "last", "all but one"])
-@pytest.mark.parametrize("named", [False, True])
-def test_empty_groups_change_nothing(name: str, where: str, named: bool) -> None:
-    def tensors(model: nn.Module) -> list[Any]:
-        return list(model.named_parameters() if named else model.parameters())
-
-    model, plain = network(), network()
-    full, empty = {"params": tensors(model)}, {"first": [1, 0], "last": [0, 1], "all but one": [2, 2]}[where]
-    groups = [*({"params": []} for _ in range(empty[0])), full, *({"params": []} for _ in range(empty[1]))]
-    opt, other = MAKERS[name](groups), MAKERS[name](tensors(plain))
-    assert all(group["lr"] == other.param_groups[0]["lr"] for group in opt.param_groups)
-    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 1.0)
-    train(model, opt, 3)
-    schedule.step()
-    train(plain, other, 3)
-    assert same(model, plain)
-    again_model = copy.deepcopy(model)
-    again = MAKERS[name](
-        [{**group, "params": []} for group in groups[: empty[0]]] + [{"params": tensors(again_model)}] + groups[empty[0] + 1 :]
-    )
-    again.load_state_dict(opt.state_dict())
-    train(again_model, again, 2, 3)
-    train(plain, other, 2, 3)
-    assert same(again_model, plain)
-
-
 def test_empty_groups_of_tpgm() -> None:
     models = [network(), network()]
     for model, groups in zip(models, ([], [{"params": []}]), strict=True):
@@ -433,24 +406,6 @@ def test_what_cannot_be_followed_is_named_and_changes_nothing() -> None:
     assert repr(opt.state_dict()) == repr(state)
 
 
-@cells("named", False, True, also=False)
-def test_a_tensor_that_is_given_twice_is_stepped_once(named: bool, backend: Any) -> None:
-    w, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    params: Any = [("tied", w), ("b", b), ("again", w)] if named else [w, b, w]
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        opt = hn.HyperOptimizer(params, hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=0.01))), backend=backend)
-    for _ in range(2):
-        step(opt, w)
-    assert float(opt.hypers()["lr"]["group 0"]) == pytest.approx(0.12)  # its hypergradient counts once, too
-    assert w.detach().tolist() == pytest.approx([1 - 0.1 - 0.12] * 2)
-    saved = copy.deepcopy(opt.state_dict())
-    opt.load_state_dict(saved)
-    assert repr(opt.state_dict()) == repr(saved)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        opt.add_param_group({"params": [("other", w)] if named else [w]})
-    assert len(opt.param_groups) == 1
-
-
 def test_a_group_that_cannot_be_learned_is_not_added() -> None:
     w = nn.Parameter(torch.ones(2))
     opt = hn.HyperOptimizer([w], hn.sgd(lr=0.1))
@@ -459,15 +414,6 @@ def test_a_group_that_cannot_be_learned_is_not_added() -> None:
     assert len(opt.param_groups) == 1
     step(opt, w)
     assert w.detach().tolist() == pytest.approx([0.9] * 2)
-
-
-def test_lazy_tensors_begin_when_they_are_there() -> None:
-    layer = nn.LazyLinear(2)
-    opt = hn.HyperOptimizer(layer.parameters(), hn.adamw(lr=0.1))
-    layer(torch.ones(3, 4)).sum().backward()
-    before = layer.weight.detach().clone()
-    opt.step()
-    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.001) - 0.1, rtol=1e-6, atol=0)
 
 
 # What rules copy from a tensor is what it is at its first step
@@ -954,17 +900,6 @@ def test_what_is_no_change_is_not_taken_for_one(how: str) -> None:
     assert opt.changed == {}
 
 
-@every_backend
-def test_the_optimizers_own_writes_are_no_changes_and_raise_versions(backend: Any) -> None:
-    w, other, opt = late(backend=backend)
-    step(opt, w, other)
-    version = w._version
-    step(opt, w, other)
-    assert w._version > version
-    assert opt.changed == {}
-    assert opt._store.taken == 2
-
-
 @pytest.mark.parametrize("how", [{}, {"horizon": hn.Discounted(0.5)}, {"horizon": hn.OneStep("reverse")}, {"backend": "foreach"}])
 def test_a_step_without_any_gradient_does_nothing(how: dict[str, Any]) -> None:
     model = network()
@@ -976,19 +911,6 @@ def test_a_step_without_any_gradient_does_nothing(how: dict[str, Any]) -> None:
     assert repr(opt.state_dict()) == before[0]
     assert same(model, before[1])
     assert opt._store.taken == 2
-
-
-def test_a_step_in_a_compiled_function_is_the_step() -> None:
-    models = network(), network()
-    opts = [hn.HyperOptimizer(model.parameters(), learned_adamw()) for model in models]
-    compiled = torch.compile(lambda: opts[1].step(), backend="eager")
-    for count in range(3):
-        for model, opt, call in zip(models, opts, (opts[0].step, compiled), strict=True):
-            opt.zero_grad()
-            model(torch.full((2, 4), 0.1 * count)).square().mean().backward()
-            call()
-    assert same(*models)
-    assert opts[1]._store.taken == 3
 
 
 def test_groups_that_come_after_others_went_have_names_of_their_own() -> None:

@@ -388,7 +388,9 @@ CASES: list[Case] = [
     (lambda: hn.adam_hd(hyper_lr=-1.0), ValueError, "sgd: lr=-1.0 is outside its domain NonNegative [0, inf): choose a"),
     (lambda: hn.rules.register(5, hn.sgd), TypeError, "name=5, factory=<rule sgd>: give a name, and a function that makes an"),
     (lambda: hn.rules.register("zzz", 5), TypeError, "name='zzz', factory=5: give a name, and a function that makes an"),
-    (lambda: hn.sgd(lr=torch.tensor(0.1)), TypeError, "sgd: lr=tensor(0.1000) (Tensor) must be a number, or learn(<number>,"),
+    (lambda: hn.sgd(lr=torch.ones(2)), ValueError, "sgd: lr is a tensor of shape (2,); it must be one number"),
+    (lambda: hn.sgd(lr=torch.tensor(-0.1)), ValueError, "sgd: lr=-0.1"),
+    (lambda: hn.optim.SGD(PARAMS[0]), TypeError, "params is a tensor (Parameter): give a list, [tensor]"),
     (lambda: hn.sgd(lr=nan), ValueError, "sgd: lr=nan is outside its domain NonNegative [0, inf): choose a"),
     (lambda: hn.sgd(lr=True), TypeError, "sgd: lr=True (bool) must be a number, or learn(<number>,"),
     (

@@ -140,33 +140,6 @@ def test_a_function_may_choose_the_optimizer_of_each_tensor() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-SCHEDULERS: dict[str, Any] = {
-    "step": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),
-    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10),
-    "one cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=12),
-    "lambda": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
-}
-
-
-@pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("rule", ["SGD", "Adam"])
-def test_schedulers_compose_with_what_is_learned(kind: str, rule: str) -> None:
-    """With a learner that does not move, a schedule does to a learned learning rate what it does to torch's."""
-    model, reference = network(), network()
-    settings: dict[str, Any] = {"momentum": 0.9} if rule == "SGD" else {}
-    opt = hn.HyperOptimizer(model.parameters(), hn.get(rule.lower())(lr=hn.learn(0.1, by=hn.sgd(lr=0.0)), **settings))
-    other = getattr(torch.optim, rule)(reference.parameters(), lr=0.1, **settings)
-    schedules = SCHEDULERS[kind](opt), SCHEDULERS[kind](other)
-    for step in range(10):
-        train(model, opt, 1, step)
-        train(reference, other, 1, step)
-        for schedule in schedules:
-            schedule.step()
-        assert float(opt.hypers()["lr"]["group 0"]) == pytest.approx(other.param_groups[0]["lr"], rel=1e-12)
-    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
 def test_a_schedule_that_switches_momentum_on_gets_its_buffer() -> None:
     model, reference = network(), network()
 
@@ -183,21 +156,6 @@ def test_a_schedule_that_switches_momentum_on_gets_its_buffer() -> None:
     assert "rule.momentum_buffer" in resumed.state[model[2].weight]
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_closure() -> None:
-    model = network()
-    opt = hn.HyperOptimizer(model.parameters(), hn.sgd(lr=0.1))
-    x = torch.ones(3, 4)
-
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [opt.step(closure).item() for _ in range(5)]  # type: ignore
-    assert losses == sorted(losses, reverse=True)
 
 
 def test_a_group_may_come_later_and_shares_what_was_learned() -> None:

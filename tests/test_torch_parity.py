@@ -187,13 +187,13 @@ HOW = ("foreach", "fused", "capturable", "differentiable")  # how torch computes
 
 
 def settings_of_torch() -> Iterator[Any]:
-    """The settings that torch's own tests try. All of them can be expressed; a learning rate given as a tensor is its number."""
+    """The settings that torch's own tests try. All of them can be expressed."""
     assert {info.optim_cls.__name__ for info in optim_db} == {*TORCH, *OTHERS}
     for info in optim_db:
         name = info.optim_cls.__name__
         for given_ in info.optim_inputs_func(device="cpu") if name in TORCH else ():
             settings = {key: value for key, value in given_.kwargs.items() if key not in HOW}
-            settings |= {"lr": settings["lr"].item()} if isinstance(settings.get("lr"), torch.Tensor) else {}
+            settings |= {"lr": settings["lr"].double()} if isinstance(settings.get("lr"), torch.Tensor) else {}  # Muon multiplies it
             yield pytest.param(name, settings, id=f"{name}-{given_.desc}")
 
 

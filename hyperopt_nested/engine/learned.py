@@ -101,7 +101,7 @@ class LearnedHyper:
             if not isinstance(scheduled, Tensor):
                 self.check_scheduled(scheduled)
             return value
-        return (value * (scheduled / declared)).clamp(*self.hyper.bounds(raw.dtype))
+        return (value / declared * scheduled).clamp(*self.hyper.bounds(raw.dtype))  # `scheduled`, bit by bit, where nothing has moved
 
     def check_scheduled(self, scheduled: float) -> None:
         """Refuse to scale a value that was declared as zero.

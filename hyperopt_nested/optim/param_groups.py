@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from hyperopt_nested.checks import PAIRS, caller_level, is_number, not_an_optimizer, packs
+from hyperopt_nested.checks import PAIRS, caller_level, host_number, is_number, not_an_optimizer, packs
 from hyperopt_nested.combinators.base import Combinator
 from hyperopt_nested.engine.learned import LearnedHyper, number
 from hyperopt_nested.engine.nested import Nested
@@ -70,6 +70,8 @@ def check_params(params: Any) -> None:
     """
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"params is a module ({type(params).__name__}): give its parameters, model.named_parameters()")
+    if isinstance(params, Tensor):
+        raise TypeError(f"params is a tensor ({type(params).__name__}): give a list, [tensor]")
     if isinstance(params, (Mapping, str)) or not isinstance(params, Iterable):
         remedy = "give a list of groups, [{'params': ...}]" if isinstance(params, Mapping) else "give model.named_parameters()"
         raise TypeError(f"params is a {type(params).__name__}: {remedy}")
@@ -140,14 +142,8 @@ def check_numbers(index: int, group: Group, optimizer: Optimizer) -> None:
                 else f"it has no {hyper!r}"
             )
             raise ValueError(f"group {index}: {needs}; {optimizer.rule.name} needs {', '.join(optimizer.settings)}")
-        value = numbers[hyper]
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{label} is a tensor of shape {tuple(value.shape)}; it must be one number")
-            if value.device.type != "cpu":
-                continue  # looking would wait for the device
-            value = value.item()
-        optimizer.rule.hypers[hyper].check_scheduled(label, value)
+        domain = optimizer.rule.hypers[hyper]
+        domain.check_scheduled(label, host_number(label, numbers[hyper], domain.default))
 
 
 def options_of(rule: Rule) -> set[str]:
@@ -210,6 +206,11 @@ def _mind_new_learns(choose: Callable[[str, Tensor], Optimizer], named: Mapping[
                     stacklevel=caller_level(),
                 )
             return
+
+
+def _of(value: Any) -> tuple[Any, ...]:
+    """A value of a group, or, of a tuple such as `betas`, the values in it."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 class Numbers:
@@ -372,7 +373,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 old = self._optimizers[name]
                 if id(old) not in switched:
                     check_numbers(index, group, old)
-                    off = [hyper for hyper, setting in old.settings.items() if not isinstance(setting, Learn) and setting == 0]
+                    off = [hyper for hyper, setting in old.settings.items() if is_number(setting) and setting == 0]
                     on = {hyper: float(numbers[hyper]) for hyper in off if not isinstance(numbers[hyper], Tensor) and numbers[hyper] != 0}
                     switched[id(old)] = old.replace(**on) if on else old
                 result[name] = switched[id(old)]
@@ -436,7 +437,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return not (
             len(before) == len(self._snapshots)
             and all(len(one) == len(other) and all(map(is_, one, other)) for one, other in zip(before, self._snapshots, strict=True))
-            and not any(isinstance(value, Tensor) for values in before for value in values)
+            and not any(isinstance(each, Tensor) for values in before for value in values for each in _of(value))
         )
 
     @property

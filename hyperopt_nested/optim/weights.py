@@ -51,9 +51,10 @@ class Weights:
             return []
         names_changed = []
         for i, (name, param) in enumerate(self._params.items()):
-            if name in names and self._versions[i] is not None:
+            if name in names:
                 kind, self._kinds[i] = self._kinds[i], (param.dtype, param.device)
-                if versions[i] != self._versions[i] or (addresses[i] != self._addresses[i] and kind == self._kinds[i]):
+                moved = addresses[i] != self._addresses[i] and kind == self._kinds[i]
+                if self._versions[i] is not None and (versions[i] != self._versions[i] or moved):
                     names_changed.append(name)
         return names_changed
 
