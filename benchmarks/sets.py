@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ BY = hn.sgd(lr=1e-9)  # so that values stay where they are
 ADAMW_FUSED, SGD_FUSED, ADAMW_FOREACH = "torch AdamW, fused", "torch SGD, fused", "torch AdamW, foreach"
 NOTHING, RATE, DEFAULT = "AdamW, nothing learned", "AdamW, lr learned", "AdamW, lr learned by default"
 BOTH, BOTH_BY_TENSOR = "AdamW, lr and decay learned", "AdamW, lr and decay learned per tensor"
-PUBLISHED, ALIKE = "published", "moments in bfloat16"
+PUBLISHED, ALIKE, ROUNDED = "published", "moments in bfloat16", "stochastic rounding"
 PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written
 LEARNED = {"own": 4}  # hypergradients need the parameter too; moments are renewed in that pass, and read again in the other
 PROJECTED = {"own": 7}  # gradient and displacement are read; then gradient, parameter and anchor; parameter and displacement are written
@@ -110,8 +111,10 @@ PROJECTED = {"own": 7}  # gradient and displacement are read; then gradient, par
 def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Candidate]:
     """By name; the first is what the others are compared with."""
 
-    def nested(backend: str, lr: float | hn.Learn = LR, decay: float | hn.Learn = DECAY) -> Callable[[Params], torch.optim.Optimizer]:
-        return lambda params: hn.HyperOptimizer(params, hn.adamw(lr=lr, weight_decay=decay), backend=backend)
+    def nested(
+        backend: str, lr: float | hn.Learn = LR, decay: float | hn.Learn = DECAY, **how: Any
+    ) -> Callable[[Params], torch.optim.Optimizer]:
+        return lambda params: hn.HyperOptimizer(params, hn.adamw(lr=lr, weight_decay=decay), backend=backend, **how)
 
     found = {
         ADAMW_FUSED: Candidate(lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True), **PLAIN, moments=4),
@@ -120,6 +123,11 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
     model, tensor = ([hn.learn(value, by=BY, per=per) for value in (LR, DECAY)] for per in ("model", "tensor"))
     for backend in backends:
         found[f"{NOTHING}, {backend}"] = Candidate(nested(backend), **PLAIN, moments=4, state=torch.float32)
+        if dtype == torch.bfloat16:
+            alike, rounded = {"state_dtype": dtype}, {"rounding": "stochastic"}
+            found[f"{NOTHING}, {ROUNDED}, {backend}"] = Candidate(nested(backend, **rounded), **PLAIN, moments=4, state=torch.float32)
+            found[f"{NOTHING}, {ALIKE}, {backend}"] = Candidate(nested(backend, **alike), **PLAIN, moments=4)
+            found[f"{NOTHING}, {ALIKE}, {ROUNDED}, {backend}"] = Candidate(nested(backend, **alike, **rounded), **PLAIN, moments=4)
         found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
         found[f"{DEFAULT}, {backend}"] = Candidate(nested(backend, hn.learn(LR)), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)

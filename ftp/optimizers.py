@@ -34,6 +34,8 @@ class FTPOptimizer(AnchoredOptimizer):
             the radius's gradient. None is the parameter's.
         state_dtype: the dtype of the moments that `base` keeps; None is the parameter's, or float32 if that is wider; of SGD, the
             parameter's.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic": up or down at random, which keeps small
+            updates in expectation.
         anchor_dtype: the dtype of the anchors, which are rounded to it; None is the parameter's.
         anchor_device: where anchors are kept, and fetched from in each step: "cpu" saves a GPU's memory. None is with the parameter.
 
@@ -69,6 +71,7 @@ class FTPOptimizer(AnchoredOptimizer):
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: hn.typing.Rounding = "nearest",
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
@@ -77,7 +80,7 @@ class FTPOptimizer(AnchoredOptimizer):
                 raise TypeError(f"{argument}={dtype!r} ({type(dtype).__name__}) must be a dtype, such as torch.bfloat16, or None")
         how: dict[str, Any] = {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         around = functools.partial(projection(k, radius_lr, radius), saturation=saturation, **how)
-        kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype}
+        kept: dict[str, Any] = {"horizon": hn.OneStep(dtype=displacement_dtype), "state_dtype": state_dtype, "rounding": rounding}
         self._start_at_distance = isinstance(anchor, Mapping) and radius.start is None
         super().__init__(params, base, around, exclude=exclude, anchor=anchor, backend=backend, **kept)
 
@@ -121,6 +124,7 @@ class AdamP(FTPOptimizer):
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
         state_dtype: as `FTPOptimizer`.
+        rounding: as `FTPOptimizer`.
         anchor_dtype: as `FTPOptimizer`.
         anchor_device: as `FTPOptimizer`.
 
@@ -156,12 +160,13 @@ class AdamP(FTPOptimizer):
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: hn.typing.Rounding = "nearest",
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.adamw(lr=lr, betas=betas, eps=eps, weight_decay=0.0, amsgrad=amsgrad, maximize=maximize)
         base = base.replace(weight_decay=weight_decay)
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype, "rounding": rounding}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}
         super().__init__(params, base, exclude=exclude, anchor=anchor, backend=backend, **kept)
@@ -188,6 +193,7 @@ class SGDP(FTPOptimizer):
         backend: as `FTPOptimizer`.
         displacement_dtype: as `FTPOptimizer`.
         state_dtype: as `FTPOptimizer`.
+        rounding: as `FTPOptimizer`.
         anchor_dtype: as `FTPOptimizer`.
         anchor_device: as `FTPOptimizer`.
 
@@ -221,11 +227,12 @@ class SGDP(FTPOptimizer):
         backend: hn.typing.Backend = "auto",
         displacement_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: hn.typing.Rounding = "nearest",
         anchor_dtype: torch.dtype | None = None,
         anchor_device: str | torch.device | None = None,
     ) -> None:
         base = hn.sgd(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype}
+        kept: dict[str, Any] = {"displacement_dtype": displacement_dtype, "state_dtype": state_dtype, "rounding": rounding}
         kept |= {"anchor_decay": anchor_decay, "anchor_dtype": anchor_dtype, "anchor_device": anchor_device}
         kept |= {"k": k, "radius_lr": radius_lr, "radius": radius, "saturation": saturation}
         super().__init__(params, base, exclude=exclude, anchor=anchor, backend=backend, **kept)

@@ -114,6 +114,14 @@ def is_dense(tensor: Tensor) -> bool:
     return all(stride == count for (stride, _), count in zip(steps, counts, strict=False))
 
 
+def positions(param: Tensor) -> Tensor:
+    """Where each element lies in memory, if the tensor is dense, or else in its order; int32, of the tensor's shape."""
+    found = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
+    if param.is_contiguous() or not is_dense(param):
+        return found.view(param.shape)
+    return found.as_strided(param.shape, param.stride())
+
+
 def is_stored(tensor: Tensor) -> bool:
     """Whether the storage of a dense tensor holds all of it."""
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * tensor.itemsize

@@ -8,6 +8,7 @@ from hyperopt_nested.domains import Hyper
 from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.discounted import Curvature
 from hyperopt_nested.engine.one_step import Memory
+from hyperopt_nested.engine.rounding import Rounding
 from hyperopt_nested.hypergradients.audit import Audit, Bias
 from hyperopt_nested.hypergradients.functional import Functional
 from hyperopt_nested.hypergradients.implicit import Solver
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "Per",
     "Relative",
+    "Rounding",
     "Rule",
     "Saturation",
     "Separable",

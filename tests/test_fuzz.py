@@ -60,6 +60,7 @@ class Case:
         self.events = {at: draw.choice(EVENTS) for at in range(1, STEPS) if draw.random() < 0.4}
         self.how: dict[str, Any] = draw.choice([{}, {}, *({"horizon": each} for each in HORIZONS)])
         self.optimizer = self._optimizer(draw)
+        self.how["rounding"] = draw.choice(["nearest", "stochastic"])
 
     def _optimizer(self, draw: random.Random) -> hn.Optimizer:
         while True:

@@ -12,10 +12,12 @@ from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total, levels
 HEADER, DRIVER = (Path(__file__).with_name(name).read_text() for name in ("kernel.h", "driver.h"))
 _EXACT = {torch.float64: "double", torch.float32: "float", torch.bool: "bool", torch.int64: "int64_t", torch.int32: "int32_t"}
 _STORED, _COMPUTED = {**_EXACT, torch.bfloat16: "uint16_t"}, {**_EXACT, torch.bfloat16: "float"}
+_BITS = {"bitwise_and": "&", "bitwise_xor": "^", "bitwise_right_shift": ">>"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
-_FUNCTIONS = {name: f"{{0}} {sign} {{1}}" for name, sign in {**_INFIX, "logical_and": "&&", "logical_or": "||"}.items()}
+_UNSIGNED = {torch.int64: "uint64_t", torch.int32: "uint32_t"}
+_FUNCTIONS = {name: f"{{0}} {sign} {{1}}" for name, sign in {**_INFIX, **_BITS, "logical_and": "&&", "logical_or": "||"}.items()}
 _FUNCTIONS |= {name: f"std::{name}({{0}})" for name in ["abs", "sqrt", "exp", "expm1", "log", "log1p", "tanh"]}
-_FUNCTIONS |= {"pow": "std::pow({0}, {1})", "remainder": "modulo({0}, {1})", "neg": "-{0}", "logical_not": "!{0}"}
+_FUNCTIONS |= {"pow": "std::pow({0}, {1})", "remainder": "modulo({0}, {1})", "neg": "-{0}", "logical_not": "!{0}", "bitwise_not": "~{0}"}
 _FUNCTIONS |= {"reciprocal": "1 / {0}", "rsqrt": "1 / std::sqrt({0})", "sigmoid": "1 / (1 + std::exp(-{0}))"}
 _FUNCTIONS["sign"] = "({0} > 0) - ({0} < 0)"
 _FUNCTIONS |= {name: f"({{0}} {sign} {{1}} || {{0}} != {{0}}) ? {{0}} : {{1}}" for name, sign in (("maximum", ">"), ("minimum", "<"))}
@@ -92,7 +94,11 @@ class _Code:
 
     def expression(self, value: Value, operand: Callable[[Value, torch.dtype], str]) -> str:
         """C++ of one value, of its dtype, given how to write an operand in a dtype."""
-        if value.op in ("cast", "expand"):
+        if value.op == "index":
+            found = "index"
+        elif value.op == "bitcast":
+            found = f"__builtin_bit_cast({_type(value)}, {operand(value.operands[0], value.computed)})"
+        elif value.op in ("cast", "expand"):
             found = operand(value.operands[0], value.dtype)
         elif value.op == "clamp":
             found, low, high = (each and operand(each, value.computed) for each in value.args)
@@ -111,6 +117,9 @@ class _Code:
             one, other = (operand(each, value.computed) for each in value.args)
             slack = f"{4 * torch.finfo(value.computed).eps} * std::abs({one})"
             found = f"{one} == {other} || std::abs({one} - {other}) <= {slack}"
+        elif value.op in ("add", "sub", "mul") and value.dtype in _UNSIGNED:  # which keep the lower half
+            one, other = (f"{_UNSIGNED[value.dtype]}({operand(each, value.computed)})" for each in value.args)
+            found = f"{one} {_INFIX[value.op]} {other}"
         else:
             found = _FUNCTIONS[value.op].format(*(f"({operand(each, value.computed)})" for each in value.args))
         return f"round16({found})" if value.dtype == torch.bfloat16 else f"{_type(value)}({found})"
@@ -173,6 +182,8 @@ class _SweepCode:
             yield f"  thread_local std::vector<{kind}> store_{name}; store_{name}.resize(columns);\n"
             yield f"  {kind}* __restrict__ const {name} = store_{name}.data();\n"
         yield "  for (int64_t row = first; row < first + rows; row++) {\n"
+        if any(value.op == "index" for value in self._elements):
+            yield f"    const int32_t start = {'row * columns' if sweep.by_row else 'first'};\n"
         for i in touched:
             offset = (" + row * columns" if sweep.by_row else " + first") if self._code.graph.inputs[i][0] == Kind.ELEMENT else ""
             yield f"    {pointer[i]} {'__restrict__ ' if offset else ''}const p{i} = base{i}{offset};\n"
@@ -215,6 +226,8 @@ class _SweepCode:
         def body(half: str = "") -> Iterator[str]:
             """What is done to an element, or to the first or second of two neighbours."""
             kept_at = "columns / 2 + j" if half == "second" else "j"
+            if any(value.op == "index" for value in here):
+                yield f"      const int32_t index = start + int32_t({ {'': 'j', 'first': '2 * j', 'second': '2 * j + 1'}[half] });\n"
             for value, i in loads.items():
                 source = f"load_{half}(pair{i})" if half else f"load(p{i}[j])"
                 yield f"      const {_type(value)} {name[value]} = {f'kept_{name[value]}[{kept_at}]' if i is None else source};\n"

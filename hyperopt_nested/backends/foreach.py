@@ -11,6 +11,7 @@ from torch import Tensor
 from hyperopt_nested.backends.fused import sizes
 from hyperopt_nested.backends.graph import POINTWISE, REDUCTIONS, Kind, UpdateGraph, Value, Values
 from hyperopt_nested.backends.program import Batch
+from hyperopt_nested.ops import positions
 
 _AT_ONCE = 1 << 16  # elements that a CPU, by its caches, steps at once, or one larger tensor; GPUs step 256 times as many: fewer launches
 
@@ -108,6 +109,10 @@ def _expression(value: Value, operands: list[str]) -> str:
     op, kind, dtype = value.op, value.kind, value.dtype
     if op == "input":
         return f"tensors.read({value.args[0]}, {kind:d})"
+    if op == "index":
+        return "tensors.index()"
+    if op == "bitcast":
+        return f"{operands[0]}.view({dtype})"
     if op == "cast":
         return f"{operands[0]}.to({dtype})"
     if op == "nan_to_num":
@@ -132,7 +137,7 @@ class _Tensors:
     """
 
     def __init__(self, rows: Sequence[list[Tensor]], like: int) -> None:
-        self._rows, likes = rows, [row[like] for row in rows]
+        self._rows, self._like, likes = rows, like, [row[like] for row in rows]
         self.device = likes[0].device
         columns = [[*one] for one in zip(*rows, strict=True)]
         columns[0] = []  # gradients are others in each step
@@ -163,6 +168,11 @@ class _Tensors:
             return parts[0].to(self.device).reshape(self._shapes[kind])
         joined = torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in parts]).to(self.device)
         return joined.view(self._shapes[kind]) if self._equal else joined
+
+    def index(self) -> Tensor:
+        """Where each element of all tensors lies in its memory."""
+        joined = torch.cat([positions(row[self._like]).reshape(-1) for row in self._rows])
+        return joined.view(self._shapes[Kind.ELEMENT])
 
     def write(self, index: int, value: Tensor, kind: Kind) -> None:
         """Write a value to an argument of all tensors."""

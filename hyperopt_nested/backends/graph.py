@@ -25,7 +25,7 @@ class Kind(IntEnum):
 class Value:
     """A node of a graph; equal nodes are one object."""
 
-    op: str  # "input", "constant", "cast", "expand", a reduction, or a pointwise operator by torch's name for it
+    op: str  # "input", "constant", "index", "cast", "bitcast", "expand", a reduction, or a pointwise operator by torch's name for it
     args: tuple[Any, ...]  # values, or the index of an input, or a constant
     kind: Kind  # what there is one of
     dtype: torch.dtype
@@ -52,7 +52,8 @@ class Value:
 _ARITHMETIC = ["add", "sub", "mul", "div", "neg", "abs", "sign", "reciprocal", "remainder", "maximum", "minimum", "clamp", "where"]
 _FUNCTIONS = ["sqrt", "rsqrt", "pow", "exp", "expm1", "log", "log1p", "tanh", "sigmoid"]
 _CONDITIONS = ["gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not"]
-POINTWISE = frozenset([*_ARITHMETIC, *_FUNCTIONS, *_CONDITIONS])
+_BITS = ["bitwise_and", "bitwise_xor", "bitwise_not", "bitwise_right_shift"]
+POINTWISE = frozenset([*_ARITHMETIC, *_FUNCTIONS, *_CONDITIONS, *_BITS])
 REDUCTIONS = frozenset(["sum", "mean", "amax"])
 
 

@@ -237,6 +237,7 @@ def _part(used: Collection[LearnedHyper], name: str, st: State) -> State:
     return {
         "memory": {name: st["memory"][name]},  # first, since it takes copies of what is written later
         "rule": {name: st["rule"][name]},
+        "rounding": {name: st["rounding"][name]} if name in st["rounding"] else {},
         "hypers": {each.key: {each.key_of(name): st["hypers"][each.key][each.key_of(name)]} for each in used},
         "learners": {key: _part(each.learner.learned.values(), name, st["learners"][key]) for key, each in own.items()},
         **{part: {key: st[part][key] for key in own} for part in COUNTED},

@@ -20,7 +20,7 @@ _TAKEN |= {"copy": 1, "full": 1, "full_like": 1, "new_full": 2}
 """Operators that give back one of their arguments, in another form, with its position."""
 _FILLED = {"zeros_like": 0, "zeros": 0, "new_zeros": 0, "ones_like": 1, "ones": 1, "new_ones": 1}
 _LOGICAL = {"mul": "logical_and", "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_not": "logical_not"}
-_KNOWN = {*_TAKEN, *_FILLED, *_LOGICAL, *POINTWISE, *REDUCTIONS, "sgn", "rsub", "clamp_min", "clamp_max"}
+_KNOWN = {*_TAKEN, *_FILLED, *_LOGICAL, *POINTWISE, *REDUCTIONS, "arange", "sgn", "rsub", "clamp_min", "clamp_max"}
 _SIZES = (3, 5, 7, 11, 13), (5, 3, 11, 7, 2)
 
 
@@ -122,9 +122,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The value of one operator's result."""
         args: list[Any] = [self.value_of(arg) if isinstance(arg, Tensor) else arg for arg in given]
         kind, dtype = kind_of(made.shape, self._shape), made.dtype
+        if name == "arange" and len(given) == 1 and made.numel() == torch.Size(self._shape).numel():  # where each element lies
+            return self._value("constant", (0,), kind, dtype) if made.numel() == 1 else self._value("index", (), Kind.ELEMENT, dtype)
+        if name == "view" and made.dtype != given[0].dtype:
+            if {dtype, given[0].dtype} != {torch.float32, torch.int32}:
+                raise UnsupportedError(f"an update reads {given[0].dtype} as {dtype}")
+            return self._value("bitcast", (args[0],), kind, dtype, given[0].dtype)
         if name in _TAKEN or name in _FILLED:
             taken = args[_TAKEN[name]] if name in _TAKEN else _FILLED[name]
-            return self.cast(taken, kind, dtype) if isinstance(taken, Value) else self._value("constant", (taken,), kind, dtype)
+            if isinstance(taken, Value):
+                return self.cast(taken, max(kind, taken.kind), dtype)  # a column that was made flat has elements
+            return self._value("constant", (taken,), kind, dtype)
         if name in REDUCTIONS:
             equal = args[0].op == "constant" and (name != "sum" or args[0].is_constant(0))
             if equal or args[0].kind == kind:

@@ -27,10 +27,11 @@ from hyperopt_nested.engine.checks import (
 )
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper, number
 from hyperopt_nested.engine.one_step import OneStep
+from hyperopt_nested.engine.rounding import Rounding, check_rounding, counts, in_dtypes_of
 from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.signatures import check_form, check_state
-from hyperopt_nested.trees import State, eval_params, in_dtype, map_tree
+from hyperopt_nested.trees import State, eval_params, in_dtype
 
 
 class Nested:
@@ -38,8 +39,8 @@ class Nested:
 
     The state is a dict of nested dicts of tensors, of constant structure: `rule` (each tensor's rule state), `hypers` (unconstrained
     values of learned hypers), `learners` (the state of the optimizers that learn them: the same structure again), `memory` (each tensor's
-    last update), `nonfinite` (how many hypergradient entries were not finite, and not used) and `pinned` (how many steps of values ended
-    at an end of what they may be).
+    last update), `rounding` (what is counted of each tensor that is rounded at random), `nonfinite` (how many hypergradient entries were
+    not finite, and not used) and `pinned` (how many steps of values ended at an end of what they may be).
 
     A learned hyper goes by its name; where several `learn(...)` declarations have one name, the second is `name#2`, and so on.
 
@@ -49,6 +50,8 @@ class Nested:
         state_dtype: the dtype of what rules keep of a parameter's shape, such as Adam's moments; with torch.bfloat16, what torch.optim does
             with parameters in bfloat16, small updates of a moment are lost. None is the parameter's dtype, or float32 if that is wider; but
             for SGD's momentum, which is soon forgotten, the parameter's.
+        rounding: "stochastic" rounds what is kept in bfloat16 (parameters, and what rules keep of their shape) up or down at random, so
+            that small updates count in expectation; "nearest" loses them. The bits depend on the tensor's name and the step alone.
 
     Raises:
         TypeError: `optimizer`, or what it maps a name to, is no optimizer of this library; or another argument is of a wrong type.
@@ -72,10 +75,12 @@ class Nested:
         *,
         horizon: Horizon = OneStep(),
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
     ) -> None:
         check_horizon(horizon)
         check_dtype("state_dtype", state_dtype)
-        self.horizon, self.state_dtype = horizon, state_dtype
+        check_rounding(rounding)
+        self.horizon, self.state_dtype, self.rounding = horizon, state_dtype, rounding
         self.reads_loss = False
         by_learn: dict[int, LearnedHyper] = {}
         for each in optimizers_of(optimizer):
@@ -113,6 +118,7 @@ class Nested:
             "hypers": hypers,
             "learners": {key: learned.learner.init(hypers[key]) for key, learned in self.learned.items()},
             "memory": self._memory.init(params, rule, hypers),
+            "rounding": {name: counted for name, param in params.items() if (counted := counts(self.rounding, name, param, rule[name]))},
             **{part: {key: number(0.0, device) for key, device in devices.items()} for part in COUNTED},
         }
 
@@ -191,11 +197,11 @@ class Nested:
         hypers = learned["hypers"]
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, product)
-        new, rule = _in_dtypes_of(params, st["rule"], new, rule)
+        new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"])
         rule = {**st["rule"], **rule}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
-        memory = {**st["memory"], **memory}
-        return {**params, **new}, {**st, **learned, "rule": rule, "hypers": hypers, "memory": memory}
+        changed = {"rule": rule, "hypers": hypers, "memory": {**st["memory"], **memory}, "rounding": {**st["rounding"], **rounding}}
+        return {**params, **new}, {**st, **learned, **changed}
 
     def hyper_step(self, params: Tensors, grads: Tensors, st: State, values: Values | None = None) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
@@ -241,7 +247,7 @@ class Nested:
     def update(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], hypers: Mapping[str, Named], values: Values | None = None
     ) -> tuple[dict[str, Tensor], dict[str, State]]:
-        """One step of the tensors alone, with given hypers: nothing is learned, and nothing remembered.
+        """One step of the tensors alone, with given hypers: nothing is learned, nothing remembered, and all rounded to nearest.
 
         Args:
             params: the tensors, by name.
@@ -254,7 +260,8 @@ class Nested:
             The new tensors, and the new rule states.
         """
         new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, values or {})
-        return _in_dtypes_of(params, rule, new, states)
+        new, states, _ = _in_dtypes_of(params, rule, new, states, {})
+        return new, states
 
     def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Named]:
         """Gradients pulled back through the last update onto unconstrained values of learned hypers; zero before the first update.
@@ -317,13 +324,17 @@ class Nested:
 
 
 def _in_dtypes_of(
-    params: Tensors, rule: Mapping[str, State], new: Tensors, states: Mapping[str, State]
-) -> tuple[dict[str, Tensor], dict[str, State]]:
-    """New tensors and states in the dtypes of the old ones: updates are computed in wider ones."""
+    params: Tensors, rule: Mapping[str, State], new: Tensors, states: Mapping[str, State], rounding: Mapping[str, State]
+) -> tuple[dict[str, Tensor], dict[str, State], dict[str, State]]:
+    """New tensors and states in the dtypes of the old ones, and what rounding counts: updates are computed in wider ones."""
+    new_params, new_states, new_rounding = {}, {}, {}
     for name, state in states.items():
         check_form(name, new[name], state, params[name], rule[name])
-    new_params = {name: param.to(params[name].dtype) for name, param in new.items()}
-    return new_params, {name: map_tree(lambda leaf, old: leaf.to(old.dtype), state, rule[name]) for name, state in states.items()}
+        counted = rounding.get(name, {})
+        new_params[name], new_states[name], after = in_dtypes_of(params[name], rule[name], new[name], state, counted)
+        if counted:
+            new_rounding[name] = after
+    return new_params, new_states, new_rounding
 
 
 def _chosen(names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:

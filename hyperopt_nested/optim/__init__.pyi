@@ -8,7 +8,7 @@ from torch import Tensor, dtype
 from hyperopt_nested.optim.drop_ins import DropIn as DropIn
 from hyperopt_nested.optim.optimizer import HyperOptimizer as HyperOptimizer
 from hyperopt_nested.rule import Learn
-from hyperopt_nested.typing import Backend, Horizon
+from hyperopt_nested.typing import Backend, Horizon, Rounding
 
 class ASGD(DropIn):
     r"""Averaged stochastic gradient descent (Polyak and Juditsky 1992), as `torch.optim.ASGD`.
@@ -27,6 +27,7 @@ class ASGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -50,6 +51,7 @@ class ASGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -70,6 +72,7 @@ class LAMB(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -92,6 +95,7 @@ class LAMB(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -115,6 +119,7 @@ class LARS(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -138,6 +143,7 @@ class LARS(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -170,6 +176,7 @@ class MADA(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -195,6 +202,7 @@ class MADA(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -218,6 +226,7 @@ class SGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -241,6 +250,7 @@ class SGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -258,6 +268,7 @@ class SGDHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `sgd`; with `momentum` and `nesterov=True` it is SGDN-HD.
@@ -278,6 +289,7 @@ class SGDHD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
         **settings: Any,
@@ -299,6 +311,7 @@ class AdaBelief(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -321,6 +334,7 @@ class AdaBelief(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -338,6 +352,7 @@ class Adadelta(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -360,6 +375,7 @@ class Adadelta(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -381,6 +397,7 @@ class Adafactor(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -404,6 +421,7 @@ class Adafactor(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -422,6 +440,7 @@ class Adagrad(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -445,6 +464,7 @@ class Adagrad(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -466,6 +486,7 @@ class Adam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -489,6 +510,7 @@ class Adam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -506,6 +528,7 @@ class AdamHD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
         settings: further arguments of `adam`.
@@ -526,6 +549,7 @@ class AdamHD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
         **settings: Any,
@@ -545,6 +569,7 @@ class AdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -568,6 +593,7 @@ class AdamW(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -585,6 +611,7 @@ class Adamax(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -607,6 +634,7 @@ class Adamax(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -628,6 +656,7 @@ class Adan(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -651,6 +680,7 @@ class Adan(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -680,6 +710,7 @@ class DAdaptAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -706,6 +737,7 @@ class DAdaptAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -727,6 +759,7 @@ class DoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -750,6 +783,7 @@ class DoG(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -768,6 +802,7 @@ class LDoG(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -791,6 +826,7 @@ class LDoG(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -807,6 +843,7 @@ class Lion(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -828,6 +865,7 @@ class Lion(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -853,6 +891,7 @@ class Muon(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -880,6 +919,7 @@ class Muon(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -901,6 +941,7 @@ class NAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -925,6 +966,7 @@ class NAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -958,6 +1000,7 @@ class Prodigy(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -987,6 +1030,7 @@ class Prodigy(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1007,6 +1051,7 @@ class RAdam(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1030,6 +1075,7 @@ class RAdam(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1051,6 +1097,7 @@ class RMSprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1075,6 +1122,7 @@ class RMSprop(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1094,6 +1142,7 @@ class Rprop(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1115,6 +1164,7 @@ class Rprop(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1137,6 +1187,7 @@ class ScheduleFreeAdamW(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1162,6 +1213,7 @@ class ScheduleFreeAdamW(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...
@@ -1185,6 +1237,7 @@ class ScheduleFreeSGD(DropIn):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last factor. None: there is no such schedule.
         backend: what runs the steps, with the same results up to rounding; see `Backend`.
 
@@ -1209,6 +1262,7 @@ class ScheduleFreeSGD(DropIn):
         horizon: Horizon = ...,
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None: ...

@@ -19,6 +19,7 @@ Group = dict[str, Any]
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _RULE = "rule."
+_ROUNDING = "rounding."
 _REMEDY = "build the optimizer with the same arguments as the one that was saved"
 
 
@@ -118,8 +119,10 @@ def loaded(store: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Te
     for name, param in store.roster.tensors.items():
         wanted = {key: leaf for key, leaf in expected.get(name, {}).items() if key not in common}
         entries = own.get(name, {})
-        if entries:
-            result[param] = _fitting(name, {STEPS: torch.ones(()), **entries}, wanted)
+        if entries:  # rounding at random may begin, or end, here
+            entries = {key: entry for key, entry in entries.items() if key in wanted or not key.startswith(_ROUNDING)}
+            counts = {key: leaf for key, leaf in wanted.items() if key.startswith(_ROUNDING)}
+            result[param] = _fitting(name, {STEPS: torch.ones(()), **counts, **entries}, wanted)
         if name == home:
             shared = _fitting(name, pool, {key: leaf for key, leaf in expected.get(home, {}).items() if key in common})
             result[param] = {**result.get(param, {}), **shared}

@@ -18,6 +18,7 @@ from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.learned import MODEL, number
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.engine.one_step import OneStep
+from hyperopt_nested.engine.rounding import Rounding
 from hyperopt_nested.hypergradients.double_backward import loss_with_hessian
 from hyperopt_nested.optim import averages
 from hyperopt_nested.optim.level import has_level, is_settled
@@ -54,6 +55,7 @@ class HyperOptimizer(GroupedOptimizer):
         horizon: the past updates that hypers are learned from: the last one, `OneStep()`, or all, as `Discounted(0.9)`.
         learn_from: "training": each step learns from the gradient that it is given. "validation": steps learn nothing; `hyper_step` does.
         state_dtype: the dtype of what rules keep; see `Nested`.
+        rounding: how parameters and moments in bfloat16 are rounded: "nearest", or "stochastic", which keeps small updates; see `Nested`.
         total_steps: how many steps training takes. An `lr` that `hn.learn` learns without `by` is then a level, which is learned in the
             first 20 % of the steps; it is multiplied by a factor that falls linearly from one to zero. Further steps keep the last
             factor. None: there is no such schedule.
@@ -98,6 +100,7 @@ class HyperOptimizer(GroupedOptimizer):
         horizon: Horizon = OneStep(),
         learn_from: Literal["training", "validation"] = "training",
         state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         total_steps: int | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -111,7 +114,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._choice, self._learn_from, self._total_steps = optimizer, learn_from, total_steps
         self._backend: Backend = backend
         self._programs: Programs | None = None
-        self._how: dict[str, Any] = {"horizon": horizon, "state_dtype": state_dtype}
+        self._how: dict[str, Any] = {"horizon": horizon, "state_dtype": state_dtype, "rounding": rounding}
         self._program_step: ProgramStep | None = None
         self._optimizers, self._overrides, self._roster = {}, [], Roster([], [])
         self.changed: dict[str, int] = {}
@@ -288,7 +291,7 @@ class HyperOptimizer(GroupedOptimizer):
         store = self._store
         unfrozen = [name for name in grads if name not in store.params]
         first = store.fresh.intersection(grads)
-        if unfrozen or (first and store.is_converted(first)):
+        if unfrozen or store.is_converted(grads if store.nested.rounding == "stochastic" else first):
             self._create_state(also=unfrozen)
             first = self._store.fresh.intersection(grads)
         if first and self.begins_at_first_step:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.level import first_values
-from hyperopt_nested.optim.refs import Ref, pairs, refs
+from hyperopt_nested.optim.refs import PER_TENSOR, Ref, pairs, refs
 from hyperopt_nested.optim.roster import Roster
 from hyperopt_nested.optim.weights import Weights
 from hyperopt_nested.trees import State, flatten, in_dtype, map_tree
@@ -27,8 +27,7 @@ DECLARED = "declared."
 COORDINATES = "coordinates."
 """Prefix of entries that say which bijection's coordinates learned values are in, where there is one: its number, kept as above."""
 
-_PER_TENSOR = ("rule", "memory")
-_PARTS = ("rule.", "memory.", "hypers.", "learners.", DECLARED, COORDINATES, *(f"{part}." for part in COUNTED))
+_PARTS = (*(f"{part}." for part in (*PER_TENSOR, "hypers", "learners", *COUNTED)), DECLARED, COORDINATES)
 _NONE: dict[str, Tensor] = {}
 _ONE = torch.ones((), dtype=torch.float64)
 
@@ -254,12 +253,12 @@ def built(
                 anew.add(name)
     anew |= {name for name in params if entry(name, STEPS) is None}
     for path, ref in places.items():
-        if path[0] in _PER_TENSOR and (path in last or path[1] not in known) and entry(ref.name, ref.key) is None:
+        if path[0] in PER_TENSOR and (path in last or path[1] not in known) and entry(ref.name, ref.key) is None:
             (anew if path[0] == "rule" else forgotten).add(path[1])
     lost: set[tuple[str, str]] = set()  # learned values that do not fit their tensors any more
     for path, ref in places.items():
         like, leaf = leaves[path], entry(ref.name, ref.key)
-        if path[0] in _PER_TENSOR:
+        if path[0] in PER_TENSOR:
             begins = path[1] in anew or (path[0] == "memory" and path[1] in forgotten)
             leaf = None if begins else leaf
         elif leaf is None or (leaf.shape != like.shape and ref.name in anew):
@@ -295,7 +294,7 @@ def is_declaration(key: Any) -> bool:
 
 def is_own(key: Any) -> bool:
     """Whether that is the key of an entry that each tensor that trains has of its own."""
-    return isinstance(key, str) and (key == STEPS or key.startswith(("rule.", "memory.")))
+    return isinstance(key, str) and (key == STEPS or key.startswith(tuple(f"{part}." for part in PER_TENSOR)))
 
 
 def counted(entry: Any) -> Tensor:

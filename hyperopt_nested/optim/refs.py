@@ -9,6 +9,9 @@ from torch import Tensor
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.trees import State
 
+PER_TENSOR = ("rule", "memory", "rounding")
+"""Parts of an engine's state that are by tensor."""
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -29,7 +32,7 @@ def refs(nested: Learner, st: State, home: str) -> State:
             return (lambda _: home) if nested.learned[key].learn.per == "model" else owner
 
         return {
-            **{part: {name: under(owner(name), tree, f"{prefix}{part}") for name, tree in st[part].items()} for part in ("rule", "memory")},
+            **{part: {name: under(owner(name), tree, f"{prefix}{part}") for name, tree in st[part].items()} for part in PER_TENSOR},
             "hypers": {k: {name: Ref(owners(k)(name), f"{prefix}hypers.{k}") for name in raws} for k, raws in st["hypers"].items()},
             "learners": {
                 k: walk(nested.learned[k].learner, inner, owners(k), f"{prefix}learners.{k}.") for k, inner in st["learners"].items()
