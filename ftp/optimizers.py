@@ -5,6 +5,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import hyperopt_nested as hn
 from ftp.anchored import AnchoredOptimizer, Anchors, Exclude, full_tensor
@@ -110,7 +111,7 @@ class AdamP(FTPOptimizer):
 
     Args:
         params: as `FTPOptimizer`; with names, `exclude` and `anchor` can refer to them.
-        lr: learning rate, or `hn.learn(...)`; so for the next three.
+        lr: learning rate, a number, a tensor of one number, or `hn.learn(...)`; so for the next three.
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled; 0 by default, as published, since the projection already regularises (AdamW has 1e-2).
@@ -145,10 +146,10 @@ class AdamP(FTPOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | hn.Learn = 1e-3,
-        betas: tuple[float | hn.Learn, float | hn.Learn] = (0.9, 0.999),
-        eps: float | hn.Learn = 1e-8,
-        weight_decay: float | hn.Learn = 0.0,
+        lr: float | Tensor | hn.Learn = 1e-3,
+        betas: tuple[float | Tensor | hn.Learn, float | Tensor | hn.Learn] = (0.9, 0.999),
+        eps: float | Tensor | hn.Learn = 1e-8,
+        weight_decay: float | Tensor | hn.Learn = 0.0,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -179,7 +180,7 @@ class SGDP(FTPOptimizer):
 
     Args:
         params: as `FTPOptimizer`; with names, `exclude` and `anchor` can refer to them.
-        lr: learning rate, or `hn.learn(...)`; so for the next three.
+        lr: learning rate, a number, a tensor of one number, or `hn.learn(...)`; so for the next three.
         momentum: momentum factor.
         dampening: dampening of the momentum.
         weight_decay: coupled: added to the gradient.
@@ -212,10 +213,10 @@ class SGDP(FTPOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | hn.Learn = 1e-3,
-        momentum: float | hn.Learn = 0.0,
-        dampening: float | hn.Learn = 0.0,
-        weight_decay: float | hn.Learn = 0.0,
+        lr: float | Tensor | hn.Learn = 1e-3,
+        momentum: float | Tensor | hn.Learn = 0.0,
+        dampening: float | Tensor | hn.Learn = 0.0,
+        weight_decay: float | Tensor | hn.Learn = 0.0,
         nesterov: bool = False,
         *,
         maximize: bool = False,

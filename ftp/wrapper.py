@@ -205,7 +205,7 @@ class FTP(torch.optim.Optimizer):
         def begin() -> None:
             self.projection.begin()
             for group in self.param_groups:
-                ascends = group.get("maximize", False)
+                ascends = group.get("maximize", False) or (isinstance(self.optimizer, hn.HyperOptimizer) and self.optimizer.maximizes)
                 for p in group["params"] if may_change or ascends else ():
                     if p.grad is not None:
                         before[p] = -p.grad if ascends else p.grad.clone()

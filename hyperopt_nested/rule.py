@@ -251,13 +251,13 @@ class Optimizer:
         via = setting.via if isinstance(setting, Learn) and setting.via is not None else self.rule.hypers[name].via
         return via if isinstance(setting, Learn) and isinstance(via, Bijection) else None
 
-    def replace(self, **settings: "float | Learn") -> "Optimizer":
+    def replace(self, **settings: "float | Tensor | Learn") -> "Optimizer":
         """The same optimizer with other settings; a `learn` without a start starts at the value in whose place it stands."""
         new = {
             key: each.starting(self.declared[key]) if isinstance(each, Learn) and key in self.settings else each
             for key, each in settings.items()
         }
-        return Optimizer(self.rule, {**self.settings, **new}, self.maximize)
+        return Optimizer(self.rule, {**self.settings, **cast(dict[str, Any], new)}, self.maximize)
 
 
 def learn(
@@ -327,7 +327,7 @@ class FunctionRule(Definition, Rule):
     """A rule made from a function by `rule`. Call it with hypers and options to get an `Optimizer`."""
 
     after = (inspect.Parameter("maximize", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),)
-    types = float | Learn, Optimizer
+    types = float | Tensor | Learn, Optimizer
 
     def __init__(
         self,
@@ -389,8 +389,9 @@ class FunctionRule(Definition, Rule):
         return self.function, *self.taken(self.options).items()
 
     def __call__(self, *args: Any, **settings: Any) -> Optimizer:
-        """Make an optimizer with these hypers (a number or `learn(...)` each) and options; the others keep their defaults.
+        """Make an optimizer with these hypers and options; the others keep their defaults.
 
+        A hyper is a number, a tensor of one number, which may be changed in place, or `learn(...)`.
         The first hyper may be given by position. Where there are beta1, beta2 and so on, `betas=(...)` gives them all, as in torch.optim.
         """
         maximize = settings.pop("maximize", False)

@@ -445,6 +445,22 @@ def _(_: Path) -> None:
     assert all(p._version > version for p, version in zip(network.parameters(), before, strict=True))
 
 
+@cell("stochastic rounding")
+def _(_: Path) -> None:
+    """Unbiased on each process, with bits of its own."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for size, placements in (((200, 50), [Shard(0)]), ((10_000,), [Replicate()])):
+        param = nn.Parameter(distribute_tensor(torch.ones(size, dtype=torch.bfloat16), mesh, placements))
+        optimizer = hn.optim.SGD([param], lr=1e-3, rounding="stochastic", backend="foreach")
+        for _step in range(20):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        whole = full(param)
+        assert abs(whole.double().mean().item() - 0.98) < 1e-3
+        halves = whole.chunk(PROCESSES)
+        assert not torch.equal(halves[0], halves[1])
+
+
 @cell("what hides its tensors is refused")
 def _(_: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns

@@ -299,18 +299,24 @@ def late_groups(make: Make) -> Weights:
 
 @convention("Groups and schedules", without={"learned": "a learned value starts at a number"})
 def tensor_rates(make: Make) -> Weights:
-    """`lr` as a tensor of one number at construction, which may be changed in place"""
+    """`lr` and other numbers as tensors at construction, which may be changed in place"""
     ends = []
-    for rate in (torch.tensor(RATE), RATE):
+    momentum = {"momentum": 0.8} if make.kind == "SGDP" else {"betas": (0.8, 0.9)}
+    for is_tensor in (True, False):
+        settings: Settings = {"lr": RATE, **(momentum if make.backend == "reference" else {})}
+        if make.kind == LEARNING_OFF:
+            settings.pop("lr")
+        elif is_tensor:
+            settings = {key: (*map(torch.tensor, value),) if key == "betas" else torch.tensor(value) for key, value in settings.items()}
         model = network()
-        opt = make(model.named_parameters(), **({} if make.kind == LEARNING_OFF else {"lr": rate}))
+        opt = make(model.named_parameters(), **settings)
         for count in range(3):
             train(model, opt, 1, count)
-            if make.kind == LEARNING_OFF or not isinstance(rate, Tensor):
-                opt.param_groups[0]["lr"] *= 0.5
-            else:
+            if isinstance(rate := settings.get("lr"), Tensor):
                 assert opt.param_groups[0]["lr"] is rate
                 rate.mul_(0.5)
+            else:
+                opt.param_groups[0]["lr"] *= 0.5
         ends.append(weights(model))
     assert same(*ends)
     return ends[0]
@@ -539,6 +545,21 @@ def compiled_steps(make: Make) -> Weights:
         compiled()
     assert same(weights(model), straight(make))
     return weights(model)
+
+
+@convention(
+    "Training loops",
+    backends=("reference", "foreach"),
+    note="shown on the meta device, which has no numbers to wait for; `fused` is for the CPU",
+)
+def no_waits(make: Make) -> None:
+    """No step waits for the device, also where `lr` of the group is a tensor there"""
+    model = network().to("meta")
+    opt = make(model.named_parameters())
+    if make.kind != "FTP":  # torch's own class waits for it
+        opt.param_groups[0]["lr"] = torch.tensor(RATE, device="meta")
+    for _ in range(3):
+        step(opt, *model.parameters())
 
 
 @convention("Training loops")

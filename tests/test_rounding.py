@@ -67,6 +67,9 @@ def test_tensors_and_steps_have_bits_of_their_own() -> None:
     for _ in range(3):
         new, st = nested.step(params, grads, st)
         directions += [up(params[name], new[name]) for name in params]
+    nested.shards["a"] = 1
+    part, _ = nested.step(params, grads, nested.init(params))
+    directions.append(up(params["a"], part["a"]))
     _uncorrelated(directions)
     _uncorrelated([*(each[:-1] for each in directions), *(each[1:] for each in directions)])  # of neighbors
     torch.manual_seed(7)

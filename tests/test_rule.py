@@ -138,10 +138,12 @@ def test_a_rule_is_called_as_its_signature_says() -> None:
     signature = inspect.signature(hn.adamw)
     assert list(signature.parameters) == ["lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"]
     assert [each.default for each in signature.parameters.values()] == [1e-3, 0.9, 0.999, 1e-8, 1e-2, False, False]
-    assert signature.parameters["beta1"].annotation == float | hn.Learn
+    assert signature.parameters["beta1"].annotation == float | torch.Tensor | hn.Learn
     assert signature.return_annotation is hn.Optimizer
     assert list(inspect.signature(hn.clip_by_norm).parameters) == ["optimizer", "max_norm"]
-    shown = "adamw(lr: float | hyperopt_nested.rule.Learn = 0.001, *," if torch.__version__ >= "2.12" else "adamw = <rule adamw>"
+    shown = (
+        "adamw(lr: float | torch.Tensor | hyperopt_nested.rule.Learn = 0.001, *," if torch.__version__ >= "2.12" else "adamw = <rule adamw>"
+    )
     assert pydoc.plain(pydoc.render_doc(hn.adamw)).splitlines()[2].startswith(shown)
     assert hn.adamw.__name__ == "adamw"
 

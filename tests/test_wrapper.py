@@ -113,6 +113,16 @@ def test_it_is_adamp_and_sgdp_around_torchs_own(k: float, dtype: torch.dtype, to
             assert relative_error(found.detach(), expected.detach()) < tolerance
 
 
+@pytest.mark.parametrize("module", [torch.optim, hn.optim])
+def test_radii_ascend_with_the_optimizer_inside(module: Any) -> None:
+    models = network(), network()
+    how = {"lr": 0.05, "weight_decay": 0.1, "maximize": True}
+    train(models[0], FTP(module.AdamW(models[0].parameters(), **how)), 6)
+    train(models[1], AdamP(models[1].parameters(), **how), 6)
+    for found, expected in zip(*(model.parameters() for model in models), strict=True):
+        assert relative_error(found.detach(), expected.detach()) < EXACT
+
+
 @foreign
 def test_other_optimizers_step_inside_the_ball_and_learn_its_radius(make: Make) -> None:
     model = network()

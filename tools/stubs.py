@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from torch import Tensor
+
 import hyperopt_nested as hn
 from hyperopt_nested.checks import packs
 
@@ -67,7 +69,7 @@ def function(name: str, signature: inspect.Signature, doc: str | None, *, is_met
     parts, kind = ["self"] if is_method else [], None
     parameters = list(signature.parameters.values())
     if betas:
-        one, hypers = written(float | hn.Learn), [each.name for each in parameters if each.default is not None]
+        one, hypers = written(float | Tensor | hn.Learn), [each.name for each in parameters if each.default is not None]
         tuples = {key: f"tuple[{', '.join([one] * len(names))}]" for key, names in packs(hypers).items() if len(names) > 1}
         parameters += [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=each) for key, each in tuples.items()]
     for each in parameters:

@@ -217,7 +217,8 @@ class ProgramStep:
             found = flatten(self._part(learned, name, after))
             return [None, *(found[path] for path in paths), new[name], *(None for _ in rest[size:])]
 
-        of = optimizer.signature, learn, *(tuple("" if key == name else key for key in path) for path in paths)
+        keys = (tuple("" if key == name else key for key in path) for path in paths)
+        of = optimizer.signature, learn, self._nested.shards.get(name, 0), *keys
         plan = self._plans[name, learn] = _Plan(paths, [pull, update] if reached else [update], reached, of)
         return plan
 

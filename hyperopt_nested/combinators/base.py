@@ -28,7 +28,7 @@ class Combinator(Definition):
     """A combinator made from a function by `combinator`. Call it with an optimizer, and hypers and options, to get an `Optimizer`."""
 
     before = (inspect.Parameter("optimizer", inspect.Parameter.POSITIONAL_ONLY, annotation=Optimizer),)
-    types = float | Learn, Optimizer
+    types = float | Tensor | Learn, Optimizer
 
     def __init__(
         self,

@@ -82,6 +82,7 @@ class Nested:
         check_rounding(rounding)
         self.horizon, self.state_dtype, self.rounding = horizon, state_dtype, rounding
         self.reads_loss = False
+        self.shards: dict[str, int] = {}  # by tensor: the index of the part of a larger one that it is, so that parts are rounded otherwise
         by_learn: dict[int, LearnedHyper] = {}
         for each in optimizers_of(optimizer):
             self.reads_loss |= bool(each.rule.loss_names)
@@ -200,7 +201,7 @@ class Nested:
         hypers = learned["hypers"]
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, product, reduce)
-        new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"])
+        new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"], self.shards)
         rule = {**st["rule"], **(rule if reduce is None else self.maximized(rule, reduce))}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         changed = {"rule": rule, "hypers": hypers, "memory": {**st["memory"], **memory}, "rounding": {**st["rounding"], **rounding}}
@@ -268,7 +269,7 @@ class Nested:
             The new tensors, and the new rule states.
         """
         new, (states, _) = self.bindings(params, self.descended(grads), rule, hypers, values or {})
-        new, states, _ = _in_dtypes_of(params, rule, new, states, {})
+        new, states, _ = _in_dtypes_of(params, rule, new, states, {}, {})
         return new, states
 
     def hypergradients(self, params: Tensors, grads: Tensors, st: State, reduce: Reduce | None = None) -> dict[str, Named]:
@@ -341,14 +342,19 @@ class Nested:
 
 
 def _in_dtypes_of(
-    params: Tensors, rule: Mapping[str, State], new: Tensors, states: Mapping[str, State], rounding: Mapping[str, State]
+    params: Tensors,
+    rule: Mapping[str, State],
+    new: Tensors,
+    states: Mapping[str, State],
+    rounding: Mapping[str, State],
+    shards: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], dict[str, State], dict[str, State]]:
     """New tensors and states in the dtypes of the old ones, and what rounding counts: updates are computed in wider ones."""
     new_params, new_states, new_rounding = {}, {}, {}
     for name, state in states.items():
         check_form(name, new[name], state, params[name], rule[name])
-        counted = rounding.get(name, {})
-        new_params[name], new_states[name], after = in_dtypes_of(params[name], rule[name], new[name], state, counted)
+        counted, shard = rounding.get(name, {}), shards.get(name, 0)
+        new_params[name], new_states[name], after = in_dtypes_of(params[name], rule[name], new[name], state, counted, shard)
         if counted:
             new_rounding[name] = after
     return new_params, new_states, new_rounding

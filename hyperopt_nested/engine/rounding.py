@@ -34,25 +34,21 @@ def check_rounding(rounding: Any) -> None:
         raise ValueError(f"rounding={rounding!r} must be one of {', '.join(map(repr, get_args(Rounding)))}")
 
 
-def first_count(name: str, shard: int = 0) -> int:
-    """The count before the first step of a tensor. Its upper half says which bits the tensor has, the lower counts steps.
-
-    Args:
-        name: the tensor's: all processes that step it have the same bits.
-        shard: the index of the part of the tensor that is stepped here: other parts have other bits.
-    """
-    return (zlib.crc32(f"{name}/{shard}".encode()) & 0x7FFFFFFF) << 32
-
-
 def counts(rounding: Rounding, name: str, param: Tensor, state: State) -> State:
-    """What is counted of a tensor, before its first step; nothing if nothing is rounded at random."""
+    """What is counted of a tensor, before its first step; nothing if nothing is rounded at random.
+
+    The lower half of the count is that of its steps, the upper says which bits it has.
+    """
     kept = flatten({"param": param, "state": state})
     if rounding == "nearest" or not any(_at_random(path, leaf, param) for path, leaf in kept.items()):
         return {}
-    return {"count": torch.full((), first_count(name), dtype=torch.int64, device=param.device)}
+    seed = zlib.crc32(name.encode()) & 0x7FFFFFFF  # in all processes
+    return {"count": torch.full((), seed << 32, dtype=torch.int64, device=param.device)}
 
 
-def in_dtypes_of(param: Tensor, state: State, new_param: Tensor, new_state: State, counted: State) -> tuple[Tensor, State, State]:
+def in_dtypes_of(
+    param: Tensor, state: State, new_param: Tensor, new_state: State, counted: State, shard: int = 0
+) -> tuple[Tensor, State, State]:
     """A new tensor and its state in the dtypes of the old ones, and what is counted.
 
     Args:
@@ -61,11 +57,12 @@ def in_dtypes_of(param: Tensor, state: State, new_param: Tensor, new_state: Stat
         new_param: the new tensor, in a dtype that is at least as wide.
         new_state: the new state, of the same structure.
         counted: as `counts`, or the last step, made it; if that is nothing, all is rounded to nearest.
+        shard: the index of the part, if it is a part of a larger tensor: other parts have other bits.
     """
     if not counted:
         return new_param.to(param.dtype), map_tree(lambda leaf, old: leaf.to(old.dtype), new_state, state), {}
     old, new = flatten({"param": param, "state": state}), {"param": new_param, "state": new_state}
-    bits = _bits(counted["count"], [path for path, leaf in old.items() if _at_random(path, leaf, param)], param)
+    bits = _bits(counted["count"], shard, [path for path, leaf in old.items() if _at_random(path, leaf, param)], param)
     stored = {path: (_rounded(leaf, bits[path]) if path in bits else leaf).to(old[path].dtype) for path, leaf in flatten(new).items()}
     result = filled(new, stored.values())
     return result["param"], result["state"], {"count": counted["count"] + 1}
@@ -89,13 +86,13 @@ def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     return wide - off.detach()
 
 
-def _bits(count: Tensor, paths: Sequence[Path], param: Tensor) -> dict[Path, Tensor]:
+def _bits(count: Tensor, shard: int, paths: Sequence[Path], param: Tensor) -> dict[Path, Tensor]:
     """Random bits of each element of some tensors: int32, uniform in [0, 2^16), by path; two share the halves of one hash."""
     step, seed = (count & 0xFFFFFFFF).to(torch.int32), torch.bitwise_right_shift(count, 32).to(torch.int32)
-    where = positions(param)
+    part, where = _mixed(seed ^ shard, 0) if shard else seed, positions(param)
     bits: dict[Path, Tensor] = {}
     for i in range(0, len(paths), 2):
-        key = _mixed(step ^ _mixed(seed ^ i, 0), 0)
+        key = _mixed(step ^ _mixed(part ^ i, 0), 0)
         both = _mixed(where ^ key, _mixed(~key, 0))
         for path, half in zip(paths[i : i + 2], (both, torch.bitwise_right_shift(both, 16)), strict=False):
             bits[path] = half & 0xFFFF

@@ -34,7 +34,7 @@ _REMEDIES = {
 _SHARED: Parameters = {each.name: each for each in inspect.signature(HyperOptimizer).parameters.values() if each.kind is each.KEYWORD_ONLY}
 """What all classes take besides the arguments of their rules."""
 
-_NUMBER = float | Learn
+_NUMBER = float | Tensor | Learn
 
 
 def _parameters(rule: Factory, order: Sequence[str], defaults: Mapping[str, Any]) -> Parameters:
@@ -107,7 +107,7 @@ class DropIn(HyperOptimizer):
 
     Args:
         params: as of `HyperOptimizer`.
-        args: hypers by position, a number or `hn.learn(...)` each, in the order of the class's signature.
+        args: hypers by position, a number, a tensor of one number, or `hn.learn(...)` each, in the order of the class's signature.
         settings: hypers and options by name; and what `HyperOptimizer` takes by name.
 
     Raises:

@@ -137,6 +137,11 @@ class HyperOptimizer(GroupedOptimizer):
         """What runs the steps; "fused+reference" where native kernels do not take some tensors, for example."""
         return "reference" if self._program_step is None else self._program_step.backend
 
+    @property
+    def maximizes(self) -> bool:
+        """Whether gradients are ascended, of any tensor."""
+        return any(optimizer.maximize for optimizer in self._optimizers.values())
+
     def _create_state(
         self, also: Iterable[str] = (), *, roster: Roster | None = None, optimizers: dict[str, Optimizer] | None = None
     ) -> None:

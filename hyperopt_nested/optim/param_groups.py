@@ -278,9 +278,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         declared: dict[str, float] = {}
         for name, optimizer in chosen.items():
             for hyper, value in self._declared(optimizer).items():
-                if hyper not in numbers and declared.setdefault(hyper, value) != value:
+                other = value if hyper in numbers else declared.setdefault(hyper, value)
+                if other is not value and other != value:
                     raise ValueError(
-                        f"group {index} has tensors with {hyper}={declared[hyper]!r} and {hyper}={value!r} (of {name!r}); "
+                        f"group {index} has tensors with {hyper}={other!r} and {hyper}={value!r} (of {name!r}); "
                         "a group holds one number a hyper: put them into groups of their own"
                     )
         for group in self.param_groups:

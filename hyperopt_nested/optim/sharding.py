@@ -51,6 +51,11 @@ class Layout:
         return _splits(self.param)
 
     @property
+    def coordinates(self) -> tuple[int, ...]:
+        """Where this process is along these dimensions."""
+        return tuple(self.param.device_mesh.get_coordinate()[dim] for dim in self.splits)
+
+    @property
     def placements(self) -> tuple[Any, ...]:
         """Those of what this process steps, as a part of the tensor."""
         return (_replicate(),) * self.param.device_mesh.ndim if self.whole else tuple(self.param.placements)
@@ -107,6 +112,10 @@ class Sharding:
         self._split = {name for name, each in self.layouts.items() if not each.whole and each.splits}
         if before is not None and before._same == self._same and "_exchange" in vars(before):
             self._exchange = before._exchange
+
+    def indices(self) -> dict[str, int]:
+        """Which of its shards this process steps, of each tensor that is split."""
+        return {name: _index(self.layouts[name]) for name in self._split}
 
     def __bool__(self) -> bool:
         return bool(self.layouts)
@@ -198,8 +207,7 @@ class _Exchange:
         self.device = next(iter(_local(each.param).device for each in layouts.values()))
         own = {}
         for name, each in layouts.items():
-            coordinates = each.param.device_mesh.get_coordinate()
-            own[name] = _local(each.param).numel(), tuple(coordinates[dim] for dim in each.splits)
+            own[name] = _local(each.param).numel(), each.coordinates
         everyone: list[Any] = [None] * self._processes
         dist.all_gather_object(everyone, own, group=self._group)
         for rank, theirs in enumerate(everyone):
@@ -342,6 +350,13 @@ def _is_whole(param: Any, optimizer: Optimizer) -> bool:
         return True
     rows = param.ndim > 1 and all(getattr(param.placements[dim], "dim", None) == 0 for dim in splits)
     return rule.separable == "tensor" or (rule.separable == "row" and not rows)
+
+
+def _index(layout: Layout) -> int:
+    index = 0
+    for dim, coordinate in zip(layout.splits, layout.coordinates, strict=True):
+        index = index * layout.param.device_mesh.size(dim) + coordinate
+    return index
 
 
 def _splits(param: Any) -> list[int]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import dtype
+from torch import Tensor, dtype
 
 from hyperopt_nested.rule import Learn, Optimizer
 from hyperopt_nested.typing import FunctionRule
@@ -10,14 +10,14 @@ from hyperopt_nested.typing import FunctionRule
 class _adabelief(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-16,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-16,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""AdaBelief: Adam, scaled by how far gradients are from their average (Zhuang et al. 2020, arXiv 2010.07468, algorithm 2).
 
@@ -42,15 +42,15 @@ adabelief: _adabelief
 class _adam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1), as `torch.optim.Adam`.
 
@@ -96,14 +96,14 @@ def adam_hd(lr: float = 0.001, hyper_lr: float = 1e-08, **settings: Any) -> Opti
 class _adamax(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.002,
+        lr: float | Tensor | Learn = 0.002,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam with a decaying maximum in the place of the second moment (Kingma and Ba 2015, algorithm 2), as `torch.optim.Adamax`.
 
@@ -125,15 +125,15 @@ adamax: _adamax
 class _adamw(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.01,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.01,
         amsgrad: bool = False,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), as `torch.optim.AdamW`.
 
@@ -156,16 +156,16 @@ adamw: _adamw
 class _adan(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.98,
-        beta2: float | Learn = 0.92,
-        beta3: float | Learn = 0.99,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.98,
+        beta2: float | Tensor | Learn = 0.92,
+        beta3: float | Tensor | Learn = 0.99,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         no_prox: bool = False,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adan: adaptive steps with Nesterov momentum from differences of gradients (Xie et al. 2022, arXiv 2208.06677, algorithm 1).
 
@@ -192,14 +192,14 @@ adan: _adan
 class _coherent_adam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam whose steps are shorter where gradients disagree: the default learner of `hn.learn`. It has no paper.
 
@@ -225,14 +225,14 @@ coherent_adam: _coherent_adam
 class _lamb(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-06,
-        weight_decay: float | Learn = 0.01,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-06,
+        weight_decay: float | Tensor | Learn = 0.01,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""LAMB: the direction of AdamW, scaled to the norm of each tensor (You et al. 2020, arXiv 1904.00962, algorithm 2).
 
@@ -257,18 +257,18 @@ lamb: _lamb
 class _mada(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
-        beta3: float | Learn = 0.0,
-        yogi: float | Learn = 0.0,
-        amsgrad: float | Learn = 0.0,
-        avgrad: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
+        beta3: float | Tensor | Learn = 0.0,
+        yogi: float | Tensor | Learn = 0.0,
+        amsgrad: float | Tensor | Learn = 0.0,
+        avgrad: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Between Adam, Adan, Yogi, AMSGrad and AVGrad, wherever learned coefficients lead (MADA, Ozkara et al. 2024, arXiv 2401.08893).
 
@@ -307,16 +307,16 @@ mada: _mada
 class _nadam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.002,
+        lr: float | Tensor | Learn = 0.002,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
-        momentum_decay: float | Learn = 0.004,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
+        momentum_decay: float | Tensor | Learn = 0.004,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam with Nesterov's momentum (Dozat 2016, algorithm 2), as `torch.optim.NAdam`.
 
@@ -342,15 +342,15 @@ nadam: _nadam
 class _radam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Rectified Adam (Liu et al. 2020, arXiv 1908.03265, algorithm 2), as `torch.optim.RAdam`.
 
@@ -373,7 +373,7 @@ class _radam(FunctionRule):
 radam: _radam
 
 class _coin_betting(FunctionRule):
-    def __call__(self, eps: float | Learn = 1e-08, *, num_betas: int = 6, clip: bool = True, maximize: bool = False) -> Optimizer:
+    def __call__(self, eps: float | Tensor | Learn = 1e-08, *, num_betas: int = 6, clip: bool = True, maximize: bool = False) -> Optimizer:
         r"""Coin betting, the tuner of Mechanic (Cutkosky, Defazio and Mehta 2023, arXiv 2306.00144, algorithm 1): a learner without a rate.
 
         With the gradient \(h_t\), the start \(s_1\), and \(n\) discounts \(\beta_i = 1 - 10^{-i}\), the new value is \(\sum_i s_{t+1,i}\):
@@ -402,7 +402,7 @@ class _coin_betting(FunctionRule):
 coin_betting: _coin_betting
 
 class _erfi_tuner(FunctionRule):
-    def __call__(self, eps: float | Learn = 1e-08, *, num_betas: int = 6, maximize: bool = False) -> Optimizer:
+    def __call__(self, eps: float | Tensor | Learn = 1e-08, *, num_betas: int = 6, maximize: bool = False) -> Optimizer:
         r"""The tuner of TRAC (Muppidi, Zhang and Yang 2024, arXiv 2405.16642, algorithm 2): a learner without a rate.
 
         With the gradient \(h_t\), the start \(s_1\), and discounts \(\beta_i = 1 - 10^{-i}\), the new value is
@@ -431,18 +431,18 @@ erfi_tuner: _erfi_tuner
 class _dadapt_adam(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         decouple: bool = False,
         use_bias_correction: bool = False,
         d0: float = 1e-06,
         growth_rate: float | None = None,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adam with D-Adaptation (Defazio and Mishchenko 2023, arXiv 2301.07733, algorithm 5), as `dadaptation.DAdaptAdam`.
 
@@ -476,11 +476,11 @@ dadapt_adam: _dadapt_adam
 class _dog(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        reps_rel: float | Learn = 1e-06,
-        weight_decay: float | Learn = 0.0,
-        eps: float | Learn = 1e-08,
+        reps_rel: float | Tensor | Learn = 1e-06,
+        weight_decay: float | Tensor | Learn = 0.0,
+        eps: float | Tensor | Learn = 1e-08,
         init_eta: float | None = None,
         maximize: bool = False,
     ) -> Optimizer:
@@ -508,11 +508,11 @@ dog: _dog
 class _ldog(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        reps_rel: float | Learn = 1e-06,
-        weight_decay: float | Learn = 0.0,
-        eps: float | Learn = 1e-08,
+        reps_rel: float | Tensor | Learn = 1e-06,
+        weight_decay: float | Tensor | Learn = 0.0,
+        eps: float | Tensor | Learn = 1e-08,
         init_eta: float | None = None,
         maximize: bool = False,
     ) -> Optimizer:
@@ -537,12 +537,12 @@ ldog: _ldog
 class _prodigy(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
         beta3: float | None = None,
         decouple: bool = True,
         use_bias_correction: bool = False,
@@ -551,7 +551,7 @@ class _prodigy(FunctionRule):
         d_coef: float = 1.0,
         growth_rate: float | None = None,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101, algorithm 4), as `prodigyopt.Prodigy`.
 
@@ -589,11 +589,11 @@ prodigy: _prodigy
 class _muon(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        weight_decay: float | Learn = 0.1,
-        momentum: float | Learn = 0.95,
-        eps: float | Learn = 1e-07,
+        weight_decay: float | Tensor | Learn = 0.1,
+        momentum: float | Tensor | Learn = 0.95,
+        eps: float | Tensor | Learn = 1e-07,
         nesterov: bool = True,
         ns_steps: int = 5,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
@@ -629,17 +629,17 @@ muon: _muon
 class _schedule_free_adamw(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.0025,
+        lr: float | Tensor | Learn = 0.0025,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.999,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
-        r: float | Learn = 0.0,
-        weight_lr_power: float | Learn = 2.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.999,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
+        r: float | Tensor | Learn = 0.0,
+        weight_lr_power: float | Tensor | Learn = 2.0,
         warmup_steps: int = 0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682, algorithm 1); see `schedule_free_sgd`.
 
@@ -666,12 +666,12 @@ schedule_free_adamw: _schedule_free_adamw
 class _schedule_free_sgd(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        momentum: float | Learn = 0.9,
-        weight_decay: float | Learn = 0.0,
-        r: float | Learn = 0.0,
-        weight_lr_power: float | Learn = 2.0,
+        momentum: float | Tensor | Learn = 0.9,
+        weight_decay: float | Tensor | Learn = 0.0,
+        r: float | Tensor | Learn = 0.0,
+        weight_lr_power: float | Tensor | Learn = 2.0,
         warmup_steps: int = 0,
         maximize: bool = False,
     ) -> Optimizer:
@@ -700,11 +700,11 @@ schedule_free_sgd: _schedule_free_sgd
 class _asgd(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        lambd: float | Learn = 0.0001,
-        alpha: float | Learn = 0.75,
-        weight_decay: float | Learn = 0.0,
+        lambd: float | Tensor | Learn = 0.0001,
+        alpha: float | Tensor | Learn = 0.75,
+        weight_decay: float | Tensor | Learn = 0.0,
         t0: float = 1000000.0,
         maximize: bool = False,
     ) -> Optimizer:
@@ -731,12 +731,12 @@ asgd: _asgd
 class _lars(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        momentum: float | Learn = 0.9,
-        trust_coefficient: float | Learn = 0.001,
-        weight_decay: float | Learn = 0.0,
-        eps: float | Learn = 1e-08,
+        momentum: float | Tensor | Learn = 0.9,
+        trust_coefficient: float | Tensor | Learn = 0.001,
+        weight_decay: float | Tensor | Learn = 0.0,
+        eps: float | Tensor | Learn = 1e-08,
         maximize: bool = False,
     ) -> Optimizer:
         r"""Layer-wise adaptive rate scaling of SGD with momentum (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1).
@@ -764,11 +764,11 @@ lars: _lars
 class _sgd(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.001,
+        lr: float | Tensor | Learn = 0.001,
         *,
-        momentum: float | Learn = 0.0,
-        dampening: float | Learn = 0.0,
-        weight_decay: float | Learn = 0.0,
+        momentum: float | Tensor | Learn = 0.0,
+        dampening: float | Tensor | Learn = 0.0,
+        weight_decay: float | Tensor | Learn = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
     ) -> Optimizer:
@@ -817,13 +817,13 @@ def sgd_hd(lr: float = 0.001, hyper_lr: float = 1e-06, **settings: Any) -> Optim
 class _lion(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.0001,
+        lr: float | Tensor | Learn = 0.0001,
         *,
-        beta1: float | Learn = 0.9,
-        beta2: float | Learn = 0.99,
-        weight_decay: float | Learn = 0.0,
+        beta1: float | Tensor | Learn = 0.9,
+        beta2: float | Tensor | Learn = 0.99,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        betas: tuple[float | Learn, float | Learn] = ...,
+        betas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Lion, the sign of a momentum that looks ahead (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
@@ -844,15 +844,15 @@ lion: _lion
 class _rprop(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        etaminus: float | Learn = 0.5,
-        etaplus: float | Learn = 1.2,
-        step_size_min: float | Learn = 1e-06,
-        step_size_max: float | Learn = 50.0,
+        etaminus: float | Tensor | Learn = 0.5,
+        etaplus: float | Tensor | Learn = 1.2,
+        step_size_min: float | Tensor | Learn = 1e-06,
+        step_size_max: float | Tensor | Learn = 50.0,
         maximize: bool = False,
-        etas: tuple[float | Learn, float | Learn] = ...,
-        step_sizes: tuple[float | Learn, float | Learn] = ...,
+        etas: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
+        step_sizes: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Resilient backpropagation (Riedmiller and Braun 1993; this is Rprop- of Igel and Huesken 2000), as `torch.optim.Rprop`.
 
@@ -877,11 +877,11 @@ rprop: _rprop
 class _adadelta(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 1.0,
+        lr: float | Tensor | Learn = 1.0,
         *,
-        rho: float | Learn = 0.9,
-        eps: float | Learn = 1e-06,
-        weight_decay: float | Learn = 0.0,
+        rho: float | Tensor | Learn = 0.9,
+        eps: float | Tensor | Learn = 1e-06,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
     ) -> Optimizer:
         r"""Adadelta (Zeiler 2012, arXiv 1212.5701, algorithm 1), as `torch.optim.Adadelta`.
@@ -903,15 +903,15 @@ adadelta: _adadelta
 class _adafactor(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        beta2_decay: float | Learn = -0.8,
-        eps1: float | Learn = 1.1920928955078125e-07,
-        eps2: float | Learn = 0.001,
-        d: float | Learn = 1.0,
-        weight_decay: float | Learn = 0.0,
+        beta2_decay: float | Tensor | Learn = -0.8,
+        eps1: float | Tensor | Learn = 1.1920928955078125e-07,
+        eps2: float | Tensor | Learn = 0.001,
+        d: float | Tensor | Learn = 1.0,
+        weight_decay: float | Tensor | Learn = 0.0,
         maximize: bool = False,
-        eps: tuple[float | Learn, float | Learn] = ...,
+        eps: tuple[float | Tensor | Learn, float | Tensor | Learn] = ...,
     ) -> Optimizer:
         r"""Adafactor (Shazeer and Stern 2018, arXiv 1804.04235, algorithms 4 and 5), as `torch.optim.Adafactor`.
 
@@ -938,12 +938,12 @@ adafactor: _adafactor
 class _adagrad(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        lr_decay: float | Learn = 0.0,
-        weight_decay: float | Learn = 0.0,
-        initial_accumulator_value: float | Learn = 0.0,
-        eps: float | Learn = 1e-10,
+        lr_decay: float | Tensor | Learn = 0.0,
+        weight_decay: float | Tensor | Learn = 0.0,
+        initial_accumulator_value: float | Tensor | Learn = 0.0,
+        eps: float | Tensor | Learn = 1e-10,
         maximize: bool = False,
     ) -> Optimizer:
         r"""Adagrad (Duchi, Hazan and Singer 2011), as `torch.optim.Adagrad`.
@@ -967,12 +967,12 @@ adagrad: _adagrad
 class _rmsprop(FunctionRule):
     def __call__(
         self,
-        lr: float | Learn = 0.01,
+        lr: float | Tensor | Learn = 0.01,
         *,
-        alpha: float | Learn = 0.99,
-        eps: float | Learn = 1e-08,
-        weight_decay: float | Learn = 0.0,
-        momentum: float | Learn = 0.0,
+        alpha: float | Tensor | Learn = 0.99,
+        eps: float | Tensor | Learn = 1e-08,
+        weight_decay: float | Tensor | Learn = 0.0,
+        momentum: float | Tensor | Learn = 0.0,
         centered: bool = False,
         maximize: bool = False,
     ) -> Optimizer:
