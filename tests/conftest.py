@@ -4,7 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-collect_ignore = ["mutants.py", "processes.py"]  # no doctests; a second import of the first would register its rules a second time
+collect_ignore = [
+    "mutants.py",
+    "processes.py",
+    "trainers.py",
+]  # no doctests; a second import of the first would register its rules a second time
 torch.set_num_threads(1)  # one worker a core
 
 # Examples are seeds of random problems: shrinking a seed explains nothing, and takes minutes.
@@ -18,6 +22,7 @@ settings.load_profile("quick")  # the option --hypothesis-profile comes after
 
 NEEDED = {
     "test_site.py": "no Chromium is installed. The site was not checked in a browser.",
+    "test_trainers.py::test_timm": "timm is not in .venv/no-deps, where `make test` installs it.",
     "test_cuda.py": "there is no CUDA device. Nothing was checked on a GPU.",
 }
 

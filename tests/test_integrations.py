@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import pickle
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import torch
 import hyperopt_nested as hn
 from ftp import FTP
 
-ROOT = Path(__file__).parent.parent
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
 
 
@@ -372,62 +370,6 @@ def test_lightning_logs_at_the_cadence_of_the_trainer() -> None:
         hn.integrations.LightningCallback(0)
 
 
-LIGHTNING = """
-import tempfile, pytorch_lightning as pl, torch, hyperopt_nested as hn
-
-class Model(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
-
-    def training_step(self, batch, _):
-        return (self.net(batch) - 1).square().mean()
-
-    def configure_optimizers(self):
-        lr, decay = hn.learn(1e-3), hn.learn(1e-2, per="tensor")
-        optimizer = hn.optim.AdamW(self.named_parameters(), lr=lr, weight_decay=decay, backend="reference")
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-class Logger(pl.loggers.logger.DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.seen = {}
-
-    def log_metrics(self, metrics, step=None):
-        self.seen.setdefault(step, {}).update(metrics)
-
-def trained(start=None):
-    torch.manual_seed(0)
-    model, logger, data = Model(), Logger(), torch.randn(12, 3)
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    callbacks = [hn.integrations.LightningCallback(every=2), checkpoint]
-    trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=logger, callbacks=callbacks, accumulate_grad_batches=2, gradient_clip_val=1.0,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder
-    )
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=start)
-    return trainer, model, logger
-
-folder = tempfile.mkdtemp()
-trainer, whole, logger = trained()
-assert [*logger.seen] == [2, 4, 6], logger.seen
-optimizer = trainer.optimizers[0]
-assert logger.seen[6] == {f"learned/{name}": value for name, value in optimizer.learned().items()}, logger.seen
-assert optimizer.learned()["lr"] != optimizer.param_groups[0]["lr"] != 1e-3
-resumed, model, _ = trained(f"{folder}/epoch=0.ckpt")
-assert resumed.optimizers[0].learned() == optimizer.learned()
-assert all(map(torch.equal, model.parameters(), whole.parameters()))
-print("fine")
-"""
-
-
-def test_lightning_trains_logs_and_goes_on_bitwise() -> None:
-    call = [sys.executable, "-W", "ignore", "-c", LIGHTNING]
-    found = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.stdout.splitlines()[-1:] == ["fine"], found.stdout + found.stderr
-
-
 def test_lightning_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -438,51 +380,6 @@ def test_lightning_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def _missing(name: str) -> Any:
     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-TRAINER = """
-import sys, tempfile, torch, hyperopt_nested as hn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.norm, self.head = torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)
-
-    def forward(self, x, labels=None):
-        out = self.head(self.norm(self.body(x)))
-        return {"loss": (out - labels).square().mean(), "logits": out}
-
-class Reports(TrainerCallback):
-    seen = []
-    def on_log(self, args, state, control, logs=None, **_):
-        self.seen.append(sorted(logs))
-
-rows = [{"x": x, "labels": x.sum()[None]} for x in torch.randn(16, 3)]
-folder = tempfile.mkdtemp()
-arguments = TrainingArguments(
-    folder, use_cpu=True, logging_steps=2, max_steps=4, save_steps=2, report_to=[], disable_tqdm=True, weight_decay=1e-2
-)
-kwargs = {"lr": hn.learn(1e-3), "weight_decay": hn.learn(1e-2, per="tensor"), "backend": "reference"}
-callbacks = [Reports()]
-trainer = Trainer(Net(), arguments, train_dataset=rows, callbacks=callbacks, optimizer_cls_and_kwargs=(hn.optim.AdamW, kwargs))
-hn.integrations.HuggingFaceCallback().add_to(trainer)
-trainer.train()
-last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-found = trainer.callback_handler.optimizer.optimizer.learned()
-assert {f"learned/{name}" for name in found} <= set(last) and last["learned/lr"] == found["lr"] != last["learning_rate"], (last, found)
-assert any("learned/lr" in each for each in Reports.seen)
-before = [p.clone() for p in trainer.model.parameters()]
-trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
-assert trainer.callback_handler.optimizer.optimizer.learned() == found
-print("fine")
-"""
-
-
-def test_the_trainer_of_transformers_logs_what_is_learned() -> None:
-    call = [sys.executable, "-W", "ignore", "-c", TRAINER]
-    found = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.stdout.splitlines()[-1:] == ["fine"], found.stdout + found.stderr
 
 
 # Pictures
