@@ -6,6 +6,7 @@ knows of the first run comes out of the file: weights, anchors, radii, moments a
 
 import copy
 import functools
+import gc
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -94,7 +95,7 @@ def pretrained(make: Callable[[], nn.Module]) -> Callable[..., nn.Module]:
         loss(model, images[batch], labels[batch]).backward()
         opt.step()
     right = (model(images[1600:]) if not hasattr(model, "config") else model(images[1600:]).logits).argmax(1) == labels[1600:]
-    assert right.double().mean() > 0.7, right.double().mean()
+    assert right.double().mean() > 0.5, right.double().mean()
     return lambda fresh=False: built(1) if fresh else copy.deepcopy(model)
 
 
@@ -122,8 +123,8 @@ def fine_tuned(kind: str, start: nn.Module, model: nn.Module, opt: Any) -> None:
     radii = [value for name, value in getattr(opt, "learned", dict)().items() if name.startswith("radius")]
     assert bool(radii) == (kind in ("AdamP", "SGDP", "FTP", "AdamP, learned", "AdamP, off")), (kind, radii)
     assert not radii or max(radii) > 1e-4, radii
-    if "learned" in kind:
-        assert all(value not in (RATE, DECAY) for name, value in opt.learned().items() if name == "lr"), opt.learned()
+    decays = [value for name, value in getattr(opt, "learned", dict)().items() if name.startswith("weight_decay")]
+    assert not decays or any(value not in (0.0, DECAY) for value in decays), decays
 
 
 def cnn() -> nn.Sequential:
@@ -202,6 +203,8 @@ def lightning() -> None:
 
 def trainer() -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+
+    gc.freeze()
 
     class Reports(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -465,6 +468,7 @@ def timm() -> None:
             fine_tuned(kind, network(), model, opt)
             if kind in KINDS:
                 same_run((model, opt), run(make, network(fresh=True), folder, resume=True))
+    assert not equal(ends["learned"], ends["constant"])
     for one, other in SAME:
         assert equal(ends[one], ends[other])
 
@@ -472,5 +476,6 @@ def timm() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
+        gc.freeze()  # trainers collect garbage in each run: modules are none
         globals()[name]()
         print(name, flush=True)
