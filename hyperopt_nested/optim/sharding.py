@@ -384,7 +384,7 @@ def _local(tensor: Any, placements: tuple[Any, ...] | None = None) -> Tensor:
     with torch.no_grad():
         if placements is not None and tuple(tensor.placements) != placements:
             tensor = tensor.redistribute(placements=placements)
-        local = tensor.to_local()
+        local = tensor._local_tensor  # `to_local` of a parameter makes another tensor in each call
         return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
