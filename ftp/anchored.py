@@ -119,6 +119,12 @@ class AnchoredOptimizer(hn.HyperOptimizer):
                 anchor.copy_(param)
 
 
+def full_tensor(tensor: Any) -> Tensor:
+    """A plain tensor; of a sharded one, all of it."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
 def _anchors(state: hn.typing.State) -> Iterator[Tensor]:
     """The anchors in the state of a rule and of those inside."""
     for key, leaf in state.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import hyperopt_nested as hn
-from ftp.anchored import AnchoredOptimizer, Anchors, Exclude
+from ftp.anchored import AnchoredOptimizer, Anchors, Exclude, full_tensor
 from ftp.rule import FLOOR, Radius, projection
 
 
@@ -94,11 +94,13 @@ class FTPOptimizer(AnchoredOptimizer):
         if not self._start_at_distance:
             return
         tensors, states, learned, start = dict(self.named_parameters()), self.rule_states(), self.learned_tensors(), dict[str, float]()
-        for name in names:
+        for name in sorted(names):  # in one order: of sharded tensors, processes compute norms together
             if "anchor" in (state := states[name]):  # else it is excluded
-                norms = hn.mars.norms(hn.rules.displacement(tensors[name].detach(), state)) / state.get("anchor_norm", 1)
+                moved = full_tensor(hn.rules.displacement(tensors[name].detach(), state))
+                norms = hn.mars.norms(moved) / full_tensor(state.get("anchor_norm", torch.ones(())))
                 value = f"radius/{name}" if f"radius/{name}" in learned else "radius"
-                start[value] = max(start.get(value, FLOOR), *norms[norms.isfinite()].flatten().tolist(), FLOOR)
+                largest = torch.where(norms.isfinite(), norms, 0).amax() if norms.numel() else norms.sum()
+                start[value] = max(start.get(value, FLOOR), largest.item(), FLOOR)
         for value, distance in start.items():
             if distance > FLOOR:
                 self.set_hyper(value, distance)

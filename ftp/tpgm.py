@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 import hyperopt_nested as hn
-from ftp.anchored import Anchors, Exclude
+from ftp.anchored import Anchors, Exclude, full_tensor
 from ftp.rule import largest_norm
 from ftp.validated import ValidatedOptimizer
 
@@ -80,7 +80,7 @@ class TPGM(ValidatedOptimizer):
         states = self.rule_states()
         for name, param in params.items():
             if not states[name]["largest_norm"]:
-                moved = hn.rules.displacement(param.to(hn.rules.state_dtype(param)), states[name])
+                moved = full_tensor(hn.rules.displacement(param.to(hn.rules.state_dtype(param)), states[name]))
                 smallest = _BALLS[self._norm].norms(moved.nan_to_num(0, 0, 0)).amin().item()
                 self.set_hyper(f"radius/{name}", max(smallest / 2, _SMALLEST))
 

@@ -49,6 +49,8 @@ class Rule(ABC):
         separable: the finest part of a tensor that the update treats on its own.
         nondifferentiable: hypers that cannot be learned: the new parameter's derivative with respect to them is zero wherever it exists.
         reduction: name of the sum over all tensors of what `global_reduce` returns for each, if `update` needs one.
+        maxima: where the state has single numbers that are maxima over the tensor: of parts that are stepped apart, as shards are, the
+            largest counts. None: the tensor cannot be stepped in parts, not even such as `separable` allows.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Rule(ABC):
     separable: Separable
     nondifferentiable: frozenset[str] = frozenset()
     reduction: str = ""
+    maxima: tuple[tuple[str, ...], ...] | None = ()
 
     @property
     def late(self) -> frozenset[str]:

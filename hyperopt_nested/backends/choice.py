@@ -42,14 +42,14 @@ MANY = 1_000_000  # numbers of a model that does not wait: its kernels are compi
 _WHOLE = 1 << 16  # numbers of a tensor up to which programs of fixed sizes are tried on examples of its own size
 
 
-def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
+def chosen(backend: Backend, nested: Nested, params: Tensors, *, sharded: bool = False) -> Backend:
     """What runs the steps, if not for some tensors that it does not serve; raises ValueError if it is not known, or cannot be used."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, get_args(Backend)))}")
     if backend == "reference":
         return backend
     devices = {param.device for param in params.values()}
-    why = _only_by_engine(nested, params)
+    why = _only_by_engine(nested, params, sharded=sharded)
     if backend != "auto":
         if why := why or _missing(backend, devices):
             raise ValueError(f"backend={backend!r} cannot be used: {why}. Use backend='auto'")
@@ -59,13 +59,13 @@ def chosen(backend: Backend, nested: Nested, params: Tensors) -> Backend:
     return "foreach" if _missing("fused", devices) else "fused"
 
 
-def _only_by_engine(nested: Nested, params: Tensors) -> str:
+def _only_by_engine(nested: Nested, params: Tensors, *, sharded: bool) -> str:
     """Why only the engine can step these tensors; nothing if others can."""
     if summed := [rule.name for rule in (nested.bindings[name].optimizer.rule for name in params) if rule.reduction]:
         return f"{summed[0]} needs a total over all tensors"
     if nested.horizon.curvature == "exact":
         return "curvature='exact' differentiates the model in each step"
-    if scheduled := [key for key, each in nested.learned.items() if each.learn.scheduled_by and not each.is_own]:
+    if scheduled := [key for key, each in nested.learned.items() if each.learn.scheduled_by and (sharded or not each.is_own)]:
         return f"the learner of {scheduled[0]}, which is scheduled, shares values between tensors"
     special = [type(param).__name__ for param in params.values() if type(param) not in PLAIN]
     return f"a parameter is a {special[0]}, whose data the engine alone can reach" if special else ""

@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
 from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, capturing, write_over
 from hyperopt_nested.backends.verify import examples
-from hyperopt_nested.engine.binding import Tensors
+from hyperopt_nested.engine.binding import Key, Reduce, Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.trees import State, filled, flatten, map_tree
@@ -51,6 +51,8 @@ class PreparedStep:
     learns: dict[str, tuple[Program, Batch]] = field(default_factory=dict)  # by learned hyper: steps it, given the total of each value
     updates: dict[Program, Batch] = field(default_factory=dict)
     counts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of single tensors, and what these are added to
+    parts: dict[Key, Tensor] = field(default_factory=dict)  # contributions, by tensor, learned hyper and value
+    maxima: dict[Key, Tensor] = field(default_factory=dict)  # of single tensors, in the states of rules
 
 
 class ProgramStep:
@@ -59,11 +61,16 @@ class ProgramStep:
     A program pulls each tensor's gradient back onto the learned values that it shares with others; these then step; and another program
     steps the values that only it has, and the tensor itself. Both are traced from `Nested`, so they do for every rule what it does. With
     exact curvature, or rules that need a total over all tensors, there are no such programs.
+
+    Args:
+        nested: the engine.
+        programs: makes programs.
+        reduce: where tensors are parts of larger ones; see `Nested.step`. Then no learned value is a tensor's own.
     """
 
-    def __init__(self, nested: Nested, programs: Programs) -> None:
-        self._nested, self._programs = nested, programs
-        self._own = [key for key, learned in nested.learned.items() if learned.is_own]
+    def __init__(self, nested: Nested, programs: Programs, reduce: Reduce | None = None) -> None:
+        self._nested, self._programs, self._reduce = nested, programs, reduce
+        self._own = [key for key, learned in nested.learned.items() if learned.is_own and reduce is None]
         self._plans: dict[tuple[str, bool], _Plan] = {}
         self._last: PreparedStep | None = None
 
@@ -118,12 +125,14 @@ class ProgramStep:
                 row[0] = grad
         for program, batch in prepared.pulls.items():
             program(batch)
+        self._combine(prepared.parts, "sum")
         for key, by_value in prepared.contributions.items():
             raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
             batch.rows[0][: len(by_value)] = [_total(parts, raws[value].device) for value, parts in by_value.items()]
             program(batch)
         for program, batch in prepared.updates.items():
             program(batch)
+        self._combine(prepared.maxima, "max")
         for counted, total in prepared.counts:
             total.add_(counted.sum().to(total.device))
             counted.zero_()
@@ -136,6 +145,11 @@ class ProgramStep:
             for row in prepared.rows[name]:
                 row[0] = _NO_GRAD  # not to keep the memory of gradients that are set to None
         torch.autograd.graph.increment_version(prepared.params)  # kernels write without telling autograd
+
+    def _combine(self, parts: dict[Key, Tensor], operation: Literal["sum", "max"]) -> None:
+        """Write to numbers, which were computed for parts of tensors, what they are for the whole tensors."""
+        if self._reduce and parts:
+            write_over([*parts.values()], [*self._reduce(parts, operation).values()])
 
     def _arranged(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
         """A step with arguments, and what programs are needed for these: by tensor, and by shared hyper that has one value."""
@@ -151,12 +165,13 @@ class ProgramStep:
             parts = total.new_zeros(len(names), *total.shape, device=device)
             own |= {(name, path): part for name, part in zip(names, parts.unbind(), strict=True)}
             if path[0] == "hypers":
+                made.parts |= {(name, *path[1:]): own[name, path] for name in names}
                 made.contributions.setdefault(path[1], {}).setdefault(path[2], []).append(parts)
             else:
                 made.counts.append((parts, total))
         for name, plan in plans.items():
             param, rule = params[name].detach(), self._nested.bindings[name].optimizer.rule.name
-            leaves = flatten(_part(self._nested.bindings[name].learned.values(), name, st))
+            leaves = flatten(self._part(self._nested.bindings[name].learned.values(), name, st))
             held = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in leaves.items()]
             row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
             made.tensors += [params[name], *row[1:]]
@@ -174,6 +189,9 @@ class ProgramStep:
             if len(raws) == 1:
                 trials = functools.partial(examples, row, row[0], {}, None, step)
                 made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)
+        for name in grads if self._reduce else ():
+            state = flatten(st["rule"][name])
+            made.maxima |= {(name, *path): state[path] for path in self._nested.bindings[name].optimizer.rule.maxima or ()}
         made.addresses = _each(made.tensors, Tensor.data_ptr, *_FORM)
         return made
 
@@ -181,7 +199,8 @@ class ProgramStep:
         if (name, learn) in self._plans:
             return self._plans[name, learn]
         learned = self._nested.bindings[name].learned.values()
-        paths, structure = list(flatten(_part(learned, name, st))), map_tree(lambda _: None, _part(learned, name, st))
+        part = self._part(learned, name, st)
+        paths, structure = list(flatten(part)), map_tree(lambda _: None, part)
         reached = list(dict.fromkeys((each.key, each.key_of(name)) for each in learned if learn and each.key not in self._own))
         size, optimizer = len(paths) + 1, self._nested.bindings[name].optimizer
 
@@ -195,13 +214,16 @@ class ProgramStep:
             values, st = dict(zip(optimizer.settings, rest[size:], strict=False)), filled(structure, leaves)
             new, after = self._nested.step({name: param}, {name: grad}, st, {name: values}, learn=self._own if learn else [])
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
-            found = flatten(_part(learned, name, after))
+            found = flatten(self._part(learned, name, after))
             return [None, *(found[path] for path in paths), new[name], *(None for _ in rest[size:])]
 
         keys = (tuple("" if key == name else key for key in path) for path in paths)
         of = optimizer.signature, learn, self._nested.shards.get(name, 0), *keys
         plan = self._plans[name, learn] = _Plan(paths, [pull, update] if reached else [update], reached, of)
         return plan
+
+    def _part(self, used: Collection[LearnedHyper], name: str, st: State) -> State:
+        return _part(used, {each.key: each for each in used if each.key in self._own}, name, st)
 
     def _learner(self, key: str, reached: list[str], st: State) -> tuple[list[Tensor], Function]:
         """The state of a shared hyper's learner, and what steps it, given the totals of the values that were reached, and this state."""
@@ -232,14 +254,17 @@ def _total(parts: list[Tensor], device: torch.device) -> Tensor:
     return functools.reduce(torch.add, [(part[0] if len(part) == 1 else part.sum(0)).to(device) for part in parts])
 
 
-def _part(used: Collection[LearnedHyper], name: str, st: State) -> State:
-    """The part of an engine's state that the programs of one tensor need."""
-    own = {each.key: each for each in used if each.is_own}
+def _part(used: Collection[LearnedHyper], own: Mapping[str, LearnedHyper], name: str, st: State) -> State:
+    """The part of an engine's state that the programs of one tensor need, which learn some hypers of their own."""
     return {
         "memory": {name: st["memory"][name]},  # first, since it takes copies of what is written later
         "rule": {name: st["rule"][name]},
         "rounding": {name: st["rounding"][name]} if name in st["rounding"] else {},
         "hypers": {each.key: {each.key_of(name): st["hypers"][each.key][each.key_of(name)]} for each in used},
-        "learners": {key: _part(each.learner.learned.values(), name, st["learners"][key]) for key, each in own.items()},
+        "learners": {key: _all_of(each.learner.learned, name, st["learners"][key]) for key, each in own.items()},
         **{part: {key: st[part][key] for key in own} for part in COUNTED},
     }
+
+
+def _all_of(learned: Mapping[str, LearnedHyper], name: str, st: State) -> State:
+    return _part(learned.values(), learned, name, st)

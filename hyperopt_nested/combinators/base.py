@@ -21,6 +21,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """One step of the optimizer inside: from a parameter and a gradient to the new parameter. Its state is kept for it."""
 
 Reduce = Callable[[Tensor], Tensor]
+Maxima = Callable[[Mapping[str, Any]], tuple[str, ...] | None]
 
 
 class Combinator(Definition):
@@ -35,9 +36,10 @@ class Combinator(Definition):
         initial: Init | None,
         separable: Separable | Callable[[Mapping[str, Any]], Separable],
         global_reduce: Reduce | None = None,
+        maxima: Maxima | None = None,
     ) -> None:
         super().__init__(function, initial)
-        self.separable, self.global_reduce = separable, global_reduce
+        self.separable, self.global_reduce, self.maxima = separable, global_reduce, maxima
         check_reduced(self, global_reduce)
         self.borrowed = tuple(name for name in self.free if name != "reduced")
 
@@ -81,6 +83,11 @@ class Combined(Rule):
         own = combinator.separable(options) if callable(combinator.separable) else combinator.separable
         check_separable(combinator.name, own)
         self.separable = max(base.separable, own, key=get_args(Separable).index)
+        maxima = () if combinator.maxima is None else combinator.maxima(options)
+        if maxima is None or base.maxima is None:
+            self.maxima = None
+        else:
+            self.maxima = (*((key,) for key in maxima), *(("base", *path) for path in base.maxima))
 
     @property
     def signature(self) -> Hashable:
@@ -162,6 +169,7 @@ def combinator(
     *,
     separable: Separable | Callable[[Mapping[str, Any]], Separable] = "tensor",
     global_reduce: Reduce | None = None,
+    maxima: Maxima | None = None,
     check_with: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Combinator]: ...
 
@@ -172,6 +180,7 @@ def combinator(
     *,
     separable: Separable | Callable[[Mapping[str, Any]], Separable] = "tensor",
     global_reduce: Reduce | None = None,
+    maxima: Maxima | None = None,
     check_with: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a combinator of a function, and register it under the function's name.
@@ -185,6 +194,8 @@ def combinator(
         separable: the finest part of a tensor that the function treats on its own, or a function from the options to it.
         global_reduce: from a tensor's gradient to what it adds to a sum over all tensors, shape (). The function gets the sum as
             `reduced`.
+        maxima: from the options to the names of single numbers in the state that are maxima over the tensor: of shards that are stepped
+            apart, the largest counts. Or to None, where the function, or `init`, needs more of a tensor than `separable` says.
         check_with: as in `register`.
 
     Returns:
@@ -209,6 +220,6 @@ def combinator(
         check_separable("combinator", separable)
 
     def decorate(function: Function) -> Combinator:
-        return registry.register(function.__name__, Combinator(function, init, separable, global_reduce), check_with)
+        return registry.register(function.__name__, Combinator(function, init, separable, global_reduce, maxima), check_with)
 
     return decorate

@@ -60,7 +60,11 @@ def _separable(options: Mapping[str, Any]) -> Separable:
     return onto.separable
 
 
-@combinator(_init, separable=_separable, check_with={"saturation": "exact"})
+def _maxima(options: Mapping[str, Any]) -> tuple[str, ...] | None:
+    return ("largest_norm",) if options["relative"] is None else None  # of the anchor's norms, `init` takes the largest
+
+
+@combinator(_init, separable=_separable, maxima=_maxima, check_with={"saturation": "exact"})
 def project(
     param: Tensor,
     grad: Tensor,

@@ -25,6 +25,12 @@ Hessian = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Kind = Literal["late", "forward", "reverse"]
 """How the last update's dependence on one hyper is remembered."""
 
+Key = tuple[str, ...]
+"""What a number belongs to: first the name of a tensor."""
+
+Reduce = Callable[[Mapping[Key, Tensor], Literal["sum", "max"]], dict[Key, Tensor]]
+"""Of numbers that were computed for the tensors, or parts of tensors, that this process steps: what they are for the whole tensors."""
+
 KindOf = Callable[[Optimizer, str, Per], Kind | None]
 """That of a hyper of an optimizer, given its name and granularity; None if it is not."""
 
@@ -203,16 +209,25 @@ class Bindings:
         return result
 
     def __call__(
-        self, params: Tensors, grads: Tensors, rule: Mapping[str, State], raws: Mapping[str, Named], values: Values
+        self,
+        params: Tensors,
+        grads: Tensors,
+        rule: Mapping[str, State],
+        raws: Mapping[str, Named],
+        values: Values,
+        reduce: Reduce | None = None,
     ) -> tuple[Named, tuple[dict[str, State], Named]]:
         """New tensors; and new states of their rules, and the totals of what is measured. Arguments as of `Nested.step`."""
         updates = self.updates(params, grads, {name: rule[name] for name in grads}, values)
         used = {name: self[name].unconstrained(name, raws) for name in grads}
         totals: Named = {}
+        parts: dict[Key, Tensor] = {}
         for name, each in updates.items():
             if reduction := self[name].optimizer.rule.reduction:
-                part, before = each.reduced(used[name]), totals.get(reduction)
-                totals[reduction] = part if before is None else before + part.to(before.device)
+                parts[name, reduction] = each.reduced(used[name])
+        for (_, reduction), part in (reduce(parts, "sum") if reduce else parts).items():
+            before = totals.get(reduction)
+            totals[reduction] = part if before is None else before + part.to(before.device)
         new = {name: each(used[name], totals.get(self[name].optimizer.rule.reduction)) for name, each in updates.items()}
         return {name: param for name, (param, _) in new.items()}, ({name: state for name, (_, state) in new.items()}, totals)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_number
-from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
+from hyperopt_nested.engine.binding import Bindings, Hessian, Key, Reduce, Tensors, Values
 from hyperopt_nested.engine.sensitivity import Named, forward_is_exact, pull_forward, pushforward
 from hyperopt_nested.ops import finite, state_dtype
 from hyperopt_nested.rule import Learn, Optimizer, Per
@@ -128,18 +128,25 @@ class DiscountedMemory:
         return memory
 
     def step(
-        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Named], values: Values, hessian: Hessian | None
+        self,
+        params: Tensors,
+        grads: Tensors,
+        st: State,
+        hypers: dict[str, Named],
+        values: Values,
+        hessian: Hessian | None,
+        reduce: Reduce | None = None,
     ) -> tuple[Named, dict[str, State], State]:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         here, rule = {name: params[name] for name in grads}, {name: st["rule"][name] for name in grads}
         memory = {name: st["memory"][name]["carried"] for name in grads}
 
         if not hypers:
-            new, (states, _) = self._bindings(params, grads, rule, hypers, values)
+            new, (states, _) = self._bindings(params, grads, rule, hypers, values, reduce)
             return new, states, {name: {"carried": {}} for name in grads}
 
         def update(params: Named, grads: Named, real: State, hypers: dict[str, Named]) -> tuple[Any, State]:
-            new, (states, _) = self._bindings(params, grads, _joined(real, rule), hypers, values)
+            new, (states, _) = self._bindings(params, grads, _joined(real, rule), hypers, values, reduce)
             return (new, _real(states)), states
 
         at = map_tree(_widened, here), map_tree(_widened, dict(grads)), map_tree(_widened, _real(rule)), hypers
@@ -164,12 +171,12 @@ class DiscountedMemory:
 
     def pull(
         self, _: Tensors, grads: Tensors, __: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Named]
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value. Arguments as of `OneStepMemory.pull`."""
+    ) -> Iterator[tuple[Key, Tensor]]:
+        """What the gradient of each tensor adds to hypergradients: by tensor, hyper and value. Arguments as of `OneStepMemory.pull`."""
         for name, grad in grads.items():
             for key, by_value in memory[name]["carried"].items():
                 for value, each in by_value.items():
-                    yield key, value, pull_forward(grad, each["param"], hypers[key][value])
+                    yield (name, key, value), pull_forward(grad, each["param"], hypers[key][value])
 
     def _directions(self, hypers: Mapping[str, Named]) -> Iterator[tuple[str, set[str]]]:
         """Values that are moved at a time: all of a hyper, since each acts on its own part; with exact curvature, one."""

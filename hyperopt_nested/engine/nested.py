@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype
-from hyperopt_nested.engine.binding import Bindings, Hessian, Tensors, Values
+from hyperopt_nested.engine.binding import Bindings, Hessian, Reduce, Tensors, Values
 from hyperopt_nested.engine.checks import (
     Horizon,
     check_horizon,
@@ -31,7 +31,7 @@ from hyperopt_nested.engine.rounding import Rounding, check_rounding, counts, in
 from hyperopt_nested.engine.sensitivity import Named
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.signatures import check_form, check_state
-from hyperopt_nested.trees import State, eval_params, in_dtype
+from hyperopt_nested.trees import State, eval_params, filled, flatten, in_dtype
 
 
 class Nested:
@@ -163,6 +163,7 @@ class Nested:
         *,
         learn: bool | Collection[str] = True,
         hessian: Hessian | None = None,
+        reduce: Reduce | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: first of the learned hypers, with hypergradients; then of the tensors, with the new hypers.
 
@@ -176,6 +177,8 @@ class Nested:
             learn: whether to step the learned hypers, or which, by key; what is not stepped, `hyper_step` may step.
             hessian: with `curvature="exact"`: product of the Hessian of the loss, at `params`, with tensors, by name; such as
                 `lambda v: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]`.
+            reduce: where tensors are parts of larger ones, which several processes step: `reduce(numbers, "sum")` and
+                `reduce(numbers, "max")` return what numbers, by key, are for the whole tensors; the first of a key is a tensor's name.
 
         Returns:
             The new tensors and the new state; the inputs stay as they are.
@@ -194,17 +197,19 @@ class Nested:
         if not grads:
             return {**params}, {**st}
         grads = self.descended(grads)
-        learned = self._learn(params, grads, st, learn, values)
+        learned = self._learn(params, grads, st, learn, values, reduce)
         hypers = learned["hypers"]
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
-        new, rule, memory = self._memory.step(params, grads, st, hypers, values, product)
+        new, rule, memory = self._memory.step(params, grads, st, hypers, values, product, reduce)
         new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"], self.shards)
-        rule = {**st["rule"], **rule}
+        rule = {**st["rule"], **(rule if reduce is None else self.maximized(rule, reduce))}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
         changed = {"rule": rule, "hypers": hypers, "memory": {**st["memory"], **memory}, "rounding": {**st["rounding"], **rounding}}
         return {**params, **new}, {**st, **learned, **changed}
 
-    def hyper_step(self, params: Tensors, grads: Tensors, st: State, values: Values | None = None) -> State:
+    def hyper_step(
+        self, params: Tensors, grads: Tensors, st: State, values: Values | None = None, *, reduce: Reduce | None = None
+    ) -> State:
         """Step the learned hypers alone, with the gradients of any loss at the tensors that the last step made: of a validation loss, say.
 
         Args:
@@ -212,6 +217,7 @@ class Nested:
             grads: the gradients, by tensor.
             st: as the last step, or hyper step, made it.
             values: as of `step`.
+            reduce: as of `step`.
 
         Returns:
             The new state.
@@ -222,7 +228,7 @@ class Nested:
         values = {} if values is None else values
         check_step(params, grads, st, values, True, self.bindings, self.learned)
         grads = self.descended(grads)
-        learned = self._learn(params, grads, st, True, values)
+        learned = self._learn(params, grads, st, True, values, reduce)
         hypers = {key: self.bounded(key, raws, st["rule"], grads) for key, raws in learned["hypers"].items()}
         return {**st, **learned, "hypers": hypers}
 
@@ -230,10 +236,12 @@ class Nested:
         """Gradients of what is minimized."""
         return {name: -grad if self.bindings[name].optimizer.maximize else grad for name, grad in grads.items()}
 
-    def _learn(self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str], values: Values) -> State:
+    def _learn(
+        self, params: Tensors, grads: Tensors, st: State, learn: bool | Collection[str], values: Values, reduce: Reduce | None
+    ) -> State:
         """The parts of the state that belong to learned hypers, after one step with the hypergradients that `grads` give."""
         new = {part: dict(st[part]) for part in ("hypers", "learners", *COUNTED)}
-        for key, hypergrads in self.hypergradients(params, grads, st).items() if learn else ():
+        for key, hypergrads in self.hypergradients(params, grads, st, reduce).items() if learn else ():
             learned = self.learned[key]
             if not isinstance(learn, bool) and key not in learn:
                 continue
@@ -264,19 +272,21 @@ class Nested:
         new, states, _ = _in_dtypes_of(params, rule, new, states, {}, {})
         return new, states
 
-    def hypergradients(self, params: Tensors, grads: Tensors, st: State) -> dict[str, Named]:
+    def hypergradients(self, params: Tensors, grads: Tensors, st: State, reduce: Reduce | None = None) -> dict[str, Named]:
         """Gradients pulled back through the last update onto unconstrained values of learned hypers; zero before the first update.
 
         Args:
             params: the tensors that the last update made, by name.
             grads: gradients after the last update, by tensor (of what is minimized).
             st: the state that the last update made.
+            reduce: as of `step`.
 
         Returns:
             By learned hyper, by key of its values; only values that some gradient reaches are there.
         """
         result: dict[str, Named] = {key: {} for key in self.learned}
-        for key, value, contribution in self._memory.pull(params, grads, st["rule"], st["memory"], st["hypers"]):
+        parts = dict(self._memory.pull(params, grads, st["rule"], st["memory"], st["hypers"]))
+        for (_, key, value), contribution in (reduce(parts, "sum") if reduce else parts).items():
             before = result[key].get(value)
             result[key][value] = contribution if before is None else before + contribution.to(before.device)
         return {key: raws for key, raws in result.items() if raws}
@@ -311,6 +321,13 @@ class Nested:
     def eval_params(self, params: Tensors, st: State) -> dict[str, Tensor]:
         """The weights to evaluate the model with: those that the rules keep for it (averages of some kind), else the tensors."""
         return {name: eval_params(param, st["rule"][name]) for name, param in params.items()}
+
+    def maximized(self, rule: Mapping[str, State], reduce: Reduce) -> dict[str, State]:
+        """New states of rules, in which single numbers that are maxima over a tensor are those of all its parts."""
+        leaves = {(name, *path): leaf for name, state in rule.items() for path, leaf in flatten(state).items()}
+        paths = [(name, *path) for name in rule for path in self.bindings[name].optimizer.rule.maxima or ()]
+        leaves |= reduce({path: leaves[path] for path in paths}, "max")
+        return filled(dict(rule), leaves.values())
 
     def bounded(self, key: str, raws: Named, rule: State, grads: Tensors) -> Named:
         """Unconstrained values inside the bounds that read new states of rules; those of tensors without a gradient as they are."""

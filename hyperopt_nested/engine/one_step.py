@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperopt_nested.checks import check_dtype
-from hyperopt_nested.engine.binding import Bindings, Hessian, Kind, Tensors, Values
+from hyperopt_nested.engine.binding import Bindings, Hessian, Key, Kind, Reduce, Tensors, Values
 from hyperopt_nested.engine.learned import number
 from hyperopt_nested.engine.sensitivity import (
     Named,
@@ -135,7 +135,14 @@ class OneStepMemory:
         return memory
 
     def step(
-        self, params: Tensors, grads: Tensors, st: State, hypers: dict[str, Named], values: Values, hessian: Hessian | None = None
+        self,
+        params: Tensors,
+        grads: Tensors,
+        st: State,
+        hypers: dict[str, Named],
+        values: Values,
+        hessian: Hessian | None = None,
+        reduce: Reduce | None = None,
     ) -> tuple[Named, dict[str, State], State]:
         """New tensors, states and memory of what has a gradient; arguments as of `Nested.step`, with learned hypers as they are now."""
         del hessian  # one step looks through no gradient
@@ -144,7 +151,7 @@ class OneStepMemory:
         used = self._bindings.used(grads, hypers)
 
         def update(raws: dict[str, Named]) -> tuple[Named, tuple[dict[str, State], Named]]:
-            return self._bindings(params, grads, rule, raws, values)
+            return self._bindings(params, grads, rule, raws, values, reduce)
 
         new, (states, totals), sensitivities = linearize(update, used, [key for key in hypers if key in forward])
         memory: State = {}
@@ -157,8 +164,8 @@ class OneStepMemory:
 
     def pull(
         self, params: Tensors, grads: Tensors, rule: Mapping[str, State], memory: Mapping[str, State], hypers: Mapping[str, Named]
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """What the gradient of each tensor adds to hypergradients: by learned hyper and by value.
+    ) -> Iterator[tuple[Key, Tensor]]:
+        """What the gradient of each tensor adds to hypergradients: by tensor, by learned hyper, and by value.
 
         Elements in which the last update came out not finite add nothing, unless the gradient is not finite there.
 
@@ -175,16 +182,16 @@ class OneStepMemory:
         for name, grad in grads.items():
             value = {each.key: each.key_of(name) for each in self._bindings[name].learned.values()}
             for key, sensitivity in memory[name]["sensitivity"].items():
-                yield key, value[key], pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
+                yield (name, key, value[key]), pull_forward(grad, sensitivity.to(state_dtype(grad)), hypers[key][value[key]])
             others = {
                 **dict.fromkeys(self._bindings[name].memory["reverse"], reverse),
                 **dict.fromkeys(self._bindings[name].memory["late"], late),
             }
             for key, hypergrads in others.items():
                 if name in hypergrads:
-                    yield key, value[key], torch.where(memory[name]["taken"] > 0, hypergrads[name][key], 0)
+                    yield (name, key, value[key]), torch.where(memory[name]["taken"] > 0, hypergrads[name][key], 0)
                 else:
-                    yield key, value[key], torch.zeros_like(hypers[key][value[key]])
+                    yield (name, key, value[key]), torch.zeros_like(hypers[key][value[key]])
 
     def _pull_reverse(self, grads: Tensors, memory: Mapping[str, State]) -> dict[str, Named]:
         """Pull gradients back through the remembered updates."""

@@ -14,9 +14,9 @@ TRAINED = "train_params"
 
 def averages(store: ParamState, skipped: frozenset[str]) -> dict[str, Tensor]:
     """The tensors that rules keep an average of, by name: these averages. They are not copies."""
-    params = {name: param.detach() for name, param in store.params.items() if name not in skipped}
+    params = {name: tensor.detach() for name, tensor in store.tensors.items() if name not in skipped}
     found = store.nested.eval_params(params, store.st)
-    return {name: average for name, average in found.items() if average is not params[name]}
+    return {name: store.sharding.like_param(name, average) for name, average in found.items() if average is not params[name]}
 
 
 def put_in(store: ParamState, state: States, new: Mapping[str, Tensor]) -> None:

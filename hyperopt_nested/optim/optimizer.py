@@ -29,6 +29,7 @@ from hyperopt_nested.optim.param_groups import NO_CHOICES, NO_STORE, ByName, Cho
 from hyperopt_nested.optim.param_state import ParamState, built, is_declaration, is_own
 from hyperopt_nested.optim.pinned import PinnedValues
 from hyperopt_nested.optim.roster import Group, Roster
+from hyperopt_nested.optim.sharding import check_flat, check_partition
 from hyperopt_nested.rule import Optimizer
 from hyperopt_nested.trees import State, map_tree
 
@@ -149,12 +150,15 @@ class HyperOptimizer(GroupedOptimizer):
         optimizers = self._optimizers if optimizers is None else optimizers
         before = {name for name, p in self._store.params.items() if roster.tensors.get(name) is p} if self._store else set()
         tracked = {*before, *also, *(name for name, p in roster.tensors.items() if p.requires_grad and not is_lazy(p))}
+        check_flat(roster.tensors, optimizers)
+        check_partition(optimizers.values())
         nested = Nested(optimizers, **self._how)
-        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store))
+        gather = not self.begins_at_first_step
+        self._take(roster, optimizers, built(nested, roster, tracked, self.state, self._store, gather=gather))
 
     def _take(self, roster: Roster, optimizers: dict[str, Optimizer], store: ParamState) -> None:
         """Take a state that was made, and what steps it."""
-        backend = chosen(self._backend, store.nested, store.params)
+        backend = chosen(self._backend, store.nested, store.tensors, sharded=bool(store.sharding))
         if self._store is not None:
             was = self._store
             if any(store.declared.get(key, value) != value for key, value in was.declared.items()):
@@ -171,7 +175,8 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step = None
         if backend != "reference":
             self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
-            self._program_step = ProgramStep(store.nested, self._programs)
+            reduce = store.sharding.reduce if store.sharding else None
+            self._program_step = ProgramStep(store.nested, self._programs, reduce)
 
     @overload
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
@@ -223,6 +228,9 @@ class HyperOptimizer(GroupedOptimizer):
         self._prepare(grads)
         self._mind_changes(grads.keys())
         store, total = self._store, self._total_steps
+        sharding = store.sharding
+        if sharding:
+            grads = sharding.gather(grads, grads)
         learn = self._learn_from == "training" and (total is None or not is_settled(self._optimizers.values(), store.taken, total))
         if not self._step_by_programs(store, grads, learn):
             if capturing():
@@ -230,13 +238,16 @@ class HyperOptimizer(GroupedOptimizer):
                     "backend='reference' cannot be captured in a CUDA graph: it makes a new state in each step, which a replay does not go "
                     "on from. Use backend='foreach' or 'compile'"
                 )
-            now = {name: store.params[name].detach() for name in grads}
-            new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian)
+            tensors, reduce = store.tensors, sharding.reduce if sharding else None
+            now = {name: tensors[name].detach() for name in grads}
+            new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian, reduce=reduce)
             for name, value in new.items():
-                store.params[name].copy_(value)
+                tensors[name].copy_(value)
             for name, grad in grads.items() if exact is not None else ():
                 store.params[name].grad = grad
             store.take(st, self.state)
+        if sharding:
+            sharding.scatter(grads)
         store.stepped(grads.keys())
         self._pinned.look(store.nested, store.st)
         return loss
@@ -270,7 +281,7 @@ class HyperOptimizer(GroupedOptimizer):
         program = self._program_step
         if program is None:
             return False
-        arguments = store.params, grads, store.st, self._values(as_tensors=True)
+        arguments = store.tensors, grads, store.st, self._values(as_tensors=True)
         if program.waits(store.taken, *arguments, learn=learn):
             return False
         program.step(program.prepare(*arguments, learn=learn), grads)
@@ -339,8 +350,9 @@ class HyperOptimizer(GroupedOptimizer):
         grads, store = self._grads(), self._store
         grads = {name: grad for name, grad in grads.items() if name in store.params}
         self._mind_changes(grads.keys())
-        now = {name: p.detach() for name, p in store.params.items()}
-        store.take(store.nested.hyper_step(now, grads, store.st, self._values()), self.state)
+        grads, reduce = (store.sharding.gather(grads, grads), store.sharding.reduce) if store.sharding else (grads, None)
+        now = {name: tensor.detach() for name, tensor in store.tensors.items()}
+        store.take(store.nested.hyper_step(now, grads, store.st, self._values(), reduce=reduce), self.state)
         self._pinned.look(store.nested, store.st)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:
@@ -458,7 +470,8 @@ class HyperOptimizer(GroupedOptimizer):
             >>> opt = hn.HyperOptimizer(model.named_parameters(), optimizer)
             >>> _ = opt.rule_states()["bias"]["base"]["momentum_buffer"].fill_(1.0)
         """
-        return dict(self._state()["rule"])
+        self._state()
+        return self._store.rule_states()
 
     def _learned_values(self, st: State) -> dict[str, LearnedValue]:
         numbers = {name: self._scheduled(self.param_groups[group], self._optimizers[name]) for name, group in self._roster.group_of.items()}
@@ -635,7 +648,7 @@ class HyperOptimizer(GroupedOptimizer):
         tracked = {*self._store.params, *(name for name, entries in saved.items() if any(map(is_own, entries)))}
         start = built(nested, self._roster, tracked, {}, None)
         store = built(nested, self._roster, tracked, loaded(start, saved), None)
-        chosen(self._backend, nested, store.params)
+        chosen(self._backend, nested, store.tensors, sharded=bool(store.sharding))
         self._plan = self._roster, optimizers, store, averages.moved(trained, store.params)
         return {**loadable, "state": {key: entry for key, entry in loadable["state"].items() if key not in indices}}
 

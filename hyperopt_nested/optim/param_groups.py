@@ -21,6 +21,7 @@ from hyperopt_nested.optim.named_values import LearnedValue
 from hyperopt_nested.optim.outside_dynamo import add_param_group
 from hyperopt_nested.optim.param_state import ParamState
 from hyperopt_nested.optim.roster import Group, Roster, free_name
+from hyperopt_nested.optim.sharding import localized
 from hyperopt_nested.rule import FunctionRule, Learn, Optimizer, Rule
 
 Choice = Optimizer | Callable[[str, Tensor], Optimizer]
@@ -327,7 +328,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if id(base) not in replaced:
                 own = with_overrides(base, overrides)
                 replaced[id(base)] = base, own if self._total_steps is None else with_level(own, self._total_steps)
-            chosen[name] = replaced[id(base)][1]
+            chosen[name] = localized(replaced[id(base)][1], param)
         if not isinstance(self._choice, Optimizer):
             _mind_new_learns(self._choice, named, chosen)
         check_keys(overrides, chosen.values())

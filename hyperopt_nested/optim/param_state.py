@@ -15,6 +15,7 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.level import first_values
 from hyperopt_nested.optim.refs import PER_TENSOR, Ref, pairs, refs
 from hyperopt_nested.optim.roster import Roster
+from hyperopt_nested.optim.sharding import Sharding
 from hyperopt_nested.optim.weights import Weights
 from hyperopt_nested.trees import State, flatten, in_dtype, map_tree
 
@@ -27,6 +28,7 @@ DECLARED = "declared."
 COORDINATES = "coordinates."
 """Prefix of entries that say which bijection's coordinates learned values are in, where there is one: its number, kept as above."""
 
+_OWN = ("rule.", "memory.")
 _PARTS = (*(f"{part}." for part in (*PER_TENSOR, "hypers", "learners", *COUNTED)), DECLARED, COORDINATES)
 _NONE: dict[str, Tensor] = {}
 _ONE = torch.ones((), dtype=torch.float64)
@@ -47,6 +49,7 @@ class ParamState:
         steps: how many steps each tensor has taken.
         declared: the declared value of each learned hyper.
         before: notes of the weights until now.
+        sharding: how sharded tensors are stepped.
 
     Attributes:
         params: the tensors that have state, by name.
@@ -68,8 +71,10 @@ class ParamState:
         steps: dict[str, Tensor],
         declared: dict[str, Tensor],
         before: Weights | None,
+        sharding: Sharding,
     ) -> None:
         self.nested, self.roster, self.refs, self.steps, self.declared = nested, roster, places, steps, declared
+        self.sharding, nested.shards = sharding, sharding.indices()
         self.params = {name: roster.tensors[name] for name in roster.tensors if name in tracked}
         by_ref = {ref: leaves[path] for path, ref in flatten(places).items()}
         self.st = map_tree(by_ref.__getitem__, places)
@@ -81,6 +86,11 @@ class ParamState:
             learned.declared = float(declared[key])
         self._count()
         self._look()
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stepped: the tensors that have state, or the parts of sharded ones that this process steps."""
+        return self.sharding.tensors(self.params)
 
     def _count(self) -> None:
         self._counts = {name: int(count) for name, count in self.steps.items()}
@@ -98,7 +108,7 @@ class ParamState:
         """Write all entries, and take out those of the engine that do not belong there."""
         expected: dict[str, dict[str, Tensor]] = {name: {} for name in self._owners}
         for ref, leaf in pairs(self.refs, self.st):
-            expected[ref.name][ref.key] = leaf
+            expected[ref.name][ref.key] = self._kept(ref, leaf)
         for name, count in self.steps.items():
             expected[name][STEPS] = count
         if self.roster.home:
@@ -158,7 +168,21 @@ class ParamState:
 
     def entry(self, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
         """What is kept there; None if it is no tensor."""
-        return _entry(self.roster, state, name, key)
+        return _entry(self.roster, self.sharding, state, name, key)
+
+    def part(self, name: str, key: str, entry: Any) -> Any:
+        """What this process steps of an entry of the state of a tensor."""
+        return self.sharding.part(name, entry) if isinstance(entry, Tensor) and key.startswith(_OWN) else entry
+
+    def _kept(self, ref: Ref, leaf: Tensor) -> Tensor:
+        """An entry of the state: of a sharded tensor, a DTensor that shares the memory of the leaf."""
+        return self.sharding.joined(ref.name, leaf) if self.sharding and ref.key.startswith(_OWN) else leaf
+
+    def rule_states(self) -> dict[str, State]:
+        """The states of rules, by tensor, as they are kept."""
+        if not self.sharding:
+            return dict(self.st["rule"])
+        return map_tree(lambda ref, leaf: self._kept(ref, leaf), self.refs["rule"], self.st["rule"])
 
     def shared(self) -> frozenset[str]:
         """Keys of the entries that tensors share, which are kept with the first."""
@@ -169,7 +193,7 @@ class ParamState:
     def take(self, st: State, state: States) -> None:
         """Take a new state."""
         for ref, leaf in pairs(self.refs, st):
-            state[self.roster.tensors[ref.name]][ref.key] = leaf
+            state[self.roster.tensors[ref.name]][ref.key] = self._kept(ref, leaf)
         self.st = st
         self._snapshot(state)
 
@@ -177,18 +201,24 @@ class ParamState:
         """Whether one of these tensors has another dtype than when its state was made."""
         return any(self.params[name].dtype != self._dtypes[name] for name in names)
 
-    def begin(self, names: Iterable[str]) -> None:
+    def begin(self, names: Collection[str]) -> None:
         """Set the states of rules, in place, to what they are before the first step from the values that the tensors have now.
 
         Copies of tensors that were given as options, such as anchors, stay.
         """
+        self.sharding.gather(names)
+        tensors = self.tensors
         for name in names:
-            optimizer, param = self.nested.bindings[name].optimizer, self.params[name].detach()
+            optimizer, param = self.nested.bindings[name].optimizer, tensors[name].detach()
             copies = _option_copies(optimizer.rule)
             new = flatten(in_dtype(optimizer.rule.init(param, optimizer.settings), param, self.nested.state_dtype))
             for path, old in flatten(self.st["rule"][name]).items():
                 if path not in copies:
                     old.copy_(new[path])
+        if self.sharding:
+            rule = {name: self.st["rule"][name] for name in names}
+            found = self.nested.maximized(rule, self.sharding.reduce)
+            map_tree(lambda old, new: old if old is new else old.copy_(new), rule, found)
 
     def stepped(self, names: Set[str]) -> None:
         """Count a step that these tensors have taken, and note what they are now, where its memory needs that they stay so."""
@@ -216,6 +246,8 @@ def built(
     tracked: Collection[str],
     state: Mapping[Tensor, Mapping[str, Any]],
     before: ParamState | None,
+    *,
+    gather: bool = False,
 ) -> ParamState:
     """The state of tensors: what is kept, and, where there is nothing, what it is before the first step.
 
@@ -228,11 +260,16 @@ def built(
         tracked: names of those that have state.
         state: what the optimizer keeps now; it is not changed.
         before: the state until now.
+        gather: whether rules copy values from the weights now, so that those of whole tensors are needed.
 
     Raises:
         ValueError: an entry, or a tensor, has another shape than it had. The message names both, and the remedy.
     """
     params = {name: param.detach() for name, param in roster.tensors.items() if name in tracked}
+    sharding = Sharding(nested, {name: roster.tensors[name] for name in params}, before.sharding if before else None)
+    if gather:
+        sharding.gather(params)
+    params = dict(sharding.tensors(params))
     fresh = nested.init(params, first_values(nested))
     tree = refs(nested, fresh, roster.home)
     places, leaves = flatten(tree), flatten(fresh)
@@ -240,7 +277,7 @@ def built(
     known: Collection[str] = before.params if before else ()
 
     def entry(name: str, key: str) -> Tensor | None:
-        return _entry(roster, state, name, key)
+        return _entry(roster, sharding, state, name, key)
 
     anew, forgotten = set[str](), set[str]()
     if before:
@@ -279,7 +316,7 @@ def built(
         leaf = entry(roster.home, DECLARED + key)
         leaf = before.declared.get(key) if leaf is None and before else leaf
         declared[key] = torch.tensor(learned.learn.value, dtype=torch.float64) if leaf is None else counted(leaf)
-    return ParamState(nested, roster, params, leaves, tree, steps, declared, before.weights if before else None)
+    return ParamState(nested, roster, params, leaves, tree, steps, declared, before.weights if before else None, sharding)
 
 
 def is_entry(key: Any) -> bool:
@@ -302,10 +339,12 @@ def counted(entry: Any) -> Tensor:
     return torch.as_tensor(entry).detach().to("cpu", torch.float64)
 
 
-def _entry(roster: Roster, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
+def _entry(roster: Roster, sharding: Sharding, state: Mapping[Tensor, Mapping[str, Any]], name: str, key: str) -> Tensor | None:
     entries = state.get(roster.tensors[name], _NONE) if name else _NONE
     leaf = entries.get(key)
-    return leaf if isinstance(leaf, Tensor) else None
+    if not isinstance(leaf, Tensor):
+        return None
+    return sharding.part(name, leaf) if key.startswith(_OWN) else leaf
 
 
 def _option_copies(rule: Any) -> set[Path]:
