@@ -58,9 +58,9 @@ def train(
     """Each process takes its part of each batch; FSDP averages the gradients."""
     for step in steps:
         batch = torch.randint(len(x), (BATCH,), generator=torch.Generator().manual_seed(step))[rank::processes].to(x.device)
-        opt.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        opt.step()
+        optimizer.step()
 
 
 def pretrained(x: Tensor, y: Tensor) -> Transformer:
