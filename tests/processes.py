@@ -172,7 +172,7 @@ def matrix(strategy: str, kind: str, backend: str, dtype: torch.dtype = torch.fl
 
 for _strategy in STRATEGIES:
     for _kind in OPTIMIZERS:
-        for _backend in ("reference", "foreach", "fused") if _strategy in ("FSDP2", "tensor parallel") else ("reference",):
+        for _backend in ("reference", "foreach", "fused") if _strategy in ("FSDP2", "tensor parallel") else ("fused",):
 
             @cell(f"{_strategy}, {_kind}, {_backend}")
             def _(_: Path, which: Any = (_strategy, _kind, _backend)) -> None:

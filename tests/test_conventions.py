@@ -22,7 +22,7 @@ from torch.testing._internal.common_optimizers import optim_db
 from torch.utils.checkpoint import checkpoint
 
 import hyperopt_nested as hn
-from ftp import FTP, SGDP, AdamP
+from ftp import FLOOR, FTP, SGDP, AdamP
 from ftp.rule import projection
 from hyperopt_nested.backends.choice import Programs
 
@@ -148,10 +148,11 @@ def close(one: Weights, other: Weights) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def straight(make: Make, steps: int = 3) -> Weights:
-    """The weights after a training with nothing special."""
+@functools.cache
+def straight(make: Make) -> Weights:
+    """The weights after a training of three steps with nothing special."""
     model = network()
-    train(model, make(model.named_parameters()), steps)
+    train(model, make(model.named_parameters()))
     return weights(model)
 
 
@@ -226,27 +227,27 @@ def scheduled(make: Make, schedulers: Mapping[str, Callable[[Any], Any]]) -> Wei
     return ends
 
 
-@convention("Groups and schedules")
+@convention("Groups and schedules", backends=("reference", "fused"), note="on reference and fused")
 def schedulers(make: Make) -> Weights:
-    """Every scheduler of `torch.optim.lr_scheduler` and `SWALR`: `lr` of each step is that of torch's class"""
+    """Schedulers, all of `torch.optim.lr_scheduler` and `SWALR`: `lr` of each step is that of torch's class"""
     known = {name for name, each in vars(lr_scheduler).items() if isinstance(each, type) and issubclass(each, lr_scheduler.LRScheduler)}
     assert known - {"LRScheduler", "_LRScheduler", *SCHEDULERS} == set()
     return scheduled(make, SCHEDULERS)
 
 
-@convention("Groups and schedules", backends=(*BACKENDS, "compile"), note="checked on `compile`, too")
+@convention("Groups and schedules")
 def momentum_cycles(make: Make) -> Weights:
-    """Cycles of momentum: `OneCycleLR` and `CyclicLR` change `betas` or `momentum` as those of torch's class"""
+    """`OneCycleLR` and `CyclicLR` cycle `betas` or `momentum` as those of torch's class"""
     return scheduled(make, CYCLES)
 
 
 @convention("Groups and schedules")
 def group_values(make: Make) -> Weights:
-    """Groups with values of their own; numbers of groups that are changed by hand"""
+    """Groups with values of their own, and values changed by hand between steps"""
     model, reference = network(), network()
 
     def groups(net: nn.Sequential) -> Any:
-        return [{"params": net[0].parameters(), "lr": 0.02, "weight_decay": 0.3}, {"params": net[2].parameters()}]
+        return [{"params": [net[0].weight], "lr": 0.02, "weight_decay": 0.3}, {"params": [net[2].weight]}]
 
     opt, other = make(groups(model)), make.torch(groups(reference))
     for each, net in ((opt, model), (other, reference)):
@@ -262,23 +263,23 @@ def group_values(make: Make) -> Weights:
 
 @convention("Groups and schedules")
 def empty_groups(make: Make) -> Weights:
-    """Groups without tensors change nothing, and are saved and loaded as others"""
+    """Groups without tensors change nothing, also in a saved state"""
 
-    def made(model: nn.Module, named: bool = False) -> Any:
+    def made(model: nn.Module, named: bool) -> Any:
         return make([{"params": []}, {"params": [*(model.named_parameters() if named else model.parameters())]}, {"params": []}])
 
-    for named in (False, True) if make.kind != "FTP" else (False,):  # torch wants names in all groups, or in none
-        model, again = network(), network(2)
-        opt = made(model, named)
-        assert [group["lr"] for group in opt.param_groups] == [RATE] * 3
-        train(model, opt)
-        assert same(weights(model), straight(make))
-        other = made(again, named)
-        again.load_state_dict(model.state_dict())
-        other.load_state_dict(copy.deepcopy(opt.state_dict()))
-        train(model, opt, 1, 3)
-        train(again, other, 1, 3)
-        assert same(weights(model), weights(again))
+    named = make.kind != "FTP"  # torch wants names in all groups, or in none
+    model, again = network(), network(2)
+    opt = made(model, named)
+    assert [group["lr"] for group in opt.param_groups] == [RATE] * 3
+    train(model, opt)
+    assert same(weights(model), straight(make))
+    other = made(again, named)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(model, opt, 1, 3)
+    train(again, other, 1, 3)
+    assert same(weights(model), weights(again))
     return weights(model)
 
 
@@ -290,10 +291,10 @@ def late_groups(make: Make) -> Weights:
     before = weights(model[2])
     train(model, opt, 2)
     assert same(weights(model[2]), before)
-    opt.add_param_group({"params": model[2].parameters(), "lr": 0.02})
+    opt.add_param_group({"params": [model[2].weight], "lr": 0.02, "weight_decay": 0.3})
     train(model, opt, 2, 2)
     assert [group["lr"] for group in opt.param_groups] == [RATE, 0.02]
-    assert not any(torch.equal(*pair) for pair in zip(weights(model[2]), before, strict=True))
+    assert not torch.equal(weights(model[2])[0], before[0])
     return weights(model)
 
 
@@ -319,6 +320,9 @@ def tensor_rates(make: Make) -> Weights:
                 opt.param_groups[0]["lr"] *= 0.5
         ends.append(weights(model))
     assert same(*ends)
+    if make.kind == "nothing learned":  # of a group that learns its own, the number is the start
+        other = make([{"params": network().parameters(), "lr": hn.learn()}], lr=torch.tensor(RATE))
+        assert other.param_groups[0]["lr"] == RATE
     return ends[0]
 
 
@@ -352,6 +356,36 @@ def maximized(make: Make) -> Weights:
         ends.append([w.detach()])
     assert same(*ends)
     return ends[0]
+
+
+# Learning switched off
+
+
+@convention(
+    "Learning switched off",
+    backends=("reference", "fused"),
+    note="on reference and fused",
+    without={"nothing learned": "nothing is learned", "FTP": "step and projection are two rules"},
+)
+def switched_off(make: Make) -> Weights | None:
+    """`lr=hn.learn(0.05, by=hn.sgd(lr=0.0))` and `radius_lr=0.0`: bit by bit the same rule with numbers in their place"""
+    rules = {"AdamP": hn.adamw(lr=RATE, weight_decay=0.0), "SGDP": hn.sgd(lr=RATE, momentum=0.9)}
+    rule = hn.project(rules[make.kind], onto=hn.mars, radius=FLOOR) if make.kind in rules else hn.adamw(lr=RATE)
+    settings: Settings = {"radius_lr": 0.0} if make.kind in rules else {}
+    ends = []
+    for opt_of in (
+        lambda params: make(params, lr=OFF, **settings),
+        lambda params: hn.HyperOptimizer(params, rule, backend=make.backend),  # type: ignore[arg-type]
+    ):
+        model = network()
+        opt = opt_of(model.named_parameters())
+        scheduler = lr_scheduler.CosineAnnealingLR(opt, 5)
+        for count in range(4):
+            train(model, opt, 1, count)
+            scheduler.step()
+        ends.append(weights(model))
+    assert same(*ends)
+    return None
 
 
 # The training loop
@@ -411,7 +445,7 @@ def grad_modes(make: Make) -> Weights:
 
 @convention("Training loops")
 def accumulation(make: Make) -> Weights:
-    """Accumulated gradients: one step a batch of several `backward`"""
+    """Gradient accumulation: several `backward`, one step"""
     model, whole = network(), network()
     opt, other = make(model.named_parameters()), make(whole.named_parameters())
     for count in range(3):
@@ -429,7 +463,7 @@ def accumulation(make: Make) -> Weights:
 
 @convention("Training loops")
 def clipping(make: Make) -> Weights:
-    """`clip_grad_norm_` and `clip_grad_value_` before the step: it uses the clipped gradients"""
+    """`clip_grad_norm_` and `clip_grad_value_`: the step uses clipped gradients"""
     model, reference = network(), network()
     for net, opt in ((model, make(model.named_parameters())), (reference, make.torch(reference.named_parameters()))):
         for count in range(4):
@@ -499,7 +533,7 @@ def checkpointing(make: Make) -> Weights:
     return weights(model)
 
 
-@convention("Training loops", backends=("reference", "foreach"), note="not checked on `fused`, to which these are tensors as others")
+@convention("Training loops", backends=("reference",), note="on the reference backend; parametrized tensors are tensors as others")
 def parametrized(make: Make) -> Weights:
     """`weight_norm`, and tied weights"""
     torch.manual_seed(1)
@@ -516,7 +550,7 @@ def parametrized(make: Make) -> Weights:
 
 @convention("Training loops")
 def steps_in_backward(make: Make) -> Weights:
-    """One optimizer a tensor, stepped in `register_post_accumulate_grad_hook`; each learns values of its own"""
+    """An optimizer for each tensor, stepped in `register_post_accumulate_grad_hook`; each learns its own values"""
     model = network()
     opts = {p: make([(name, p)]) for name, p in model.named_parameters()}
 
@@ -533,7 +567,7 @@ def steps_in_backward(make: Make) -> Weights:
     return weights(model)
 
 
-@convention("Training loops", backends=("foreach",), note="the compiler leaves the step alone, whatever runs it")
+@convention("Training loops", backends=("foreach",), note="on foreach; the compiler does not trace the step of any backend")
 def compiled_steps(make: Make) -> Weights:
     """`torch.compile(lambda: opt.step())` takes the same steps"""
     model = network()
@@ -550,7 +584,7 @@ def compiled_steps(make: Make) -> Weights:
 @convention(
     "Training loops",
     backends=("reference", "foreach"),
-    note="shown on the meta device, which has no numbers to wait for; `fused` is for the CPU",
+    note="on the meta device, whose tensors have no values; `fused` is for the CPU",
 )
 def no_waits(make: Make) -> None:
     """No step waits for the device, also where `lr` of the group is a tensor there"""
@@ -564,7 +598,7 @@ def no_waits(make: Make) -> None:
 
 @convention("Training loops")
 def stale_graphs(make: Make) -> Weights:
-    """A step raises the version of the weights: `backward` through a graph of before is an error"""
+    """A step raises the version of the weights: `backward` through an older graph is an error"""
     model = network()
     opt = make(model.named_parameters())
     for count in range(3):
@@ -583,7 +617,7 @@ def stale_graphs(make: Make) -> Weights:
 
 @convention("Training loops")
 def hooks(make: Make) -> Weights:
-    """Hooks of steps, of `state_dict` and of `load_state_dict`, before and after; those of all optimizers, too"""
+    """Pre- and post-hooks of `step`, `state_dict` and `load_state_dict`, and global hooks"""
     model = network()
     opt, calls = make(model.named_parameters()), []
 
@@ -614,7 +648,7 @@ def hooks(make: Make) -> Weights:
 
 @convention("Tensors and gradients")
 def no_gradients(make: Make) -> Weights:
-    """Tensors without a gradient, frozen ones and tensors without numbers are left alone; they may have one later"""
+    """Tensors without a gradient, frozen and zero-size tensors are left alone; a gradient may come later"""
     model, empty = network(), nn.Parameter(torch.zeros(0, 3))
     model[0].requires_grad_(False)
     opt, before = make([*model.named_parameters(), ("empty", empty)]), weights(model[0])
@@ -631,13 +665,13 @@ def no_gradients(make: Make) -> Weights:
 
 @convention("Tensors and gradients")
 def shapes_and_layouts(make: Make) -> Weights:
-    """Numbers, vectors and convolutions; transposed and channels-last weights; expanded and transposed gradients"""
+    """Scalars, vectors and convolutions; transposed and channels-last weights; expanded and transposed gradients"""
     torch.manual_seed(0)
     strided = [torch.randn(3, 4).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(()), torch.randn(3)]
     ends = []
-    for dense in (False, True):
-        ps = [nn.Parameter(each.clone(memory_format=torch.contiguous_format if dense else torch.preserve_format)) for each in strided]
-        opt = make(ps)
+    for each, dense in ((make, False), (Make(make.kind, "reference"), True)):
+        ps = [nn.Parameter(p.clone(memory_format=torch.contiguous_format if dense else torch.preserve_format)) for p in strided]
+        opt = each(ps)
         for count in range(3):
             for p in ps:
                 grad = torch.cos(p.detach().contiguous() + count)
@@ -654,17 +688,17 @@ def shapes_and_layouts(make: Make) -> Weights:
 
 @convention("Tensors and gradients")
 def mixed_dtypes(make: Make) -> Weights:
-    """Tensors of float64, float32 and bfloat16 in one optimizer, which stay what they are"""
+    """float64, float32 and bfloat16 tensors in one optimizer"""
     return of_dtypes(make, torch.float64, torch.float32, torch.bfloat16)
 
 
 @convention(
     "Tensors and gradients",
     backends=("reference", "foreach"),
-    note="`fused` has no float16, and says so; `auto` steps such tensors by `foreach`",
+    note='on reference and foreach; `backend="fused"` refuses float16, `"auto"` steps it by foreach',
 )
 def half_precision(make: Make) -> Weights:
-    """Tensors of float16"""
+    """float16 tensors"""
     return of_dtypes(make, torch.float16)
 
 
@@ -688,7 +722,7 @@ TORCH_REFUSES = "torch's AdamW raises"
 
 @convention("Tensors and gradients", refused={"FTP": (RuntimeError, "dtype", TORCH_REFUSES)})
 def narrow_gradients(make: Make) -> Weights:
-    """Gradients of another dtype than the tensor, such as bfloat16 of a float32 tensor with `grad_dtype=None`"""
+    """bfloat16 gradients of float32 tensors (`grad_dtype=None`)"""
     ends = []
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(2, 3, dtype=torch.float32))
@@ -718,7 +752,7 @@ def converted(make: Make) -> Weights:
     "Tensors and gradients",
     refused={"FTP": (RuntimeError, "dtype", TORCH_REFUSES)},
     backends=("reference",),
-    note="what runs the steps is made anew for other dtypes",
+    note="on the reference backend; other dtypes have other kernels",
 )
 def converted_midway(make: Make) -> Weights:
     """`model.double()` between steps"""
@@ -747,7 +781,7 @@ def replaced_data(make: Make) -> Weights:
 
 @convention("Tensors and gradients")
 def lazy_modules(make: Make) -> Weights:
-    """Lazy modules: tensors that have no shape yet at construction"""
+    """Lazy modules, whose tensors have no shape at construction"""
     layer = nn.LazyLinear(2)
     opt = make(layer.parameters())
     torch.manual_seed(0)
@@ -784,13 +818,13 @@ def sparse_gradients(make: Make) -> None:
 
 @convention("Tensors and gradients", refused=all_kinds(TypeError, "params", "as in torch: give a list"))
 def bare_tensors(make: Make) -> None:
-    """A tensor as `params`"""
+    """A single tensor as `params`"""
     make(nn.Parameter(torch.ones(2)))
 
 
-@convention("Tensors and gradients")
+@convention("Tensors and gradients", without={"FTP": "torch's AdamW steps it twice"})
 def given_twice(make: Make) -> Weights:
-    """A tensor that is given twice is warned of and stepped once; in two groups it is refused"""
+    """A tensor given twice: a warning, and one step; in two groups, an error"""
     w = nn.Parameter(torch.ones(2, 3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
         opt = make([w, w])
@@ -805,8 +839,7 @@ def given_twice(make: Make) -> Weights:
     opt.load_state_dict(saved)
     assert state(opt) == repr(saved)
     assert len(opt.param_groups) == 1
-    if make.kind != "FTP":  # where torch's class steps it twice
-        assert torch.equal(w, alone)
+    assert torch.equal(w, alone)
     return [w.detach()]
 
 
@@ -815,7 +848,7 @@ def given_twice(make: Make) -> Weights:
 
 @convention("What others change")
 def group_deleted(make: Make) -> Weights:
-    """`del opt.param_groups[0]`: its tensors stay, the others go on"""
+    """`del opt.param_groups[0]`: the other groups go on"""
     model = network()
     opt = make([{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}])
     train(model, opt, 2)
@@ -833,7 +866,7 @@ def group_deleted(make: Make) -> Weights:
 
 @convention("What others change")
 def tensors_changed(make: Make) -> Weights:
-    """Tensors that are appended to a group, or replaced in it, begin anew"""
+    """Tensors appended to a group, or replaced in it: the new ones begin anew"""
     tensors = [nn.Parameter(torch.full((2, 3), float(i + 1))) for i in range(4)]
     reference = [nn.Parameter(p.detach().clone()) for p in tensors]
     opts = make([tensors[0], tensors[1]]), make.torch([reference[0], reference[1]])
@@ -854,7 +887,7 @@ def tensors_changed(make: Make) -> Weights:
     refused=all_kinds((ValueError, RuntimeError), "shape|size", "put a new parameter in its place, or remove its entry of `state`"),
 )
 def resized(make: Make) -> None:
-    """A tensor whose data was replaced by another shape"""
+    """`p.data` of another shape"""
     w = nn.Parameter(torch.ones(2, 3))
     opt = make([w])
     step(opt, w)
@@ -865,7 +898,7 @@ def resized(make: Make) -> None:
 
 @convention("What others change")
 def emptied_state(make: Make) -> Weights:
-    """`state` that is cleared or replaced begins anew; learned values stay"""
+    """`state` cleared or replaced: it begins anew; learned values stay"""
     for reset in (lambda opt: opt.state.clear(), lambda opt: setattr(opt, "state", collections.defaultdict(dict))):
         model, reference = network(), network()
         opt, other = make(model.named_parameters()), make.torch(reference.named_parameters())
@@ -917,7 +950,7 @@ def fresh(make: Make, model: nn.Module, saved: Any) -> tuple[nn.Module, Any]:
 
 @convention("Saving and loading")
 def resumes(make: Make) -> Weights:
-    """`state_dict`, `torch.save`, `torch.load(weights_only=True)`, `load_state_dict`: the run goes on bitwise, with its scheduler"""
+    """`torch.save` of `state_dict`, `torch.load(weights_only=True)`, `load_state_dict`: the run goes on bitwise, with its scheduler"""
 
     def transport(model: Any, opt: Any) -> tuple[Any, Any]:
         file = io.BytesIO()
@@ -928,9 +961,9 @@ def resumes(make: Make) -> Weights:
     return resumed(make, transport)
 
 
-@convention("Saving and loading")
+@convention("Saving and loading", backends=("reference", "fused"), note="on reference and fused; kernels are not part of a copy")
 def copies(make: Make) -> Weights:
-    """`copy.deepcopy` and `pickle` of model and optimizer together go on bitwise"""
+    """`copy.deepcopy` and `pickle` of model and optimizer together: both go on bitwise"""
     if make.backend == "reference":  # programs of an optimizer that is copied are made again
         resumed(make, lambda model, opt: pickle.loads(pickle.dumps((model, opt))))
     return resumed(make, lambda model, opt: copy.deepcopy((model, opt)))
@@ -938,7 +971,7 @@ def copies(make: Make) -> Weights:
 
 @convention("Saving and loading")
 def flat_states(make: Make) -> Weights:
-    """State as a flat dict of tensors, as safetensors has it, and groups as JSON go on bitwise"""
+    """State as a flat dict of tensors, for safetensors, and groups as JSON: the run goes on bitwise"""
 
     def transport(model: Any, opt: Any) -> tuple[Any, Any]:
         saved = opt.state_dict()
@@ -956,7 +989,7 @@ def flat_states(make: Make) -> Weights:
 
 @convention("Saving and loading")
 def old_files(make: Make) -> Weights:
-    """Step counts that are numbers, as in old files"""
+    """Step counts as numbers, from old files"""
 
     def transport(model: Any, opt: Any) -> tuple[Any, Any]:
         saved = copy.deepcopy(opt.state_dict())
@@ -969,11 +1002,15 @@ def old_files(make: Make) -> Weights:
 
 @convention(
     "Saving and loading",
-    refused={kind: (ValueError, "'weight_decay' is only in this optimizer", "by name") for kind in COLUMNS if kind != "FTP"},
-    without={"FTP": "groups are those of the class inside, which loads what there is"},
+    refused={
+        kind: (ValueError, "'weight_decay' is only in this optimizer", "the message names the difference")
+        for kind in COLUMNS
+        if kind != "FTP"
+    },
+    without={"FTP": "torch's AdamW loads what is there"},
 )
 def missing_keys(make: Make) -> None:
-    """A saved group without a number that this optimizer has"""
+    """A saved group that lacks a number"""
     opt = make(network().parameters())
     saved = opt.state_dict()
     saved["param_groups"][0].pop("weight_decay")
@@ -982,8 +1019,8 @@ def missing_keys(make: Make) -> None:
 
 @convention(
     "Saving and loading",
-    refused={kind: (ValueError, "state_dict has other tensors", "by name") for kind in COLUMNS if kind != "FTP"},
-    without={"FTP": "the class inside loads by position"},
+    refused=all_kinds(ValueError, "state_dict has other tensors", "the message names the difference"),
+    without={"FTP": "torch's AdamW loads by position"},
 )
 def other_names(make: Make) -> None:
     """A state of tensors with other names"""
@@ -993,7 +1030,7 @@ def other_names(make: Make) -> None:
     opt.load_state_dict(saved)
 
 
-NO_STATE = "the state of torch's class has no anchors and radii: load it into the class inside of `FTP`"
+NO_STATE = "torch's state has no anchors and radii: `FTP(optimizer)` takes an optimizer that has loaded it"
 
 
 @convention(
@@ -1001,7 +1038,7 @@ NO_STATE = "the state of torch's class has no anchors and radii: load it into th
     refused=dict.fromkeys(("AdamP", "SGDP"), (ValueError, "is only in this optimizer", NO_STATE)),
 )
 def states_of_torch(make: Make) -> Weights:
-    """A state of torch's class is loaded, and goes on; `torch_state_dict` gives one back"""
+    """The state of torch's class: `load_state_dict` takes it, `torch_state_dict` returns one"""
     model, reference = network(), network()
     other = make.torch(reference.parameters())
     train(reference, other)
@@ -1033,7 +1070,7 @@ def configurations(make: Make) -> Iterator[Settings]:
 @convention(
     "torch's own tests",
     backends=("reference",),
-    note="they differ in the rule alone; that backends give what the engine gives is checked for every rule",
+    note="on the reference backend: `tests/test_backends.py` compares the others with it for every rule",
 )
 def configurations_of_torch(make: Make) -> Weights:
     """Configurations of `optim_db`, of AdamW, and of SGD for SGDP: equal to torch's class to 1e-12 where nothing is learned or projected"""
@@ -1060,7 +1097,7 @@ def configurations_of_torch(make: Make) -> Weights:
 @convention(
     "torch's own tests",
     backends=("reference",),
-    note="raised at construction, before there is a backend; `betas` may mix numbers and tensors, which torch refuses",
+    note="at construction, before a backend runs; mixtures of numbers and tensors in `betas` are accepted, but by FTP",
 )
 def error_inputs(make: Make) -> None:
     """Error inputs of `optim_db`, of AdamW, and of SGD for SGDP, are errors"""

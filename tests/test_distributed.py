@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,7 @@ def test_a_step_exchanges_at_most_three_vectors(folder: Path) -> None:
     assert many == 4 * few
     for kind in processes.OPTIMIZERS:
         assert by_kind[kind, f"{few} tensors"] == by_kind[kind, f"{many} tensors"] <= 3
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "scale-out.md").read_text(encoding="utf-8")
+    for kind, row in {"nothing learned": "nothing learned", "learned": "AdamW, a learned lr", "AdamP": "`AdamP`, `SGDP`, `FTP`"}.items():
+        (total,) = re.findall(rf"^\| {row} \|.* (\d) \|$", page, re.MULTILINE)
+        assert by_kind[kind, f"{many} tensors"] == int(total)

@@ -232,7 +232,7 @@ class _Exchange:
         sharded = _dtensor().from_local(
             ids.view(local.shape), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=_stride(param.shape)
         )
-        positions = sharded.full_tensor().reshape(-1)
+        positions = sharded.full_tensor().reshape(-1).to(local.device)  # with offloading, the mesh has another
         where = (positions // max(size, 1) == self._rank).nonzero().reshape(-1)
         own = torch.empty_like(where)
         own[positions[where] - self._rank * size] = where
@@ -384,7 +384,7 @@ def _local(tensor: Any, placements: tuple[Any, ...] | None = None) -> Tensor:
     with torch.no_grad():
         if placements is not None and tuple(tensor.placements) != placements:
             tensor = tensor.redistribute(placements=placements)
-        local = tensor.to_local()
+        local = tensor._local_tensor  # `to_local` of a parameter makes another tensor in each call
         return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
