@@ -4,11 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-collect_ignore = [
-    "mutants.py",
-    "processes.py",
-    "trainers.py",
-]  # no doctests; a second import of the first would register its rules a second time
+collect_ignore = ["mutants.py", "processes.py", "trainers.py"]  # no doctests; mutants, imported again, would register its rules again
 torch.set_num_threads(1)  # one worker a core
 
 # Examples are seeds of random problems: shrinking a seed explains nothing, and takes minutes.
