@@ -151,9 +151,10 @@ class Learn:
         """Whether the bounds are those of the default recipe."""
         return self.origin is not None and self.bounds != self.origin.bounds
 
-    def starting(self, value: float) -> "Learn":
+    def starting(self, value: float | Tensor) -> "Learn":
         """The same with this start, unless it has one."""
-        return self if self.has_value else self._variant(value, value=value, bounds=checked_bounds(value, self.bounds))
+        start = float(value) if isinstance(value, Tensor) else value
+        return self if self.has_value else self._variant(start, value=start, bounds=checked_bounds(start, self.bounds))
 
     def completed(self, hyper: Hyper) -> "Learn":
         """The same with what is missing: the start is the hyper's default; the learner, its coordinates and bounds are the recipe's."""

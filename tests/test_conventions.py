@@ -320,6 +320,9 @@ def tensor_rates(make: Make) -> Weights:
                 opt.param_groups[0]["lr"] *= 0.5
         ends.append(weights(model))
     assert same(*ends)
+    if make.kind == "nothing learned":  # of a group that learns its own, the number is the start
+        other = make([{"params": network().parameters(), "lr": hn.learn()}], lr=torch.tensor(RATE))
+        assert other.param_groups[0]["lr"] == RATE
     return ends[0]
 
 
