@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -115,12 +116,35 @@ class _Gathering(nn.Module):
         return torch.func.functional_call(self.network, weights, x)
 
 
+class _Rows(nn.Module):
+    """Gives a layer a part of the rows on each process, so that gradients of its replicated weights are to be summed."""
+
+    def __init__(self, layer: nn.Module, mesh: Any) -> None:
+        super().__init__()
+        self.layer, self._mesh = layer, mesh
+
+    def forward(self, x: Tensor) -> Any:
+        rows = DTensor.from_local(x, self._mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(0)])
+        return self.layer(rows).full_tensor()
+
+
+def sequence_parallel(network: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    network = tensor_parallel(network, mesh)
+    norm = network[3]  # type: ignore[index]
+    for name, param in [*norm.named_parameters()]:
+        setattr(norm, name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Replicate()])))
+    network[3] = _Rows(norm, mesh)  # type: ignore[index, operator]
+    return network
+
+
 STRATEGIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DDP": replicated,
     "FSDP2": fully_sharded,
     "FSDP2, some tensors": partly_sharded,
     "FSDP2, hybrid": hybrid,
     "tensor parallel": tensor_parallel,
+    "sequence parallel": sequence_parallel,
     "FSDP2 and tensor parallel": two_dimensional,
     "sharded along two dimensions": by_two_dimensions,
 }
@@ -132,8 +156,8 @@ def full(tensor: Any) -> Tensor:
 
 
 def learned(optimizer: Any) -> dict[str, float]:
-    values: dict[str, float] = {name.replace("module.", "").replace("network.", ""): value for name, value in optimizer.learned().items()}
-    return values
+    """Learned values, without the names of what modules are wrapped in."""
+    return {re.sub(r"module\.|network\.|layer\.", "", name): value for name, value in optimizer.learned().items()}
 
 
 def compared(network: nn.Module, optimizer: Any, one: nn.Module, alone: Any, tolerance: float = 1e-12) -> None:
@@ -332,6 +356,24 @@ for _kind in OPTIMIZERS:
     @cell(f"checkpoints, {_kind}")
     def _(folder: Path, kind: str = _kind) -> None:
         checkpointed(folder, kind)
+
+
+@cell("gradients that are to be summed")
+def _(_: Path) -> None:
+    """They are summed with the other exchanges, however many they are."""
+    for kind, make in OPTIMIZERS.items():
+        if kind == "FTP":
+            continue  # torch's AdamW redistributes each
+        networks = [sequence_parallel(model()) for _ in range(3)]
+        optimizer = make([(f"{i}.{name}", p) for i, each in enumerate(networks) for name, p in each.named_parameters()], "reference")
+        for step in range(2):
+            for each in networks:
+                train(each, torch.optim.SGD(each.parameters(), lr=0.0), [step])
+            norms = [p.grad for each in networks for name, p in each.named_parameters() if "layer" in name]
+            assert all(isinstance(grad, DTensor) and grad.placements[0].is_partial() for grad in norms)
+            with CommDebugMode() as seen:
+                optimizer.step()
+        assert seen.get_total_counts() <= {"nothing learned": 1, "learned": 2}.get(kind, 3), (kind, seen.get_total_counts())
 
 
 @cell("state_dict on each process")

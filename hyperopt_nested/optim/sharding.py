@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,6 @@ from hyperopt_nested.engine.binding import Key
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.ops import number_dtype, row_shape
 from hyperopt_nested.rule import Optimizer, Rule
-
-_ALIGNMENT = 16  # bytes, of what is packed into one buffer
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -73,15 +72,11 @@ class Layout:
     def joined(self, part: Tensor) -> Tensor:
         """The tensor that such a part belongs to; the part itself where it has another form, such as a single number."""
         own, full = (self.param if self.whole else _local(self.param)), self.param.shape
-        if part.device.type != self.param.device_mesh.device_type:
-            return part
         if part.shape != own.shape:
             if self.whole or own.ndim < 2 or part.shape != torch.Size(row_shape(own)):
                 return part
             full = torch.Size(row_shape(self.param))
-        how: dict[str, Any] = {"run_check": False, "shape": full, "stride": _stride(full)}
-        result: Tensor = _dtensor().from_local(part, self.param.device_mesh, self.placements, **how)
-        return result
+        return _joined(part, self.param.device_mesh, self.placements, full)
 
 
 class Sharding:
@@ -143,15 +138,17 @@ class Sharding:
         Returns:
             The gradients of what this process steps.
         """
-        own = {name: _local(grad, self._placements_of(name)) for name, grad in (grads or {}).items()}
+        partial = [name for name, grad in (grads or {}).items() if self._is_partial(name, grad)]
+        own = {name: _local(grad, None if name in partial else self._placements_of(name)) for name, grad in (grads or {}).items()}
         whole = sorted(self._buffers.keys() & set(names))
-        if not whole:
+        if not whole and not partial:
             return own
-        parts = [(name, _local(self.layouts[name].param)) for name in whole]
-        parts += [(name, own[name]) for name in whole if name in own]
-        full = self._exchange.gathered(parts)
-        torch._foreach_copy_([self._buffers[name] for name in whole], full[: len(whole)])
-        return own | {name: grad for (name, _), grad in zip(parts[len(whole) :], full[len(whole) :], strict=True)}
+        with_grad = [name for name in whole if name in own]
+        parts = [*((name, _local(self.layouts[name].param)) for name in whole), *((name, own[name]) for name in with_grad)]
+        full = self._exchange.gathered([*parts, *(("", own[name]) for name in partial)])
+        if whole:
+            torch._foreach_copy_([self._buffers[name] for name in whole], full[: len(whole)])
+        return own | dict(zip([*with_grad, *partial], full[len(whole) :], strict=True))
 
     def scatter(self, names: Iterable[str]) -> None:
         """Write what was stepped whole back to the shards, and let autograd know of all that was written."""
@@ -194,6 +191,14 @@ class Sharding:
             part = self._exchange.shard(name, part).view_as(_local(layout.param))
         return Layout(layout.param, whole=False).joined(part)
 
+    def _is_partial(self, name: str, grad: Tensor) -> bool:
+        """Whether the gradient of a replicated tensor is yet to be summed over the processes, which is done with the other exchanges."""
+        if name not in self.layouts or not is_sharded(grad):
+            return False
+        mesh, (placement, *more) = self.layouts[name].param.device_mesh, cast(Any, grad).placements
+        is_sum = placement.is_partial() and placement.reduce_op == "sum"
+        return is_sum and not more and self.layouts[name].param.placements[0].is_replicate() and self._exchange.covers(mesh)
+
     def _placements_of(self, name: str) -> tuple[Any, ...] | None:
         return tuple(self.layouts[name].param.placements) if name in self.layouts else None
 
@@ -204,7 +209,11 @@ class _Exchange:
     def __init__(self, layouts: Mapping[str, Layout]) -> None:
         self._group = _group(layouts.values())
         self._rank, self._processes = dist.get_rank(self._group), dist.get_world_size(self._group)
-        self.device = next(iter(_local(each.param).device for each in layouts.values()))
+        one = next(iter(layouts.values())).param
+        kind = one.device_mesh.device_type  # with offloading, shards are elsewhere
+        self.device = _local(one).device if _local(one).device.type == kind else torch.device(kind)
+        self._packings: dict[Any, list[_Packing]] = {}
+        self._joint: dict[tuple[str, ...], Tensor] = {}
         own = {}
         for name, each in layouts.items():
             own[name] = _local(each.param).numel(), each.coordinates
@@ -220,6 +229,7 @@ class _Exchange:
         first = {name: next(rank for rank, theirs in enumerate(everyone) if theirs[name][1] == own[name][1]) for name in own}
         self._counts = {name: rank == self._rank for name, rank in first.items()}  # of equal shards, one is counted
         self._masks: dict[Any, Tensor] = {}
+        self._shapes = {name: each.param.shape for name, each in layouts.items()}
         self._positions, self._own = {}, {}
         for name, each in layouts.items():
             if each.whole:
@@ -232,30 +242,66 @@ class _Exchange:
         sharded = _dtensor().from_local(
             ids.view(local.shape), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=_stride(param.shape)
         )
-        positions = sharded.full_tensor().reshape(-1).to(local.device)  # with offloading, the mesh has another
+        positions = sharded.full_tensor().reshape(-1)
         where = (positions // max(size, 1) == self._rank).nonzero().reshape(-1)
         own = torch.empty_like(where)
         own[positions[where] - self._rank * size] = where
-        return positions.view(param.shape), own
+        small = self._processes * size < 1 << 31
+        return positions.to(self.device, torch.int32 if small else torch.int64), own.to(local.device)
+
+    def covers(self, mesh: Any) -> bool:
+        """Whether these are the processes of a mesh."""
+        return sorted(mesh.mesh.flatten().tolist()) == sorted(dist.get_process_group_ranks(self._group))
 
     def gathered(self, parts: list[tuple[str, Tensor]]) -> list[Tensor]:
-        """Whole tensors, of shards that are given with the name of the tensor whose form they have: one exchange for all."""
-        ends, end = [], 0
-        for name, part in parts:
-            end += -(-self._largest[name] * part.itemsize // _ALIGNMENT) * _ALIGNMENT
-            ends.append(end)
-        starts = [0, *ends[:-1]]
-        packed = torch.zeros(end, dtype=torch.uint8, device=self.device)
-        for start, (_, part) in zip(starts, parts, strict=True):
-            if part.numel():
-                packed[start : start + part.numel() * part.itemsize].view(part.dtype).copy_(part.reshape(-1))
-        rows, result = torch.empty(self._processes, end, dtype=torch.uint8, device=self.device), []
+        """Whole tensors, of shards that are given with the name of the tensor whose form they have: one exchange for all.
+
+        Of tensors without a name, each process has as many numbers, which are summed.
+        """
+        key = tuple((name, part.dtype, part.shape) for name, part in parts)
+        if key not in self._packings:
+            self._packings[key] = self._packed(parts)
+        packings, end, result = self._packings[key], 0, dict[int, Tensor]()
+        packed = torch.cat([each.bytes_of([part for _, part in parts]) for each in packings])
+        rows = torch.empty(self._processes, len(packed), dtype=torch.uint8, device=self.device)
         dist.all_gather([*rows.unbind()], packed, group=self._group)
-        for start, (name, part) in zip(starts, parts, strict=True):
-            slot = rows[:, start : start + self._largest[name] * part.itemsize].contiguous().view(part.dtype)
-            positions = self._positions[name]
-            result.append(slot.view(-1).index_select(0, positions.view(-1)).view(positions.shape))
-        return [full.to(part.device) for full, (_, part) in zip(result, parts, strict=True)]
+        for each in packings:
+            begin, end = end, end + each.size
+            numbers = rows[:, begin:end].reshape(-1).view(each.dtype)
+            joined = numbers.view(self._processes, -1).sum(0) if each.positions is None else numbers.index_select(0, each.positions)
+            for i, full, shape in zip(each.parts, torch.split_with_sizes(joined, each.numels), each.shapes, strict=True):
+                result[i] = full.view(shape).to(parts[i][1].device)
+        return [result[i] for i in range(len(parts))]
+
+    def _packed(self, parts: list[tuple[str, Tensor]]) -> list[_Packing]:
+        """How parts are packed: those of each dtype together; the wider ones come first, so that all are aligned."""
+        by_kind: dict[tuple[torch.dtype, int], list[int]] = {}
+        seen: dict[str, int] = {}
+        for i, (name, part) in enumerate(parts):
+            seen[name] = seen.get(name, 0) + 1  # of a tensor, first its values come, then its gradient
+            by_kind.setdefault((part.dtype, seen[name] if name else 0), []).append(i)
+        packings = []
+        for (dtype, kind), chosen in sorted(by_kind.items(), key=lambda each: -each[0][0].itemsize):
+            summed = not kind
+            sizes = [parts[i][1].numel() if summed else self._largest[parts[i][0]] for i in chosen]
+            pads = [torch.zeros(size - parts[i][1].numel(), dtype=dtype, device=self.device) for i, size in zip(chosen, sizes, strict=True)]
+            shapes = [parts[i][1].shape if summed else self._shapes[parts[i][0]] for i in chosen]
+            positions = None if summed else self._joint_positions(tuple(parts[i][0] for i in chosen))
+            packings.append(_Packing(dtype, chosen, pads, positions, shapes, sum(sizes) * dtype.itemsize))
+        return packings
+
+    def _joint_positions(self, names: tuple[str, ...]) -> Tensor:
+        """Where the elements of whole tensors are in what is gathered of all of them."""
+        if names not in self._joint:
+            sizes = [self._largest[name] for name in names]
+            starts = [0, *accumulate(sizes)]
+            dtype = torch.int32 if self._processes * starts[-1] < 1 << 31 else torch.int64
+            found = [
+                own.to(dtype) // max(size, 1) * starts[-1] + start + own % max(size, 1)
+                for own, size, start in zip(map(self._positions.__getitem__, names), sizes, starts, strict=False)
+            ]
+            self._joint[names] = torch.cat(found)
+        return self._joint[names]
 
     def shard(self, name: str, full: Tensor) -> Tensor:
         """The elements of this process, in order, of a whole tensor."""
@@ -279,6 +325,36 @@ class _Exchange:
             return total
         dist.all_reduce(vector, how, group=self._group)
         return vector
+
+
+@dataclass(frozen=True, eq=False)
+class _Packing:
+    """How parts of one dtype lie in what is exchanged.
+
+    Attributes:
+        dtype: theirs.
+        parts: their indices.
+        pads: what follows each, so that it takes as much on all processes.
+        positions: where the elements of the whole tensors are in what comes back; None if numbers are summed over processes.
+        shapes: of the results.
+        size: bytes of what one process gives.
+    """
+
+    dtype: torch.dtype
+    parts: list[int]
+    pads: list[Tensor]
+    positions: Tensor | None
+    shapes: list[torch.Size]
+    size: int
+
+    @cached_property
+    def numels(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    def bytes_of(self, parts: list[Tensor]) -> Tensor:
+        """What a process gives."""
+        pairs = zip(self.parts, self.pads, strict=True)
+        return torch.cat([each for i, pad in pairs for each in (parts[i].reshape(-1).to(pad.device), pad)]).view(torch.uint8)
 
 
 def localized(optimizer: Optimizer, param: Tensor) -> Optimizer:
@@ -374,7 +450,12 @@ def _group(layouts: Collection[Layout]) -> Any:
     largest = max(ranks, key=len)
     if len(largest) == dist.get_world_size() or not all(each <= largest for each in ranks):
         return dist.group.WORLD
-    return dist.new_group(sorted(largest), use_local_synchronization=True)
+    return _new_group(tuple(sorted(largest)))
+
+
+@cache
+def _new_group(ranks: tuple[int, ...]) -> Any:
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def _local(tensor: Any, placements: tuple[Any, ...] | None = None) -> Tensor:
@@ -386,6 +467,15 @@ def _local(tensor: Any, placements: tuple[Any, ...] | None = None) -> Tensor:
             tensor = tensor.redistribute(placements=placements)
         local = tensor._local_tensor  # `to_local` of a parameter makes another tensor in each call
         return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+
+
+def _joined(part: Tensor, mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> Tensor:
+    """A DTensor that shares the memory of a part of it, also where that is not on the mesh's kind of device."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, placements, TensorMeta(shape, _stride(shape), part.dtype))
+    result: Tensor = _dtensor()(part, spec, requires_grad=False)
+    return result
 
 
 def _dtensor() -> Any:
