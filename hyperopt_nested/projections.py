@@ -32,24 +32,28 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
+def _same(sums: Tensor) -> Tensor:
+    return sums
+
+
 def largest(norms: Tensor) -> Tensor:
     """The largest of some norms, shape (); 0 of none."""
     return norms.amax() if norms.numel() else norms.sum()
 
 
-def _mars(d: Tensor) -> Tensor:
+def _absolutes(d: Tensor) -> Tensor:
     return _sum(kink(d).abs(), _rows(d))
 
 
-def _row_l2(d: Tensor) -> Tensor:
-    return safe_sqrt(_sum(d * d, _rows(d)))
+def _squares_of_rows(d: Tensor) -> Tensor:
+    return _sum(d * d, _rows(d))
 
 
-def _frobenius(d: Tensor) -> Tensor:
-    return safe_sqrt(_sum(d * d, tuple(range(d.ndim))))
+def _squares(d: Tensor) -> Tensor:
+    return _sum(d * d, tuple(range(d.ndim)))
 
 
-def _linf(d: Tensor) -> Tensor:
+def _each(d: Tensor) -> Tensor:
     return kink(d).abs()
 
 
@@ -59,14 +63,19 @@ class Ball:
 
     Attributes:
         name: its name.
-        norms: norm of each block of a displacement, kept broadcastable against it; differentiable, with derivative zero
-            where a block is zero.
+        sums: what is summed up over each block of a displacement, kept broadcastable against it: of parts of a block, sums add up.
+        norms_of: the norms, given these sums; differentiable, with derivative zero where a block is zero.
         separable: the block.
     """
 
     name: str
-    norms: Callable[[Tensor], Tensor]
+    sums: Callable[[Tensor], Tensor]
+    norms_of: Callable[[Tensor], Tensor]
     separable: Separable
+
+    def norms(self, displacement: Tensor) -> Tensor:
+        """Norm of each block of a displacement, kept broadcastable against it."""
+        return self.norms_of(self.sums(displacement))
 
     def norm(self, displacement: Tensor) -> Tensor:
         """Norm of a displacement: the largest of its blocks', a tensor of shape (); 0 for an empty one."""
@@ -107,14 +116,14 @@ class Ball:
         return torch.where(outside, scaled if center is None else center + scaled, point)
 
 
-mars = Ball("mars", _mars, "row")
+mars = Ball("mars", _absolutes, _same, "row")
 """Maximum absolute row sum: each row's sum of absolute values is at most the radius (FTP's norm)."""
 
-frobenius = Ball("frobenius", _frobenius, "tensor")
+frobenius = Ball("frobenius", _squares, safe_sqrt, "tensor")
 """Euclidean norm of the whole tensor."""
 
-row_l2 = Ball("row_l2", _row_l2, "row")
+row_l2 = Ball("row_l2", _squares_of_rows, safe_sqrt, "row")
 """Euclidean norm of each row."""
 
-linf = Ball("linf", _linf, "element")
+linf = Ball("linf", _each, _same, "element")
 """Largest absolute value: each element on its own."""

@@ -51,6 +51,7 @@ class Rule(ABC):
         reduction: name of the sum over all tensors of what `global_reduce` returns for each, if `update` needs one.
         maxima: where the state has single numbers that are maxima over the tensor: of parts that are stepped apart, as shards are, the
             largest counts. None: the tensor cannot be stepped in parts, not even such as `separable` allows.
+        has_sums: whether all that `update` needs of a whole tensor, or of whole rows, is what `sums` adds up.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Rule(ABC):
     nondifferentiable: frozenset[str] = frozenset()
     reduction: str = ""
     maxima: tuple[tuple[str, ...], ...] | None = ()
+    has_sums: bool = False
 
     @property
     def late(self) -> frozenset[str]:
@@ -87,13 +89,23 @@ class Rule(ABC):
         """
         raise NotImplementedError(f"{self.name} reduces nothing")
 
+    def sums(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None = None) -> Tensor:
+        """What a part of a tensor adds to the sums over the tensor, or its rows, that `update` needs: where `has_sums`."""
+        raise NotImplementedError(f"{self.name} sums nothing up")
+
     def finish(self, param: Tensor, state: State, hypers: Mapping[str, Tensor]) -> Tensor:
         """New parameter, of the old one and the *new* state: only where `late` names hypers. Arguments as of `update`."""
         raise NotImplementedError(f"{self.name} has no finish")
 
     @abstractmethod
     def update(
-        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        hypers: Mapping[str, Tensor],
+        reduced: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """New parameter and state. Pure: inputs stay untouched, and the state keeps its structure.
 
@@ -103,6 +115,7 @@ class Rule(ABC):
             state: as `init` or the last update made it.
             hypers: the value of each hyper, a tensor that broadcasts against `param`.
             reduced: the sum of `global_reduce` over all tensors that are stepped together and whose rules have the same `reduction`.
+            sums: of a part of a tensor, those of `sums` over all parts; None: this is the whole tensor.
         """
 
 
@@ -364,6 +377,7 @@ class FunctionRule(Definition, Rule):
         state: State,
         hypers: Mapping[str, Tensor],
         reduced: Tensor | None = None,
+        sums: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, State]:
         total = {"reduced": reduced} if self.reduction else {}
         return self.call(param, grad, state, options=self.options, **hypers, **total)

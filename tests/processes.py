@@ -256,6 +256,11 @@ LEARNED = {
     "the global norm": lambda: hn.clip_by_global_norm(hn.sgd(0.1), hn.learn(0.5, hn.sgd(1e-3))),
     "through a projection": lambda: hn.project(hn.adamw(lr=hn.learn(1e-2)), radius=0.05),
     "into another ball": lambda: hn.project(hn.sgd(0.1), onto=hn.frobenius, radius=hn.learn(0.01, hn.adam(1e-3))),
+    "into a ball of rows": lambda: hn.project(hn.sgd(0.1), onto=hn.row_l2, radius=hn.learn(0.01, hn.adam(1e-3))),
+    "inside of an average": lambda: hn.ema(hn.project(hn.sgd(0.1), radius=hn.learn(0.01, hn.adam(1e-3)))),
+    "under a global norm and a projection": lambda: hn.project(
+        hn.clip_by_global_norm(hn.sgd(0.1), 0.5), radius=hn.learn(0.01, hn.adam(1e-3))
+    ),
     "by rows of the anchor": lambda: ftp.ftp_rule(hn.sgd(0.1), radius=ftp.Radius(relative="row", start=0.01)),
     "radius of the model": lambda: ftp.ftp_rule(hn.sgd(0.1), radius=ftp.Radius(per="model", via="log", start=0.01)),
 }
@@ -374,6 +379,18 @@ def _(_: Path) -> None:
             with CommDebugMode() as seen:
                 optimizer.step()
         assert seen.get_total_counts() <= {"nothing learned": 1, "learned": 2}.get(kind, 3), (kind, seen.get_total_counts())
+
+
+@cell("nothing is gathered for FTP")
+def _(_: Path) -> None:
+    for strategy in (fully_sharded, tensor_parallel):
+        network = strategy(model())
+        optimizer = ftp.AdamP(network.named_parameters(), lr=1e-2, backend="foreach")
+        train(network, optimizer, range(2))
+        for name, param in network.named_parameters():
+            if isinstance(param, DTensor):
+                assert optimizer.rule_states()[name]["anchor"].to_local().shape == param.to_local().shape, name
+        assert "foreach" in optimizer.backend, optimizer.backend
 
 
 @cell("state_dict on each process")

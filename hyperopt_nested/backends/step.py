@@ -3,9 +3,9 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ class _Plan:
     """What to do for one tensor."""
 
     paths: list[Path]  # of the leaves of the engine's state that programs take and write
-    functions: list[Function]  # pull the gradient back onto shared values, if there are any; step the tensor's own values and the tensor
+    functions: Sequence[
+        Function
+    ]  # pull the gradient back onto shared values, if there are any; step the tensor's own values and the tensor
     reached: list[tuple[str, str]]  # the shared values: learned hyper, and key of the value
     of: tuple[Any, ...]  # equal for tensors whose programs are the same
 
@@ -53,6 +55,8 @@ class PreparedStep:
     counts: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of single tensors, and what these are added to
     parts: dict[Key, Tensor] = field(default_factory=dict)  # contributions, by tensor, learned hyper and value
     maxima: dict[Key, Tensor] = field(default_factory=dict)  # of single tensors, in the states of rules
+    sums: dict[Key, Tensor] = field(default_factory=dict)  # of parts of tensors, which updates need
+    summing: dict[Program, Batch] = field(default_factory=dict)  # write `sums`
 
 
 class ProgramStep:
@@ -105,9 +109,12 @@ class ProgramStep:
         programs = dict(zip(made.requests, self._programs.make(list(made.requests.values())), strict=True))
         made.requests = {}  # which have gradients in them
         for name, rows in made.rows.items():
-            *pulling, updating = zip(programs[name], rows, strict=True)
+            *before, updating = zip(programs[name], rows, strict=True)
+            pulling = before[: len(before) - (name in self._nested.bindings.in_parts)]
             for pull, row in pulling:
                 made.pulls.setdefault(pull, Batch()).rows.append(row)
+            for summing, row in before[len(pulling) :]:
+                made.summing.setdefault(summing, Batch()).rows.append(row)
             made.updates.setdefault(updating[0], Batch()).rows.append(updating[1])
             made.backends |= {updating[0].backend} if updating[1][0].numel() else set()
         # backwards: updates begin with what the cache still holds of pulling back
@@ -130,6 +137,9 @@ class ProgramStep:
             raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
             batch.rows[0][: len(by_value)] = [_total(parts, raws[value].device) for value, parts in by_value.items()]
             program(batch)
+        for program, batch in prepared.summing.items():
+            program(batch)
+        self._combine(prepared.sums, "sum")
         for program, batch in prepared.updates.items():
             program(batch)
         self._combine(prepared.maxima, "max")
@@ -174,6 +184,9 @@ class ProgramStep:
             leaves = flatten(self._part(self._nested.bindings[name].learned.values(), name, st))
             held = [leaf if path[0] == "hypers" else own.get((name, path), leaf) for path, leaf in leaves.items()]
             row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
+            if name in self._nested.bindings.in_parts:
+                row.append(cast(Tensor, plan.functions[-2](*row, _NO_GRAD)[-1]).clone())
+                made.sums[name, _SUMS] = row[-1]
             made.tensors += [params[name], *row[1:]]
             made.rows[name] = [[*row] for _ in plan.functions]
             hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
@@ -203,23 +216,43 @@ class ProgramStep:
         paths, structure = list(flatten(part)), map_tree(lambda _: None, part)
         reached = list(dict.fromkeys((each.key, each.key_of(name)) for each in learned if learn and each.key not in self._own))
         size, optimizer = len(paths) + 1, self._nested.bindings[name].optimizer
+        in_parts = name in self._nested.bindings.in_parts
 
         def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
             *leaves, param = rest[:size]
             found = self._nested.hypergradients({name: param}, self._nested.descended({name: grad}), filled(structure, leaves))
-            return [*(None for _ in range(1 + size + len(optimizer.settings))), *(found[key][value] for key, value in reached)]
+            of_values = [found[key][value] for key, value in reached]
+            return [*(None for _ in range(1 + size + len(optimizer.settings))), *of_values, *([None] if in_parts else [])]
 
-        def update(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
+        def stepped(grad: Tensor, rest: Sequence[Tensor], reduce: Reduce | None) -> tuple[Tensors, State, State]:
             *leaves, param = rest[:size]
             values, st = dict(zip(optimizer.settings, rest[size:], strict=False)), filled(structure, leaves)
-            new, after = self._nested.step({name: param}, {name: grad}, st, {name: values}, learn=self._own if learn else [])
+            own = self._own if learn else []
+            return *self._nested.step({name: param}, {name: grad}, st, {name: values}, learn=own, reduce=reduce), st
+
+        def sums(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            found: dict[Key, Tensor] = {}
+
+            def caught(parts: Mapping[Key, Tensor], _: str) -> dict[Key, Tensor]:
+                found.update(parts)
+                return dict(parts)
+
+            stepped(grad, rest, caught)
+            return [*(None for _ in rest), found[name, _SUMS]]
+
+        def update(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            def known(parts: Mapping[Key, Tensor], _: str) -> dict[Key, Tensor]:
+                return {key: rest[-1] if key == (name, _SUMS) else part for key, part in parts.items()}
+
+            new, after, st = stepped(grad, rest, known if in_parts else None)
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
             found = flatten(self._part(learned, name, after))
             return [None, *(found[path] for path in paths), new[name], *(None for _ in rest[size:])]
 
         keys = (tuple("" if key == name else key for key in path) for path in paths)
-        of = optimizer.signature, learn, self._nested.shards.get(name, 0), *keys
-        plan = self._plans[name, learn] = _Plan(paths, [pull, update] if reached else [update], reached, of)
+        of = optimizer.signature, learn, self._nested.shards.get(name, 0), in_parts, *keys
+        functions = [*([pull] if reached else []), *([sums] if in_parts else []), update]
+        plan = self._plans[name, learn] = _Plan(paths, functions, reached, of)
         return plan
 
     def _part(self, used: Collection[LearnedHyper], name: str, st: State) -> State:
@@ -241,6 +274,7 @@ class ProgramStep:
 
 
 _LEARNER = "learner of "
+_SUMS = "sums"
 _NO_GRAD = torch.empty(0)
 _FORM = Tensor.stride, operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
 

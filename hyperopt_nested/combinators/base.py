@@ -22,6 +22,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 Reduce = Callable[[Tensor], Tensor]
 Maxima = Callable[[Mapping[str, Any]], tuple[str, ...] | None]
+Sums = Callable[..., Tensor]
 
 
 class Combinator(Definition):
@@ -37,11 +38,12 @@ class Combinator(Definition):
         separable: Separable | Callable[[Mapping[str, Any]], Separable],
         global_reduce: Reduce | None = None,
         maxima: Maxima | None = None,
+        sums: Sums | None = None,
     ) -> None:
         super().__init__(function, initial)
-        self.separable, self.global_reduce, self.maxima = separable, global_reduce, maxima
+        self.separable, self.global_reduce, self.maxima, self.sums = separable, global_reduce, maxima, sums
         check_reduced(self, global_reduce)
-        self.borrowed = tuple(name for name in self.free if name != "reduced")
+        self.borrowed = tuple(name for name in self.free if name not in ("reduced", "sums"))
 
     def __call__(self, optimizer: Optimizer, /, *args: Any, **settings: Any) -> Optimizer:
         """Put the combinator around an optimizer. Its first hyper may be given by position.
@@ -88,6 +90,10 @@ class Combined(Rule):
             self.maxima = None
         else:
             self.maxima = (*((key,) for key in maxima), *(("base", *path) for path in base.maxima))
+        if combinator.sums is None:
+            self.has_sums = base.has_sums and own == "element"
+        else:
+            self.has_sums = base.separable == "element"
 
     @property
     def signature(self) -> Hashable:
@@ -130,17 +136,39 @@ class Combined(Rule):
         self._run(look, param, grad, state, hypers, None)
         return parts[0]
 
+    def sums(self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None = None) -> Tensor:
+        found: list[Tensor] = []
+
+        def look(param: Tensor, grad: Tensor) -> Tensor:
+            inside = param, grad, state["base"], self._base_hypers(hypers), reduced
+            if self.combinator.sums is None:
+                found.append(self.base.sums(*inside))
+                return param
+            new, _ = self.base.update(*inside)
+            found.append(self.combinator.sums(new, state, self.options))
+            return new
+
+        self._run(look, param, grad, state, hypers, reduced)
+        return found[0]
+
     def update(
-        self, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None = None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        hypers: Mapping[str, Tensor],
+        reduced: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         states: list[State] = []
+        own_sums, base_sums = (sums, None) if self.combinator.sums is not None else (None, sums)
 
         def step(param: Tensor, grad: Tensor) -> Tensor:
-            new, base_state = self.base.update(param, grad, state["base"], self._base_hypers(hypers), reduced)
+            new, base_state = self.base.update(param, grad, state["base"], self._base_hypers(hypers), reduced, base_sums)
             states.append(base_state)
             return new
 
-        new, own = self._run(step, param, grad, state, hypers, reduced)
+        new, own = self._run(step, param, grad, state, hypers, reduced, own_sums)
         if len(states) != 1:
             raise RuntimeError(f"{self.combinator.name} called its step {len(states)} times; it must call it once")
         return new, {"base": states[0], **own}
@@ -149,12 +177,21 @@ class Combined(Rule):
         return {name: hypers[name] for name in self.base.hypers}
 
     def _run(
-        self, step: Step, param: Tensor, grad: Tensor, state: State, hypers: Mapping[str, Tensor], reduced: Tensor | None
+        self,
+        step: Step,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        hypers: Mapping[str, Tensor],
+        reduced: Tensor | None,
+        sums: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         own = {key: leaf for key, leaf in state.items() if key != "base"}
         values: dict[str, Any] = {name: hypers[name] for name in [*self.combinator.hypers, *self.combinator.borrowed]}
         if self.combinator.global_reduce is not None:
             values["reduced"] = reduced
+        if self.combinator.sums is not None:
+            values["sums"] = sums
         return self.combinator.call(param, grad, own, step, options=self.options, **values)
 
 
@@ -170,6 +207,7 @@ def combinator(
     separable: Separable | Callable[[Mapping[str, Any]], Separable] = "tensor",
     global_reduce: Reduce | None = None,
     maxima: Maxima | None = None,
+    sums: Sums | None = None,
     check_with: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Combinator]: ...
 
@@ -181,6 +219,7 @@ def combinator(
     separable: Separable | Callable[[Mapping[str, Any]], Separable] = "tensor",
     global_reduce: Reduce | None = None,
     maxima: Maxima | None = None,
+    sums: Sums | None = None,
     check_with: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a combinator of a function, and register it under the function's name.
@@ -196,6 +235,8 @@ def combinator(
             `reduced`.
         maxima: from the options to the names of single numbers in the state that are maxima over the tensor: of shards that are stepped
             apart, the largest counts. Or to None, where the function, or `init`, needs more of a tensor than `separable` says.
+        sums: `sums(param, state, options)`, from what the optimizer inside has made of a tensor to all that the function needs of the whole
+            tensor, or of whole rows, as sums: of shards, these add up. The function gets the sums as `sums`; None: it has the whole tensor.
         check_with: as in `register`.
 
     Returns:
@@ -220,6 +261,6 @@ def combinator(
         check_separable("combinator", separable)
 
     def decorate(function: Function) -> Combinator:
-        return registry.register(function.__name__, Combinator(function, init, separable, global_reduce, maxima), check_with)
+        return registry.register(function.__name__, Combinator(function, init, separable, global_reduce, maxima, sums), check_with)
 
     return decorate

@@ -64,13 +64,19 @@ def _maxima(options: Mapping[str, Any]) -> tuple[str, ...] | None:
     return ("largest_norm",) if options["relative"] is None else None  # of the anchor's norms, `init` takes the largest
 
 
-@combinator(_init, separable=_separable, maxima=_maxima, check_with={"saturation": "exact"})
+def _sums(param: Tensor, state: State, options: Mapping[str, Any]) -> Tensor:
+    onto: Ball = options["onto"]
+    return onto.sums(finite(displacement(param, state)))
+
+
+@combinator(_init, separable=_separable, maxima=_maxima, sums=_sums, check_with={"saturation": "exact"})
 def project(
     param: Tensor,
     grad: Tensor,
     state: State,
     step: Step,
     *,
+    sums: Tensor | None,
     radius: Tensor = NonNegative(1.0),
     onto: Ball = mars,
     saturation: Saturation = "straight-through",
@@ -104,7 +110,7 @@ def project(
     """
     new = step(param, grad)
     moved = displacement(new, state)
-    norms, last = onto.norms(finite(moved)), state["largest_norm"]  # an element that is not finite spoils no other
+    norms, last = onto.norms_of(onto.sums(finite(moved)) if sums is None else sums), state["largest_norm"]  # one spoils no other
     reach = radius if relative is None else radius * state["anchor_norm"]
     projected = onto.shrink(new, moved, norms, reach, center=anchor_of(new, state), saturation=saturation)
     norms = norms if relative is None else norms / state["anchor_norm"]

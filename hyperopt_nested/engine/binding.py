@@ -116,9 +116,14 @@ class TensorUpdate:
         """What the tensor adds to the total over all tensors."""
         return self._rule.global_reduce(self._param, self._grad, self._state, self._hypers(raws))
 
-    def __call__(self, raws: Named, total: Tensor | None = None) -> tuple[Tensor, State]:
+    def sums(self, raws: Named, total: Tensor | None = None) -> Tensor:
+        """What a part of a tensor adds to the sums that its update needs."""
         total = None if total is None else total.to(self._device)
-        new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), total)
+        return self._rule.sums(self._param, self._grad, self._state, self._hypers(raws), total)
+
+    def __call__(self, raws: Named, total: Tensor | None = None, sums: Tensor | None = None) -> tuple[Tensor, State]:
+        total = None if total is None else total.to(self._device)
+        new, state = self._rule.update(self._param, self._grad, self._state, self._hypers(raws), total, sums)
         return new.to(self._dtype), state
 
     def param(self, raws: Named, total: Tensor | None) -> Tensor:
@@ -175,6 +180,8 @@ class Bindings:
             each = {id(one): bind(one) for one in optimizer.values()}
             self._by_name = {name: each[id(one)] for name, one in optimizer.items()}
 
+        self.in_parts: set[str] = set()  # names of tensors that are parts of larger ones, of which the update needs sums
+
     def __getitem__(self, name: str) -> Binding:
         return self._all if self._by_name is None else self._by_name[name]
 
@@ -228,7 +235,11 @@ class Bindings:
         for (_, reduction), part in (reduce(parts, "sum") if reduce else parts).items():
             before = totals.get(reduction)
             totals[reduction] = part if before is None else before + part.to(before.device)
-        new = {name: each(used[name], totals.get(self[name].optimizer.rule.reduction)) for name, each in updates.items()}
+        of = {name: totals.get(self[name].optimizer.rule.reduction) for name in updates}
+        sums: dict[Key, Tensor] = {}
+        if reduce and self.in_parts:
+            sums = reduce({(name, "sums"): updates[name].sums(used[name], of[name]) for name in updates if name in self.in_parts}, "sum")
+        new = {name: each(used[name], of[name], sums.get((name, "sums"))) for name, each in updates.items()}
         return {name: param for name, (param, _) in new.items()}, ({name: state for name, (_, state) in new.items()}, totals)
 
 

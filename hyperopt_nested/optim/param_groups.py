@@ -245,6 +245,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     _roster: Roster
     _store: ParamState = NO_STORE
     _total_steps: int | None
+    _how: dict[str, Any]  # further arguments of the engine
     _shapes: dict[str, torch.Size]
     _last_loss: Tensor | None = None  # of the last step, for what reads it
 
@@ -328,7 +329,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if id(base) not in replaced:
                 own = with_overrides(base, overrides)
                 replaced[id(base)] = base, own if self._total_steps is None else with_level(own, self._total_steps)
-            chosen[name] = localized(replaced[id(base)][1], param)
+            chosen[name] = localized(replaced[id(base)][1], param, self._how["horizon"])
         if not isinstance(self._choice, Optimizer):
             _mind_new_learns(self._choice, named, chosen)
         check_keys(overrides, chosen.values())

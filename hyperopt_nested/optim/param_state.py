@@ -74,7 +74,7 @@ class ParamState:
         sharding: Sharding,
     ) -> None:
         self.nested, self.roster, self.refs, self.steps, self.declared = nested, roster, places, steps, declared
-        self.sharding, nested.shards = sharding, sharding.indices()
+        self.sharding, nested.shards, nested.bindings.in_parts = sharding, sharding.indices(), sharding.in_parts
         self.params = {name: roster.tensors[name] for name in roster.tensors if name in tracked}
         by_ref = {ref: leaves[path] for path, ref in flatten(places).items()}
         self.st = map_tree(by_ref.__getitem__, places)

@@ -1,9 +1,9 @@
 """Sharded parameters (DTensors): which part of each this process steps, and what processes exchange in a step.
 
-A tensor whose update does not mix what lies on different processes is stepped where it lies: each process steps its shard, a plain
-tensor. Others, such as vectors that a projection takes for one row, are gathered and stepped *whole*, by every process. In a step there are
-at most three exchanges, one vector each for all tensors: whole tensors and their gradients are gathered, hypergradients of shards are
-summed, and maxima over shards, such as the largest norm of a row, are compared. Learned values are plain tensors, equal on all processes.
+Each process steps its shards, which are plain tensors. A step exchanges one vector each for all tensors: hypergradients are summed; so are
+sums over rows that are split, such as norms; and maxima over shards, such as the largest norm of a row, are compared. What needs more
+of other shards than such sums is gathered, with its gradient, and stepped *whole* by every process. Learned values are plain tensors,
+equal on all processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hyperopt_nested.combinators.base import Combined
 from hyperopt_nested.engine.binding import Key
+from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.ops import number_dtype, row_shape
 from hyperopt_nested.rule import Optimizer, Rule
@@ -39,10 +40,12 @@ class Layout:
     Attributes:
         param: the DTensor.
         whole: whether it is gathered, and stepped whole.
+        in_parts: whether its shards are stepped, but need sums over the tensor, or over rows, that are split.
     """
 
     param: Any
     whole: bool
+    in_parts: bool = False
 
     @property
     def splits(self) -> list[int]:
@@ -93,7 +96,7 @@ class Sharding:
 
     def __init__(self, nested: Nested, params: Mapping[str, Tensor], before: Sharding | None = None) -> None:
         self.layouts = {
-            name: Layout(param, _is_whole(param, nested.bindings[name].optimizer)) for name, param in params.items() if is_sharded(param)
+            name: _layout(param, nested.bindings[name].optimizer, nested.horizon) for name, param in params.items() if is_sharded(param)
         }
         if self.layouts and nested.horizon.curvature == "exact":
             name = next(iter(self.layouts))
@@ -103,7 +106,8 @@ class Sharding:
             for name, each in self.layouts.items()
             if each.whole
         }
-        self._same = [(name, id(each.param), each.whole) for name, each in self.layouts.items()]
+        self._same = [(name, id(each.param), each.whole, each.in_parts) for name, each in self.layouts.items()]
+        self.in_parts = {name for name, each in self.layouts.items() if each.in_parts}
         self._split = {name for name, each in self.layouts.items() if not each.whole and each.splits}
         if before is not None and before._same == self._same and "_exchange" in vars(before):
             self._exchange = before._exchange
@@ -357,11 +361,11 @@ class _Packing:
         return torch.cat([each for i, pad in pairs for each in (parts[i].reshape(-1).to(pad.device), pad)]).view(torch.uint8)
 
 
-def localized(optimizer: Optimizer, param: Tensor) -> Optimizer:
+def localized(optimizer: Optimizer, param: Tensor, horizon: Horizon) -> Optimizer:
     """The optimizer of a parameter with tensors among its options, such as an anchor, in the form of what a process steps of it."""
     if not is_sharded(param):
         return optimizer
-    layout = Layout(param, _is_whole(param, optimizer))
+    layout = _layout(param, optimizer, horizon)
 
     def changed(rule: Rule) -> Rule:
         if not isinstance(rule, Combined):
@@ -416,16 +420,30 @@ def check_partition(optimizers: Iterable[Optimizer]) -> None:
             )
 
 
-def _is_whole(param: Any, optimizer: Optimizer) -> bool:
-    """Whether an update mixes what lies on different processes."""
-    splits = _splits(param)
+def _layout(param: Any, optimizer: Optimizer, horizon: Horizon) -> Layout:
+    """How a tensor is stepped: whole if an update mixes what lies on different processes, and more than sums of that."""
+    splits, rule = _splits(param), optimizer.rule
     if not splits:
-        return False
-    rule = optimizer.rule
+        return Layout(param, whole=False)
     if rule.maxima is None or any(learn.per in ("row", "element") for learn in optimizer.learned.values()):
-        return True
-    rows = param.ndim > 1 and all(getattr(param.placements[dim], "dim", None) == 0 for dim in splits)
-    return rule.separable == "tensor" or (rule.separable == "row" and not rows)
+        return Layout(param, whole=True)
+    by_row = [param.ndim > 1 and getattr(param.placements[dim], "dim", None) == 0 for dim in splits]
+    if rule.separable == "element" or (rule.separable == "row" and all(by_row)):
+        return Layout(param, whole=False)
+    alone = rule.separable == "tensor" or not any(by_row)  # sums are over all of the tensor, or over rows that all processes have
+    kinds = {horizon.kind_of(optimizer, name, learn.per) for name, learn in optimizer.learned.items()}
+    kinds = {horizon.kind_of(optimizer, name, learn.per) for name, learn in optimizer.learned.items()}
+    constant = not horizon.discount and kinds <= {"forward"}
+    in_parts = rule.has_sums and alone and constant and _only_of_the_outermost(optimizer)
+    return Layout(param, whole=not in_parts, in_parts=in_parts)
+
+
+def _only_of_the_outermost(optimizer: Optimizer) -> bool:
+    """Whether learned hypers are those of the combinator that needs sums, on which the sums do not depend."""
+    rule = optimizer.rule
+    while isinstance(rule, Combined) and rule.combinator.sums is None:
+        rule = rule.base
+    return isinstance(rule, Combined) and optimizer.learned.keys() <= rule.combinator.hypers.keys()
 
 
 def _index(layout: Layout) -> int:
