@@ -2,18 +2,19 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-
-pytestmark = pytest.mark.xdist_group("processes")  # they run once
 
 
 def _load() -> ModuleType:
@@ -31,8 +32,16 @@ TIMEOUT = 400  # seconds, for all cells: after that, what has not ended hangs
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes have written; before, one process writes the checkpoints that they load."""
-    made = tmp_path_factory.mktemp("processes")
+    """What the processes have written; before, one process writes the checkpoints that they load. All workers share one run."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    try:
+        made.mkdir()
+    except FileExistsError:  # another worker has begun
+        end = time.monotonic() + TIMEOUT
+        while not (made / "ended").exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        return made
     for kind in processes.OPTIMIZERS:
         network = processes.model()
         optimizer = processes.OPTIMIZERS[kind](network.named_parameters(), "reference")
@@ -45,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+    (made / "ended").touch()
     return made
 
 
