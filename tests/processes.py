@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ftp
 import hyperopt_nested as hn
 from hyperopt_nested import registry
+from hyperopt_nested.backends import compiler
 from hyperopt_nested.testing.subject import subject
 
 PROCESSES = 2
@@ -549,6 +550,7 @@ def _(_: Path) -> None:
 def run(rank: int, folder: str, port: int, only: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    compiler.FLAGS = ("-O0",)  # compiled quickly
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
     with (Path(folder) / f"{rank}.jsonl").open("w") as rows:
