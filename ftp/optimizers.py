@@ -99,8 +99,7 @@ class FTPOptimizer(AnchoredOptimizer):
                 moved = full_tensor(hn.rules.displacement(tensors[name].detach(), state))
                 norms = hn.mars.norms(moved) / full_tensor(state.get("anchor_norm", torch.ones(())))
                 value = f"radius/{name}" if f"radius/{name}" in learned else "radius"
-                largest = torch.where(norms.isfinite(), norms, 0).amax() if norms.numel() else norms.sum()
-                start[value] = max(start.get(value, FLOOR), largest.item(), FLOOR)
+                start[value] = max(start.get(value, FLOOR), *norms[norms.isfinite()].flatten().tolist(), FLOOR)
         for value, distance in start.items():
             if distance > FLOOR:
                 self.set_hyper(value, distance)

@@ -153,7 +153,7 @@ STRATEGIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 BACKENDS = {"FSDP2": ["reference", "foreach", "fused"], "tensor parallel": ["reference", "foreach"]}
-"""Of the others, one: a process compiles slowly."""
+"""By strategy, if not "foreach" alone: compiling takes time."""
 
 
 def full(tensor: Any) -> Tensor:
@@ -250,8 +250,12 @@ for _rule in [name for name in hn.names() if registry.origin(name).split(".")[0]
         optimizer = subject(rule).template
         if optimizer.rule.loss_names:
             return  # is given the loss
-        some = lambda named: [each for each in named if each[1].ndim == 2 or rule != "muon"]  # noqa: E731
-        tried(lambda named: hn.HyperOptimizer(some(named), optimizer, backend="reference"), ["FSDP2"])
+
+        def make(named: Named) -> Any:
+            tensors = [(name, p) for name, p in named if p.ndim == 2 or rule != "muon"]  # which takes matrices only
+            return hn.HyperOptimizer(tensors, optimizer, backend="reference")
+
+        tried(make, ["FSDP2"])
 
 
 LEARNED = {

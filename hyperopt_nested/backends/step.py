@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperopt_nested.backends.choice import MANY, WARM_UP, Programs
 from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, capturing, write_over
 from hyperopt_nested.backends.verify import examples
-from hyperopt_nested.engine.binding import Key, Reduce, Tensors
+from hyperopt_nested.engine.binding import SUMS, Key, Reduce, Tensors
 from hyperopt_nested.engine.learned import COUNTED, LearnedHyper
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.trees import State, filled, flatten, map_tree
@@ -159,7 +159,8 @@ class ProgramStep:
     def _combine(self, parts: dict[Key, Tensor], operation: Literal["sum", "max"]) -> None:
         """Write to numbers, which were computed for parts of tensors, what they are for the whole tensors."""
         if self._reduce and parts:
-            write_over([*parts.values()], [*self._reduce(parts, operation).values()])
+            new = self._reduce(parts, operation)
+            write_over([*parts.values()], [new[key] for key in parts])
 
     def _arranged(self, of: list[Any], params: Tensors, grads: Tensors, st: State, numbers: Numbers, learn: bool) -> PreparedStep:
         """A step with arguments, and what programs are needed for these: by tensor, and by shared hyper that has one value."""
@@ -186,7 +187,7 @@ class ProgramStep:
             row = [grads[name], *held, param, *numbers[name], *(own[name, ("hypers", *each)] for each in plan.reached)]
             if name in self._nested.bindings.in_parts:
                 row.append(cast(Tensor, plan.functions[-2](*row, _NO_GRAD)[-1]).clone())
-                made.sums[name, _SUMS] = row[-1]
+                made.sums[name, SUMS] = row[-1]
             made.tensors += [params[name], *row[1:]]
             made.rows[name] = [[*row] for _ in plan.functions]
             hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
@@ -238,11 +239,11 @@ class ProgramStep:
                 return dict(parts)
 
             stepped(grad, rest, caught)
-            return [*(None for _ in rest), found[name, _SUMS]]
+            return [*(None for _ in rest), found[name, SUMS]]
 
         def update(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
             def known(parts: Mapping[Key, Tensor], _: str) -> dict[Key, Tensor]:
-                return {key: rest[-1] if key == (name, _SUMS) else part for key, part in parts.items()}
+                return {key: rest[-1] if key == (name, SUMS) else part for key, part in parts.items()}
 
             new, after, st = stepped(grad, rest, known if in_parts else None)
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
@@ -274,7 +275,6 @@ class ProgramStep:
 
 
 _LEARNER = "learner of "
-_SUMS = "sums"
 _NO_GRAD = torch.empty(0)
 _FORM = Tensor.stride, operator.attrgetter("shape"), operator.attrgetter("dtype"), operator.attrgetter("device")
 
@@ -295,10 +295,8 @@ def _part(used: Collection[LearnedHyper], own: Mapping[str, LearnedHyper], name:
         "rule": {name: st["rule"][name]},
         "rounding": {name: st["rounding"][name]} if name in st["rounding"] else {},
         "hypers": {each.key: {each.key_of(name): st["hypers"][each.key][each.key_of(name)]} for each in used},
-        "learners": {key: _all_of(each.learner.learned, name, st["learners"][key]) for key, each in own.items()},
+        "learners": {
+            key: _part(each.learner.learned.values(), each.learner.learned, name, st["learners"][key]) for key, each in own.items()
+        },
         **{part: {key: st[part][key] for key in own} for part in COUNTED},
     }
-
-
-def _all_of(learned: Mapping[str, LearnedHyper], name: str, st: State) -> State:
-    return _part(learned.values(), learned, name, st)

@@ -110,7 +110,8 @@ def project(
     """
     new = step(param, grad)
     moved = displacement(new, state)
-    norms, last = onto.norms_of(onto.sums(finite(moved)) if sums is None else sums), state["largest_norm"]  # one spoils no other
+    sums = onto.sums(finite(moved)) if sums is None else sums  # an element that is not finite spoils no other
+    norms, last = onto.norms_of(sums), state["largest_norm"]
     reach = radius if relative is None else radius * state["anchor_norm"]
     projected = onto.shrink(new, moved, norms, reach, center=anchor_of(new, state), saturation=saturation)
     norms = norms if relative is None else norms / state["anchor_norm"]

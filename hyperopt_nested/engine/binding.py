@@ -28,6 +28,9 @@ Kind = Literal["late", "forward", "reverse"]
 Key = tuple[str, ...]
 """What a number belongs to: first the name of a tensor."""
 
+SUMS = "sums"
+"""What follows a tensor's name in the key of the sums that updates of its parts need."""
+
 Reduce = Callable[[Mapping[Key, Tensor], Literal["sum", "max"]], dict[Key, Tensor]]
 """Of numbers that were computed for the tensors, or parts of tensors, that this process steps: what they are for the whole tensors."""
 
@@ -180,7 +183,7 @@ class Bindings:
             each = {id(one): bind(one) for one in optimizer.values()}
             self._by_name = {name: each[id(one)] for name, one in optimizer.items()}
 
-        self.in_parts: set[str] = set()  # names of tensors that are parts of larger ones, of which the update needs sums
+        self.in_parts: set[str] = set()  # names of tensors that are parts of larger ones, whose updates need sums over all parts
 
     def __getitem__(self, name: str) -> Binding:
         return self._all if self._by_name is None else self._by_name[name]
@@ -238,8 +241,8 @@ class Bindings:
         of = {name: totals.get(self[name].optimizer.rule.reduction) for name in updates}
         sums: dict[Key, Tensor] = {}
         if reduce and self.in_parts:
-            sums = reduce({(name, "sums"): updates[name].sums(used[name], of[name]) for name in updates if name in self.in_parts}, "sum")
-        new = {name: each(used[name], of[name], sums.get((name, "sums"))) for name, each in updates.items()}
+            sums = reduce({(name, SUMS): updates[name].sums(used[name], of[name]) for name in updates if name in self.in_parts}, "sum")
+        new = {name: each(used[name], of[name], sums.get((name, SUMS))) for name, each in updates.items()}
         return {name: param for name, (param, _) in new.items()}, ({name: state for name, (_, state) in new.items()}, totals)
 
 

@@ -105,7 +105,11 @@ def loaded(store: ParamState, saved: Mapping[str, Mapping[str, Any]]) -> dict[Te
         ValueError: the saved state is not of this structure, or of other shapes. The message names the tensor and the entry.
     """
     common, home = store.shared(), store.roster.home
-    saved = {name: {key: store.part(name, key, entry) for key, entry in entries.items()} for name, entries in saved.items()}
+    part = store.sharding.part
+    saved = {
+        name: {key: part(name, key, entry) if isinstance(entry, Tensor) else entry for key, entry in entries.items()}
+        for name, entries in saved.items()
+    }
     expected: dict[str, dict[str, Tensor]] = {name: {STEPS: count} for name, count in store.steps.items()}
     for ref, leaf in pairs(store.refs, store.st):
         expected.setdefault(ref.name, {})[ref.key] = leaf

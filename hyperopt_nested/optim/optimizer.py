@@ -175,8 +175,7 @@ class HyperOptimizer(GroupedOptimizer):
         self._program_step = None
         if backend != "reference":
             self._programs = self._programs or Programs(backend, strict=self._backend != "auto")
-            reduce = store.sharding.reduce if store.sharding else None
-            self._program_step = ProgramStep(store.nested, self._programs, reduce)
+            self._program_step = ProgramStep(store.nested, self._programs, store.reduce)
 
     @overload
     def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
@@ -238,9 +237,9 @@ class HyperOptimizer(GroupedOptimizer):
                     "backend='reference' cannot be captured in a CUDA graph: it makes a new state in each step, which a replay does not go "
                     "on from. Use backend='foreach' or 'compile'"
                 )
-            tensors, reduce = store.tensors, sharding.reduce if sharding else None
+            tensors = store.tensors
             now = {name: tensors[name].detach() for name in grads}
-            new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian, reduce=reduce)
+            new, st = store.nested.step(now, grads, store.st, self._values(), learn=learn, hessian=hessian, reduce=store.reduce)
             for name, value in new.items():
                 tensors[name].copy_(value)
             for name, grad in grads.items() if exact is not None else ():
@@ -350,9 +349,10 @@ class HyperOptimizer(GroupedOptimizer):
         grads, store = self._grads(), self._store
         grads = {name: grad for name, grad in grads.items() if name in store.params}
         self._mind_changes(grads.keys())
-        grads, reduce = (store.sharding.gather(grads, grads), store.sharding.reduce) if store.sharding else (grads, None)
+        if store.sharding:
+            grads = store.sharding.gather(grads, grads)
         now = {name: tensor.detach() for name, tensor in store.tensors.items()}
-        store.take(store.nested.hyper_step(now, grads, store.st, self._values(), reduce=reduce), self.state)
+        store.take(store.nested.hyper_step(now, grads, store.st, self._values(), reduce=store.reduce), self.state)
         self._pinned.look(store.nested, store.st)
 
     def hypers(self) -> dict[str, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperopt_nested.engine.binding import Reduce
 from hyperopt_nested.engine.learned import COUNTED, Learner
 from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.optim.level import first_values
@@ -28,7 +29,6 @@ DECLARED = "declared."
 COORDINATES = "coordinates."
 """Prefix of entries that say which bijection's coordinates learned values are in, where there is one: its number, kept as above."""
 
-_OWN = ("rule.", "memory.")
 _PARTS = (*(f"{part}." for part in (*PER_TENSOR, "hypers", "learners", *COUNTED)), DECLARED, COORDINATES)
 _NONE: dict[str, Tensor] = {}
 _ONE = torch.ones((), dtype=torch.float64)
@@ -91,6 +91,11 @@ class ParamState:
     def tensors(self) -> Mapping[str, Tensor]:
         """What is stepped: the tensors that have state, or the parts of sharded ones that this process steps."""
         return self.sharding.tensors(self.params)
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """Completes numbers that were computed for parts of sharded tensors, as `Nested.step` takes it; None where there are none."""
+        return self.sharding.reduce if self.sharding else None
 
     def _count(self) -> None:
         self._counts = {name: int(count) for name, count in self.steps.items()}
@@ -170,13 +175,9 @@ class ParamState:
         """What is kept there; None if it is no tensor."""
         return _entry(self.roster, self.sharding, state, name, key)
 
-    def part(self, name: str, key: str, entry: Any) -> Any:
-        """What this process steps of an entry of the state of a tensor."""
-        return self.sharding.part(name, entry) if isinstance(entry, Tensor) and key.startswith(_OWN) else entry
-
     def _kept(self, ref: Ref, leaf: Tensor) -> Tensor:
         """An entry of the state: of a sharded tensor, a DTensor that shares the memory of the leaf."""
-        return self.sharding.joined(ref.name, leaf) if self.sharding and ref.key.startswith(_OWN) else leaf
+        return self.sharding.joined(ref.name, ref.key, leaf)
 
     def rule_states(self) -> dict[str, State]:
         """The states of rules, by tensor, as they are kept."""
@@ -344,7 +345,7 @@ def _entry(roster: Roster, sharding: Sharding, state: Mapping[Tensor, Mapping[st
     leaf = entries.get(key)
     if not isinstance(leaf, Tensor):
         return None
-    return sharding.part(name, leaf) if key.startswith(_OWN) else leaf
+    return sharding.part(name, key, leaf)
 
 
 def _option_copies(rule: Any) -> set[Path]:

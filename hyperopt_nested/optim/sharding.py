@@ -26,6 +26,9 @@ from hyperopt_nested.engine.nested import Nested
 from hyperopt_nested.ops import number_dtype, row_shape
 from hyperopt_nested.rule import Optimizer, Rule
 
+_OF_TENSORS = "rule.", "memory."
+"""Prefixes of entries that may be of the parameter's shape; learned values are plain tensors."""
+
 
 def is_sharded(tensor: Any) -> bool:
     """Whether that is a DTensor."""
@@ -178,13 +181,13 @@ class Sharding:
         pieces = torch.split_with_sizes(self._exchange.reduced(vector, operation), sizes)
         return {**parts, **{key: piece.view(parts[key].shape).to(parts[key]) for key, piece in zip(keys, pieces, strict=True)}}
 
-    def part(self, name: str, entry: Tensor) -> Tensor:
-        """What this process steps of an entry of the state of a tensor."""
-        return self.layouts[name].part(entry) if name in self.layouts else entry
+    def part(self, name: str, key: str, entry: Tensor) -> Tensor:
+        """What this process steps of the entry of that key in the state of a tensor."""
+        return self.layouts[name].part(entry) if name in self.layouts and key.startswith(_OF_TENSORS) else entry
 
-    def joined(self, name: str, leaf: Tensor) -> Tensor:
-        """The entry of the state that such a part belongs to."""
-        return self.layouts[name].joined(leaf) if name in self.layouts else leaf
+    def joined(self, name: str, key: str, leaf: Tensor) -> Tensor:
+        """The entry that such a part belongs to; it shares the memory of the part."""
+        return self.layouts[name].joined(leaf) if name in self.layouts and key.startswith(_OF_TENSORS) else leaf
 
     def like_param(self, name: str, part: Tensor) -> Tensor:
         """A tensor that is stepped as the parameter is, sharded as it."""
@@ -242,16 +245,14 @@ class _Exchange:
     def _places(self, name: str, param: Any) -> tuple[Tensor, Tensor]:
         """Where each element of the tensor is in what is gathered; and where those of this process are in the tensor."""
         local, size = _local(param), self._largest[name]
-        ids = self._rank * size + torch.arange(local.numel(), device=local.device)
-        sharded = _dtensor().from_local(
-            ids.view(local.shape), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=_stride(param.shape)
-        )
+        ids = self._rank * size + torch.arange(local.numel(), device=self.device).view(local.shape)
+        sharded: Any = _joined(ids, param.device_mesh, param.placements, param.shape)
         positions = sharded.full_tensor().reshape(-1)
         where = (positions // max(size, 1) == self._rank).nonzero().reshape(-1)
         own = torch.empty_like(where)
         own[positions[where] - self._rank * size] = where
         small = self._processes * size < 1 << 31
-        return positions.to(self.device, torch.int32 if small else torch.int64), own.to(local.device)
+        return positions.to(torch.int32 if small else torch.int64), own.to(local.device)
 
     def covers(self, mesh: Any) -> bool:
         """Whether these are the processes of a mesh."""
