@@ -87,6 +87,7 @@ class Lite(nn.Module):
         self.features._fc = nn.Identity()
         self.features.load_state_dict(keep(f"{name}-imagenet", functools.partial(_imagenet, name)))
         self.head = nn.Linear(width, classes)
+        self.to(memory_format=torch.channels_last)  # in which a step takes half of the time on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features((255 * images - 127) / 128))
