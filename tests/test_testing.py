@@ -17,7 +17,7 @@ from hyperopt_nested.testing import check, programs
 from hyperopt_nested.testing.hypergradients import PERS
 from hyperopt_nested.testing.subject import subject
 
-EXAMPLES = 30  # as check_rule has by default
+EXAMPLES = 15  # half of what check_rule has by default
 
 
 def test_a_right_rule_passes_and_the_report_says_what_was_verified() -> None:
@@ -30,7 +30,9 @@ def test_a_right_rule_passes_and_the_report_says_what_was_verified() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda rule: rule.name)
 def test_every_mutant_is_caught(mutant: hn.typing.FunctionRule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "_SHRINKS", 40)  # of these, examples need not be small
+    monkeypatch.setattr(check, "_SHRINKS", 20)  # of these, examples need not be small
+    monkeypatch.setattr(check, "_EXAMPLES", 60)  # and what none of so many verifies, none of more does
+    monkeypatch.setattr(check, "_ROUNDS", 4)
     words, needs_reference = MUTANTS[mutant]
     with pytest.raises(testing.RuleError) as caught:
         testing.check_rule(mutant, examples=EXAMPLES, reference=reference if needs_reference else None)
@@ -71,7 +73,8 @@ class Maximal(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad / (state["largest"].sqrt() + group["eps"]))
 
 
-def test_a_maximum_that_is_forgotten_in_one_branch_is_caught_by_a_reference() -> None:
+def test_a_maximum_that_is_forgotten_in_one_branch_is_caught_by_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_SHRINKS", 20)
     with pytest.raises(testing.RuleError, match="differs from the reference"):
         testing.check_rule(forgets_its_maximum, examples=EXAMPLES, reference=Maximal)
 
@@ -208,11 +211,12 @@ def test_options_that_a_rule_refuses_are_left_out_of_the_comparison_with_a_refer
         testing.check_rule(hn.sgd, examples=20, reference=lambda params, hypers: torch.optim.SGD(params, lr=hypers["lr"]))
 
 
-def test_a_failure_names_the_rule_the_hyper_the_shape_and_both_numbers() -> None:
+def test_a_failure_names_the_rule_the_hyper_the_shape_and_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     from mutants import detached_correction
 
+    monkeypatch.setattr(check, "_SHRINKS", 60)
     with pytest.raises(testing.RuleError) as caught:
-        testing.check_rule(detached_correction)
+        testing.check_rule(detached_correction, examples=EXAMPLES)
     first = str(caught.value).splitlines()[0]
     assert first.startswith("detached_correction: the hypergradient of beta is ")
     assert " but by finite differences " in first

@@ -59,6 +59,10 @@ class Report:
         return "\n".join(lines)
 
 
+class _Enough(BaseException):
+    """Ends a search: hypothesis catches every Exception, and would go on to draw examples that are not looked at."""
+
+
 def check_rule(rule: Checkable, *, examples: int = 30, reference: Reference | None = None, backends: Sequence[str] = ()) -> Report:
     """Check a rule's derivatives against finite differences, and the laws that it must obey.
 
@@ -195,7 +199,9 @@ def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequ
         nonlocal tries
         written = repr(case)
         tries += bool(broken)
-        if not broken or (written not in broken and tries <= _SHRINKS):
+        if tries > _SHRINKS:
+            raise _Enough
+        if written not in broken:
             try:
                 law(checked, case)
             except Inapplicable:
@@ -211,6 +217,8 @@ def _search(checked: Subject, law: Law, examples: int, turn: int = 0, pers: Sequ
         look()
     except RuleError as error:
         raise RuleError(str(error)) from None  # without hypothesis's own notes
+    except _Enough:
+        raise RuleError([*broken.values()][-1]) from None  # what is tried is smaller than what has failed before
     finally:
         torch.set_num_threads(threads)
 
