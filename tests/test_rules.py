@@ -8,7 +8,7 @@ from hyperopt_nested import registry
 from hyperopt_nested.testing.strategies import SHAPES
 from hyperopt_nested.testing.subject import subject
 
-EXAMPLES = 4 * settings.default.max_examples // 3  # 20 with the quick profile
+EXAMPLES = 2 * settings.default.max_examples // 3  # 10 with the quick profile
 
 
 @hn.testing.every_rule("hyperopt_nested", "ftp")
