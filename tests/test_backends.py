@@ -52,13 +52,15 @@ def test_programs_do_what_the_engine_does(name: str, backend: str) -> None:
     assert_same(found, Problem(optimizer, "reference").run(5))
 
 
-@pytest.mark.parametrize("how", [{}, {"horizon": hn.OneStep("reverse")}], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [*((name, "compile") for name in ("adamw", "muon", "ftp")), *((name, "fused") for name in ("adamw", "lamb", "ftp"))],
+    ("name", "backend", "memory"),
+    [
+        *(("adamw", "compile", "reverse"), ("muon", "compile", "auto"), ("ftp", "compile", "auto")),  # inductor takes long
+        *((name, "fused", memory) for name in ("adamw", "lamb", "ftp") for memory in ("auto", "reverse")),
+    ],
 )
-def test_optimized_programs_do_what_the_engine_does(name: str, backend: str, how: Any) -> None:
-    optimizer = subject(name).template
+def test_optimized_programs_do_what_the_engine_does(name: str, backend: str, memory: Any) -> None:
+    optimizer, how = subject(name).template, {"horizon": hn.OneStep(memory)}
     optimizer = optimizer.replace(lr=learned(0.05))
     assert_same(Problem(optimizer, backend, **how).run(5), Problem(optimizer, "reference", **how).run(5))
 
@@ -96,8 +98,14 @@ def layouts() -> dict[str, torch.nn.Parameter]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["foreach", "compile", "auto"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *(("foreach", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *(("auto", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        ("compile", torch.float32),  # whose programs are traced tensor by tensor
+    ],
+)
 @pytest.mark.usefixtures("quick_programs")
 def test_tensors_of_all_shapes_and_layouts_together(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "_AT_ONCE", 64)
@@ -234,7 +242,7 @@ def test_one_program_steps_all_tensors_of_a_gpu(name: str, monkeypatch: pytest.M
         return lambda *given: calls.append(len(given)) or graph(*given)
 
     monkeypatch.setattr("torch._inductor.compile", compiled)
-    shapes = [(4, 3), (3,), (2, 3, 2, 2)] * 20
+    shapes = [(4, 3), (3,), (2, 3, 2, 2)] * 8
     ends = []
     for backend in ("compile", "reference"):
         params = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)]
@@ -250,7 +258,7 @@ def test_one_program_steps_all_tensors_of_a_gpu(name: str, monkeypatch: pytest.M
         assert opt.backend == backend
         if backend == "compile":
             assert 0 < len(calls) < 20
-            assert max(calls) > 60
+            assert max(calls) > len(shapes)
     for found, expected in zip(*ends, strict=True):
         assert relative_error(found, expected) < EXACT
 
