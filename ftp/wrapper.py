@@ -167,15 +167,16 @@ class FTP(torch.optim.Optimizer):
                 mine["lr"] = group["lr"]
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, **arguments: Any) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], **arguments: Any) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, **arguments: Any) -> float | None:
         """Step the optimizer inside; then learn the radii, and project the tensors that have a gradient.
 
         Args:
             closure: evaluates the model again and returns the loss; the optimizer inside calls it.
+            arguments: what else the step of the optimizer inside takes, such as `loss`.
 
         Returns:
             What the optimizer inside returns.
@@ -185,17 +186,18 @@ class FTP(torch.optim.Optimizer):
         """
         left: dict[Tensor, Tensor | None] = {}
         try:
-            return self.projection.step(lambda: self._step_inside(closure, left))  # which torch.compile does not trace
+            return self.projection.step(lambda: self._step_inside(closure, arguments, left))  # which torch.compile does not trace
         finally:
             for p, grad in left.items():
                 p.grad = grad
 
     @torch.no_grad()
-    def _step_inside(self, closure: Callable[[], float] | None, left: dict[Tensor, Tensor | None]) -> float:
+    def _step_inside(self, closure: Callable[[], float] | None, arguments: Mapping[str, Any], left: dict[Tensor, Tensor | None]) -> float:
         """Step the optimizer inside; then put gradients in place as they were before, and so that they descend, for radii to learn from.
 
         Args:
             closure: as of `step`.
+            arguments: as of `step`.
             left: is given the gradients that the optimizer inside leaves, where others are put in their place.
         """
         self._synchronize()
@@ -217,7 +219,7 @@ class FTP(torch.optim.Optimizer):
 
         if closure is None:
             begin()
-        loss = cast(float, self.optimizer.step(evaluated if closure is not None else None))
+        loss = cast(float, self.optimizer.step(evaluated if closure is not None else None, **arguments))
         left |= {p: p.grad for p in before}
         for p, grad in before.items():
             p.grad = grad

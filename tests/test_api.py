@@ -277,6 +277,15 @@ def test_numbers_of_groups_are_set() -> None:
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.9, 0.5)]
 
 
+def test_a_tensor_in_the_place_of_a_number_stays_and_holds_the_value() -> None:
+    rate, model = torch.tensor(0.1), models(1)[0]
+    optimizer = hn.HyperOptimizer(model.named_parameters(), hn.sgd())
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.set_hyper("lr", 0.3)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.3
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import random
 import re
 from collections.abc import Callable
@@ -164,6 +165,31 @@ def test_kernels_split_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ends[0][0].items():
         assert relative_error(value, ends[1][0][name]) < EXACT, name
         assert relative_error(ends[0][1][name], ends[1][1][name]) < EXACT, name
+
+
+@pytest.mark.parametrize(("at", "bad"), [(0, math.nan), (127, math.inf), (128, 1e308), (449, math.nan)])
+@pytest.mark.parametrize("where", ["grad", "param", "exp_avg", "exp_avg_sq"])
+def test_a_chunk_with_what_is_not_finite_is_done_again(where: str, at: int, bad: float) -> None:
+    """Kernels take the elements of a chunk to be finite, and look afterwards: at its begin, its end, and in the last one."""
+    ends = {}
+    for backend in ("fused", "reference"):
+        param = torch.nn.Parameter(torch.linspace(0.5, 1.5, 450).reshape(3, 150))
+        opt = hn.optim.AdamW([("w", param)], lr=hn.learn(1e-3), weight_decay=hn.learn(1e-2), backend=backend)  # type: ignore[arg-type]
+        for at_step in range(4):
+            param.grad = torch.cos(param.detach() + at_step)
+            if at_step == 2:
+                entry = {"grad": param.grad, "param": param.data}.get(where)
+                entry = opt.state[param][f"rule.{where}"] if entry is None else entry
+                entry.view(-1)[at] = bad
+            opt.step()
+        ends[backend] = [
+            param.detach(),
+            *opt.learned_tensors().values(),
+            *(opt.state[param][f"rule.{key}"] for key in ("exp_avg", "exp_avg_sq")),
+        ]
+        ends[backend] += [torch.tensor(sum(map(float, opt.nonfinite_counts().values())))]
+    for found, expected in zip(*ends.values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=10 * EXACT, atol=0, equal_nan=True)
 
 
 class Calls(TorchDispatchMode):

@@ -249,6 +249,20 @@ def test_a_closure_is_evaluated_by_the_optimizer_inside() -> None:
         assert hn.mars.norm(p.detach() - anchors[f"0.{i}"]).item() <= projected.learned()[f"radius/0.{i}"] * (1 + 1e-9)
 
 
+def test_a_loss_is_handed_to_the_optimizer_inside() -> None:
+    tensors = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    inside, alone = (hn.HyperOptimizer([("w", each)], hn.polyak(hn.sgd(lr=0.1))) for each in tensors)
+    wrapped = FTP(inside, exclude="w")
+    for _ in range(3):
+        for each, opt in zip(tensors, (wrapped, alone), strict=True):
+            opt.zero_grad()
+            loss = each.square().sum()
+            loss.backward()
+            opt.step(loss=loss)
+    assert torch.equal(*tensors)
+    assert tensors[0].ne(1).all()
+
+
 def test_radii_learn_from_gradients_as_they_were_before_the_step() -> None:
     """The optimizer by hand adds its decay to them, in place; the same without a trace gives the same radii."""
 

@@ -1,8 +1,10 @@
 """Graphs as C++: one function for many tensors at once, which sweeps over their memory as seldom as can be."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -138,6 +140,18 @@ class _Code:
         return f"upper({value})" if self.types[index] == "uint16_t" else value
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """What one loop over a row does."""
+
+    here: Sequence[Value]  # elements that are computed
+    sums: Sequence[Value]  # what is summed up: for a row, or for the tensor
+    stores: Mapping[int, str]  # by argument that is written: the array to write to
+    loads: Mapping[Value, int | None]  # what is read: from an argument, or what an earlier loop has kept
+    sure: Mapping[Value, Value]  # see `_sure`
+    saved: Sequence[int]  # arguments whose old elements it takes to do a chunk again
+
+
 class _SweepCode:
     """A function for some rows of one tensor: loops over each row, between which are what there is one of."""
 
@@ -210,81 +224,112 @@ class _SweepCode:
 
     def _loop(self, k: int) -> Iterator[str]:
         """One loop over a row: what is computed in it, summed up, kept for later loops and written. It fetches what comes after the row."""
-        sweep, level, name = self._sweep, self._level, self._name
-        here = [value for value in self._elements if level[value] == k]
-        sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
-        totals = [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
-        stores = [i for i, at in self._writes.items() if at == k]
-        if not (here or sums or totals or stores):
+        sweep, loop = self._sweep, self._planned(k)
+        if not (loop.here or loop.sums or loop.stores):
             return
-        wanted = {*[each for value in [*here, *sums, *totals] for each in value.operands], *[sweep.writes[i] for i in stores]} - {*here}
-        wanted = {value for value in wanted if value.kind == Kind.ELEMENT and value.op != "constant"}
-        # what each is loaded from: what an argument holds of it, or what an earlier loop has kept
-        loads = {v: sweep.sources.get(v.operands[0] if self._is_read(v) else v) for v in sweep.values if v in wanted}
-        to = {i: f"out{i}" if i in self._only_written else f"p{i}" for i in stores}
-
-        def body(half: str = "") -> Iterator[str]:
-            """What is done to an element, or to the first or second of two neighbours."""
-            kept_at = "columns / 2 + j" if half == "second" else "j"
-            if any(value.op == "index" for value in here):
-                yield f"      const int32_t index = start + int32_t({ {'': 'j', 'first': '2 * j', 'second': '2 * j + 1'}[half] });\n"
-            for value, i in loads.items():
-                source = f"load_{half}(pair{i})" if half else f"load(p{i}[j])"
-                yield f"      const {_type(value)} {name[value]} = {f'kept_{name[value]}[{kept_at}]' if i is None else source};\n"
-            for value in here:
-                yield f"      {self._declared(value)}"
-                if value in self._kept:
-                    yield f"      kept_{name[value]}[{kept_at}] = {name[value]};\n"
-            for total in [*sums, *totals]:
-                into, given = f"s_{name[total]}", self._read(total.operands[0])
-                if total.op == "amax":
-                    yield f"      {into} = {given} > {into} ? {given} : {into}; nan_{into} |= {given} != {given};\n"
-                else:
-                    yield f"      {into} += {given};\n"
-            for i in stores:
-                given = self._read(sweep.writes[i])
-                yield f"      {half}{i} = {given};\n" if half else f"      {to[i]}[j] = {self._code.stored(i, given)};\n"
-
-        clauses, after = [], []
-        for total in [*sums, *totals]:
-            found, part = f"s_{name[total]}", f"part.{name[total]}"
+        clauses, after, accumulators = list[str](), list[str](), list[tuple[str, str]]()
+        for total in loop.sums:
+            found, part = f"s_{self._name[total]}", f"part.{self._name[total]}"
             yield f"    {_type(total.operands[0])} {found} = {_start(total)};\n"
+            accumulators.append((_type(total.operands[0]), found))
             if total.op == "amax":
                 yield f"    int nan_{found} = 0;\n"
+                accumulators.append(("int", f"nan_{found}"))
                 clauses += [f"reduction(max: {found})", f"reduction(|: nan_{found})"]
                 found = f"(nan_{found} ? NAN : {found})"
             else:
                 clauses.append(f"reduction(+: {found})")
-            if total in sums:
-                after.append(f"    const {_type(total)} {name[total]} = {found}{' / columns' if total.op == 'mean' else ''};\n")
+            if is_row_total(total):
+                after.append(f"    const {_type(total)} {self._name[total]} = {found}{' / columns' if total.op == 'mean' else ''};\n")
             else:
                 after.append(f"    {part} = {_grown(total, part, found)};\n")
-        after += [f"    put(p{i}, {to[i]}, columns, past);\n" for i in stores if i in self._only_written]
+        after += [f"    put(p{i}, {to}, columns, past);\n" for i, to in loop.stores.items() if i in self._only_written]
         count, unit = ("columns / 2", 2) if self._paired else ("columns", 1)
         yield f"    for (int64_t begin = 0; begin < {count}; begin += CHUNK) {{\n"
         yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
         for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
-            ahead = "2 * columns" if sweep.by_row else f"4096 / sizeof(*p{i})"
+            ahead = "2 * columns" if sweep.by_row else f"2048 / sizeof(*p{i})"
             yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
-        yield f"      #pragma omp simd {' '.join(clauses)}\n      for (int64_t j = begin; j < end; j++) {{\n"
+        each = "for (int64_t j = begin; j < end; j++) {\n"
+        if loop.sure:
+            kind = "double" if "double" in map(_type, loop.sure.values()) else "float"
+            yield f"      {kind} check = 0;\n"
+            yield from (f"      alignas(64) {self._code.types[i]} old{i}[CHUNK];\n" for i in loop.saved)
+            yield from (f"      const {kind} before_{found} = {found};\n" for kind, found in accumulators)
+            yield f"      #pragma omp simd {' '.join([*clauses, 'reduction(+: check)'])}\n      {each}"
+            yield from self._body(loop, checked=True)
+            yield "      }\n      if (std::abs(check) < INFINITY) continue;\n"
+            yield from (f"      {found} = before_{found};\n" for _, found in accumulators)
+        yield f"      #pragma omp simd {' '.join(clauses)}\n      {each}"
         if self._paired:
-            yield from (
-                f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in sorted({i for i in loads.values() if i is not None})
-            )
-            yield from (f"      float first{i}, second{i};\n" for i in stores)
+            pairs = sorted({i for i in loop.loads.values() if i is not None})
+            yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
+            yield from (f"      float first{i}, second{i};\n" for i in loop.stores)
             for half in ("first", "second"):
-                yield from ["      {\n", *body(half), "      }\n"]
-            yield from (f"      ((Pair*){to[i]})[j] = pair(first{i}, second{i});\n" for i in stores)
+                yield from ["      {\n", *self._body(loop, half), "      }\n"]
+            yield from (f"      ((Pair*){to})[j] = pair(first{i}, second{i});\n" for i, to in loop.stores.items())
             yield "      }\n    }\n    if (columns % 2) {\n      const int64_t j = columns - 1;\n"
-            yield from body()
+            yield from self._body(loop)
             yield "    }\n"
         else:
-            yield from body()
+            yield from self._body(loop)
             yield "      }\n    }\n"
         yield from after
 
-    def _declared(self, value: Value) -> str:
-        return f"const {_type(value)} {self._name[value]} = {self._code.expression(value, self._read)};\n"
+    def _planned(self, k: int) -> "_Loop":
+        """What a loop does."""
+        sweep, level = self._sweep, self._level
+        here = [value for value in self._elements if level[value] == k]
+        sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
+        sums += [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
+        stores = {i: f"out{i}" if i in self._only_written else f"p{i}" for i, at in self._writes.items() if at == k}
+        stored = [sweep.writes[i] for i in stores]
+        wanted = {*[each for value in [*here, *sums] for each in value.operands], *stored} - {*here}
+        wanted = {value for value in wanted if value.kind == Kind.ELEMENT and value.op != "constant"}
+        loads = {v: sweep.sources.get(v.operands[0] if self._is_read(v) else v) for v in sweep.values if v in wanted}
+        roots = [*(total.operands[0] for total in sums), *(value for value in here if value in self._kept), *stored]
+        saved = [i for i in stores if i in loads.values()]
+        sure = {} if self._paired else _sure(roots, here, saved)
+        return _Loop(here, sums, stores, loads, sure, saved if sure else [])
+
+    def _body(self, loop: "_Loop", half: str = "", *, checked: bool = False) -> Iterator[str]:
+        """What is done to an element, or to the first or second of two neighbours.
+
+        Args:
+            loop: the loop.
+            half: "first" or "second"; else "".
+            checked: whether what `loop.sure` has is taken to be finite, which `check` tells afterwards.
+        """
+        name, kept_at = self._name, "columns / 2 + j" if half == "second" else "j"
+        if any(value.op == "index" for value in loop.here):
+            yield f"      const int32_t index = start + int32_t({ {'': 'j', 'first': '2 * j', 'second': '2 * j + 1'}[half] });\n"
+        for value, i in loop.loads.items():
+            again = i in loop.saved and not checked
+            source = f"load_{half}(pair{i})" if half else f"load(old{i}[j - begin])" if again else f"load(p{i}[j])"
+            yield f"      const {_type(value)} {name[value]} = {f'kept_{name[value]}[{kept_at}]' if i is None else source};\n"
+        if checked:
+            yield from (f"      old{i}[j - begin] = p{i}[j];\n" for i in loop.saved)
+        for value in loop.here:
+            yield f"      {self._declared(value, loop.sure if checked else ())}"
+            if value in self._kept:
+                yield f"      kept_{name[value]}[{kept_at}] = {name[value]};\n"
+        if checked:
+            yield from (f"      check += {self._read(size)};\n" for size in loop.sure.values())
+        for total in loop.sums:
+            into, given = f"s_{name[total]}", self._read(total.operands[0])
+            if total.op == "amax":
+                yield f"      {into} = {given} > {into} ? {given} : {into}; nan_{into} |= {given} != {given};\n"
+            else:
+                yield f"      {into} += {given};\n"
+        for i, to in loop.stores.items():
+            given = self._read(self._sweep.writes[i])
+            yield f"      {half}{i} = {given};\n" if half else f"      {to}[j] = {self._code.stored(i, given)};\n"
+
+    def _declared(self, value: Value, sure: Collection[Value] = ()) -> str:
+        expression = self._code.expression(value, self._read)
+        if value.op == "where" and value.args[0] in sure:
+            expression = f"{_type(value)}({self._read(value.args[1], value.dtype)})"
+        return f"const {_type(value)} {self._name[value]} = {expression};\n"
 
     def _read(self, value: Value, dtype: torch.dtype | None = None) -> str:
         """A value in a loop over rows, or over one row, in a dtype; numbers are read, and converted, once before these."""
@@ -302,6 +347,44 @@ class _SweepCode:
         """Whether it is what an argument holds, in another dtype, to which C++ converts it."""
         cast, sources = value.op == "cast" and value.dtype != torch.bfloat16, self._sweep.sources
         return cast and value not in sources and value.operands[0] in sources
+
+
+def _sure(roots: Iterable[Value], here: Collection[Value], saved: Sequence[int]) -> dict[Value, Value]:
+    """Conditions that something is finite, by which a loop chooses, and what that is; none where the loop is hardly shorter without.
+
+    Such a loop takes them to hold, computes less, and sums up what has to be finite. Where the sum of a chunk is not, it does the chunk
+    again, with the conditions.
+
+    Args:
+        roots: what the loop is for.
+        here: what it computes.
+        saved: arguments that it would have to save.
+    """
+    found: dict[Value, Value] = {}
+    left: set[Value] = set()  # what there is to compute if the conditions hold
+
+    def visit(value: Value) -> None:
+        if value in left or value not in here:
+            return
+        left.add(value)
+        operands = value.operands
+        if value.op == "where" and (size := _finite(value.args[0])):
+            found[value.args[0]] = size
+            operands = size, *value.operands[1:2]
+        for each in operands:
+            visit(each)
+
+    for root in roots:
+        visit(root)
+    return found if len(here) - len(left) > len(found) + len(saved) else {}
+
+
+def _finite(condition: Value) -> Value | None:
+    """What a condition says is finite, if it says that of elements."""
+    match condition:
+        case Value(op="lt", kind=Kind.ELEMENT, args=(Value(op="abs", args=(size,)), end)) if end.is_constant(math.inf):
+            return cast(Value, size)
+    return None
 
 
 def _start(total: Value) -> str:

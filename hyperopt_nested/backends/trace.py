@@ -162,6 +162,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             case "logical_and", Value(op="eq", args=(x, y)), Value(op="ne", args=(Value(op="abs", args=(z,)) as size, end)):
                 if x is y is z and end.is_constant(torch.inf):
                     name, args, computed = "lt", [size, end], args[1].computed
+            case "where", Value(op="gt", args=(x, end)) as positive, Value(op="sqrt", args=(inside,)) as root, zero:
+                of_itself = inside.op == "where" and inside.args[:2] == (positive, x)
+                if of_itself and end.is_constant(0) and zero.is_constant(0):  # a root that is zero up to zero
+                    return self._value("sqrt", (self._value("where", (positive, x, zero), x.kind, dtype),), root.kind, dtype)
         kind = max(arg.kind for arg in args if arg is not None)
         zero, one = ([arg is not None and arg.is_constant(number) for arg in args] for number in (0, 1))
         same = None

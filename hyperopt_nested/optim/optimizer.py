@@ -422,7 +422,8 @@ class HyperOptimizer(GroupedOptimizer):
         """Set the value of a hyper, learned or not. A learned one goes on from there.
 
         A learned value becomes the one whose effective value, after what schedules have made of it, is `value`; parameter groups that
-        share it keep their ratio. A hyper that is not learned is a number of parameter groups, which a scheduler may change again.
+        share it keep their ratio. A hyper that is not learned is a number of parameter groups, which a scheduler may change again; a tensor
+        in the place of the number stays, and holds the value.
 
         Args:
             name: a hyper (`lr`) for all of its values, or one of them: a name that `learned` returns, or `lr/group 1`.
@@ -449,7 +450,11 @@ class HyperOptimizer(GroupedOptimizer):
             self._store.take(new, self.state)
         for index, hyper in groups.items():
             group = self.param_groups[index]
-            group.update(pack({key: value if key == hyper else number for key, number in unpack(group).items()}))
+            numbers = unpack(group)
+            if isinstance(numbers[hyper], Tensor):
+                numbers[hyper].fill_(value)
+            else:
+                group.update(pack({**numbers, hyper: value}))
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of all groups, each once, with the names that they have in results such as `hypers` and in messages."""
