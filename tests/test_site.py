@@ -17,7 +17,7 @@ from browser import PROGRAM, Browser
 from hooks import ROOT
 from release import facts
 
-pytestmark = [pytest.mark.skipif(PROGRAM is None, reason="no Chromium"), pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
 SITE, PICTURES = ROOT / "site", ROOT / "site-pictures"
 SOURCES = ("docs", "tools", "hyperopt_nested", "ftp", "mkdocs.yml", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md")
 PREFIX = urlsplit(facts(ROOT)["urls"]["Documentation"]).path
@@ -81,41 +81,27 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(scope="module")
-def pages(site: Path, address: str, browser: Browser) -> dict[str, dict[int | str, Any]]:
-    """By page: what it looks like at each width, and its errors."""
+def test_pages_load_and_fit(site: Path, address: str, browser: Browser) -> None:
+    """Without errors, and from one host; nothing scrolls sideways, nor does code on a desktop; formulas are shown."""
     PICTURES.mkdir(exist_ok=True)
-    found = dict[str, dict[int | str, Any]]()
+    errors, looks = dict[str, list[str]](), {width: dict[str, Any]() for width in (1400, 390)}
     for path in sorted(site.rglob("*.html")):
         page = path.relative_to(site).as_posix().removesuffix("index.html")
         browser.open(address + page, 1400)
-        looks: dict[int | str, Any] = found.setdefault(page, {})
-        for width in (1400, 390):
+        for width in looks:
             browser.resize(width)
-            looks[width] = browser.run(LOOK)
+            looks[width][page] = browser.run(LOOK)
             if not page.startswith("api/"):  # a picture takes as long as the rest, and those pages look alike
                 browser.picture(PICTURES / f"{page.strip('/').replace('/', '-') or 'home'}-{width}.png")
-        looks["errors"], browser.errors = browser.errors, []
-    return found
-
-
-def test_pages_load_without_errors_and_from_one_host(pages: dict[str, dict[int | str, Any]]) -> None:
-    assert len(pages) > 25
-    assert {page: looks["errors"] for page, looks in pages.items() if looks["errors"]} == {}
-
-
-@pytest.mark.parametrize("width", [390, 1400])
-def test_no_page_scrolls_sideways(pages: dict[str, dict[int | str, Any]], width: int) -> None:
-    assert {page: looks[width]["width"] for page, looks in pages.items() if looks[width]["width"] > width} == {}
-
-
-def test_no_code_scrolls_on_a_desktop(pages: dict[str, dict[int | str, Any]]) -> None:
-    assert {page: looks[1400]["scrolls"] for page, looks in pages.items() if looks[1400]["scrolls"]} == {}
-
-
-def test_formulas_are_shown(pages: dict[str, dict[int | str, Any]]) -> None:
-    assert {page: looks[1400]["tex"] for page, looks in pages.items() if looks[1400]["tex"]} == {}
-    heights = [height for looks in pages.values() for height in looks[1400]["formulas"]]
+        errors[page], browser.errors = browser.errors, []
+    assert len(errors) > 25
+    assert {page: found for page, found in errors.items() if found} == {}
+    for width, of_pages in looks.items():
+        assert {page: look["width"] for page, look in of_pages.items() if look["width"] > width} == {}
+    desktop = looks[1400]
+    assert {page: look["scrolls"] for page, look in desktop.items() if look["scrolls"]} == {}
+    assert {page: look["tex"] for page, look in desktop.items() if look["tex"]} == {}
+    heights = [height for look in desktop.values() for height in look["formulas"]]
     assert len(heights) > 30
     assert min(heights) > 5
 
