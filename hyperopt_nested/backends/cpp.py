@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value
+from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value, reachable
 from hyperopt_nested.backends.sweeps import Sweep, Sweeps, is_row_total, levels
 
 HEADER, DRIVER = (Path(__file__).with_name(name).read_text() for name in ("kernel.h", "driver.h"))
@@ -227,14 +226,14 @@ class _SweepCode:
         sweep, loop = self._sweep, self._planned(k)
         if not (loop.here or loop.sums or loop.stores):
             return
-        clauses, after, accumulators = list[str](), list[str](), list[tuple[str, str]]()
+        clauses, after, accumulators = list[str](), list[str](), list[str]()
         for total in loop.sums:
             found, part = f"s_{self._name[total]}", f"part.{self._name[total]}"
             yield f"    {_type(total.operands[0])} {found} = {_start(total)};\n"
-            accumulators.append((_type(total.operands[0]), found))
+            accumulators.append(found)
             if total.op == "amax":
                 yield f"    int nan_{found} = 0;\n"
-                accumulators.append(("int", f"nan_{found}"))
+                accumulators.append(f"nan_{found}")
                 clauses += [f"reduction(max: {found})", f"reduction(|: nan_{found})"]
                 found = f"(nan_{found} ? NAN : {found})"
             else:
@@ -250,17 +249,17 @@ class _SweepCode:
         for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
             ahead = "2 * columns" if sweep.by_row else f"2048 / sizeof(*p{i})"
             yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
-        each = "for (int64_t j = begin; j < end; j++) {\n"
+        elements = "for (int64_t j = begin; j < end; j++) {\n"
         if loop.sure:
             kind = "double" if "double" in map(_type, loop.sure.values()) else "float"
             yield f"      {kind} check = 0;\n"
             yield from (f"      alignas(64) {self._code.types[i]} old{i}[CHUNK];\n" for i in loop.saved)
-            yield from (f"      const {kind} before_{found} = {found};\n" for kind, found in accumulators)
-            yield f"      #pragma omp simd {' '.join([*clauses, 'reduction(+: check)'])}\n      {each}"
+            yield from (f"      const auto before_{each} = {each};\n" for each in accumulators)
+            yield f"      #pragma omp simd {' '.join([*clauses, 'reduction(+: check)'])}\n      {elements}"
             yield from self._body(loop, checked=True)
             yield "      }\n      if (std::abs(check) < INFINITY) continue;\n"
-            yield from (f"      {found} = before_{found};\n" for _, found in accumulators)
-        yield f"      #pragma omp simd {' '.join(clauses)}\n      {each}"
+            yield from (f"      {each} = before_{each};\n" for each in accumulators)
+        yield f"      #pragma omp simd {' '.join(clauses)}\n      {elements}"
         if self._paired:
             pairs = sorted({i for i in loop.loads.values() if i is not None})
             yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
@@ -326,9 +325,10 @@ class _SweepCode:
             yield f"      {half}{i} = {given};\n" if half else f"      {to}[j] = {self._code.stored(i, given)};\n"
 
     def _declared(self, value: Value, sure: Collection[Value] = ()) -> str:
-        expression = self._code.expression(value, self._read)
         if value.op == "where" and value.args[0] in sure:
-            expression = f"{_type(value)}({self._read(value.args[1], value.dtype)})"
+            expression = self._read(value.args[1], value.dtype)
+        else:
+            expression = self._code.expression(value, self._read)
         return f"const {_type(value)} {self._name[value]} = {expression};\n"
 
     def _read(self, value: Value, dtype: torch.dtype | None = None) -> str:
@@ -360,30 +360,25 @@ def _sure(roots: Iterable[Value], here: Collection[Value], saved: Sequence[int])
         here: what it computes.
         saved: arguments that it would have to save.
     """
-    found: dict[Value, Value] = {}
-    left: set[Value] = set()  # what there is to compute if the conditions hold
+    found, inside = dict[Value, Value](), {*here}
 
-    def visit(value: Value) -> None:
-        if value in left or value not in here:
-            return
-        left.add(value)
-        operands = value.operands
-        if value.op == "where" and (size := _finite(value.args[0])):
+    def operands(value: Value) -> Iterable[Value]:
+        """What a value is made of in the loop if the conditions hold."""
+        if value in inside and value.op == "where" and (size := _finite(value.args[0])):
             found[value.args[0]] = size
-            operands = size, *value.operands[1:2]
-        for each in operands:
-            visit(each)
+            return size, value.args[1]
+        return value.operands if value in inside else ()
 
-    for root in roots:
-        visit(root)
-    return found if len(here) - len(left) > len(found) + len(saved) else {}
+    left = inside.intersection(reachable(roots, operands))
+    return found if len(inside) - len(left) > len(found) + len(saved) else {}
 
 
 def _finite(condition: Value) -> Value | None:
     """What a condition says is finite, if it says that of elements."""
     match condition:
         case Value(op="lt", kind=Kind.ELEMENT, args=(Value(op="abs", args=(size,)), end)) if end.is_constant(math.inf):
-            return cast(Value, size)
+            found: Value = size
+            return found
     return None
 
 

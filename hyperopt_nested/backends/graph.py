@@ -96,13 +96,13 @@ class UpdateGraph:
         return self.inputs, tuple(nodes), tuple((i, index[value]) for i, value in self.outputs)
 
 
-def reachable(roots: Iterable[Value], through: Callable[[Value], bool] = lambda _: True) -> list[Value]:
-    """Values that some are made of, and these, each after those that it is made of; of some not looked `through`."""
+def reachable(roots: Iterable[Value], operands: Callable[[Value], Iterable[Value]] = lambda value: value.operands) -> list[Value]:
+    """Values that some are made of, and these, each after those that it is made of, which `operands` tells."""
     found: dict[Value, None] = {}
 
     def visit(value: Value) -> None:
         if value not in found:
-            for operand in value.operands if through(value) else ():
+            for operand in operands(value):
                 visit(operand)
             found[value] = None
 

@@ -121,10 +121,10 @@ def _read_back(outputs: Mapping[int, Value], movable: Iterable[int], roots: Iter
         early = {i: value for i, value in early.items() if i not in lost}
 
 
-def _within(written: Mapping[int, Value]) -> Callable[[Value], bool]:
-    """What is looked through in a pass: rows and elements that are not `written` by an earlier one."""
+def _within(written: Mapping[int, Value]) -> Callable[[Value], Iterable[Value]]:
+    """What a value is made of in a pass: nothing if it is a number, or `written` by an earlier pass."""
     known = set(written.values())
-    return lambda value: value.kind != Kind.NUMBER and value not in known
+    return lambda value: value.operands if value.kind != Kind.NUMBER and value not in known else ()
 
 
 def _bytes_touched(graph: UpdateGraph, sweeps: Iterable[Sweep]) -> int:
