@@ -25,6 +25,8 @@ RESULTS = {
     "write_a_rule": r"step   0  loss 0\.79.*(\n.*){3}\nstep 200  loss 0\.10\d+  lr 0\.02\d+  beta 0\.85\d+  delta 0\.05\d+",
 }
 
+ARGUMENTS = {"audit_the_horizon": ["picture.png", "20"]}  # fewer steps of what is not compared
+
 DISTRIBUTED = {  # in this order: the last goes on from where the one before has ended, with fewer processes
     "2 learn_the_rate_ddp.py": r"rate 0\.0003 learned to 0\.0[1-9]\d*, equal on 2 processes\ntest accuracy 0\.[89]",
     "2 tensor_parallel.py": r"test accuracy 0\.[89]\d+, 3 exchanges in a step",
@@ -47,11 +49,11 @@ def test_every_example_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_example(name: str) -> None:
+def test_example(name: str, tmp_path: Path) -> None:
     quiet = ["-W", "error", "-W", "ignore:`torch.jit.script"]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side, and threads that wait for a core are many times slower
-    path = str(EXAMPLES / f"{name}.py")
-    done = subprocess.run([sys.executable, *quiet, path], capture_output=True, text=True, check=False, env=one_core)
+    command = [sys.executable, *quiet, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_core, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(RESULTS[name], done.stdout), done.stdout
 

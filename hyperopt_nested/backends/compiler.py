@@ -23,7 +23,7 @@ from pathlib import Path
 CACHE_VARIABLE = "HYPEROPT_NESTED_CACHE"  # the environment variable that names the folder where compiled kernels are kept
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_ALWAYS = ("-std=c++17", "-fopenmp", "-fPIC", "-shared", "-pipe", "-w")
+_ALWAYS = ("-std=c++14", "-fopenmp", "-fPIC", "-shared", "-pipe", "-w")
 _MARK = b"hyperopt-nested:"
 _log = logging.getLogger("hyperopt_nested")
 _lock = threading.RLock()

@@ -76,15 +76,16 @@ class _Code:
             blocks = "by_row" if sweep.by_row else "flat"
             yield f"""\
 {each} numbers{at}({given}, numbers[t]);
-    std::vector<Part{at}> parts{at}({blocks}.size());
+    Array<Part{at}> parts{at};
+    parts{at}.resize({blocks}.size);
     #pragma omp parallel for schedule(static) num_threads(team)
-    for (int64_t i = 0; i < (int64_t){blocks}.size(); i++) {{
+    for (int64_t i = 0; i < {blocks}.size; i++) {{
       auto b = {blocks}[i]; int64_t t = b.tensor;
       sweep{at}({given}, numbers[t], b.first, b.rows, b.columns, past, parts{at}[i]);
     }}
     for (int64_t t = begin, i = 0; t < end; t++) {{
       Part{at} all;
-      for (; i < (int64_t){blocks}.size() && {blocks}[i].tensor == t; i++) all.add(parts{at}[i]);
+      for (; i < {blocks}.size && {blocks}[i].tensor == t; i++) all.add(parts{at}[i]);
 """
             for total in sweep.totals:
                 count = " / (double(rows[t]) * columns[t])" if total.op == "mean" else ""
@@ -192,8 +193,8 @@ class _SweepCode:
         rows = {f"kept_{self._name[v]}": "uint8_t" if v.dtype == torch.bool else _type(v) for v in self._elements if v in self._kept}
         rows |= {f"out{i}": types[i] for i in self._writes if i in self._only_written}
         for name, kind in rows.items():
-            yield f"  thread_local std::vector<{kind}> store_{name}; store_{name}.resize(columns);\n"
-            yield f"  {kind}* __restrict__ const {name} = store_{name}.data();\n"
+            yield f"  thread_local Array<{kind}> store_{name}; store_{name}.resize(columns);\n"
+            yield f"  {kind}* __restrict__ const {name} = store_{name}.data;\n"
         yield "  for (int64_t row = first; row < first + rows; row++) {\n"
         if any(value.op == "index" for value in self._elements):
             yield f"    const int32_t start = {'row * columns' if sweep.by_row else 'first'};\n"

@@ -1,17 +1,32 @@
 // What is the same in all kernels. ROUNDS says whether anything is rounded to bfloat16.
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
 
 static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 static inline float load(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-template <typename T> static inline T load(T x) {
-  if constexpr (ROUNDS && std::is_floating_point_v<T>) return x != x ? T(NAN) : x;
-  return x;
-}
+static inline float load(float x) { return ROUNDS && x != x ? NAN : x; }
+static inline double load(double x) { return ROUNDS && x != x ? NAN : x; }
+template <typename T> static inline T load(T x) { return x; }
+
+// for std::vector, whose header takes longer to compile than most kernels
+template <typename T> struct Array {
+  T* data = nullptr;
+  int64_t size = 0, room = 0;
+  ~Array() { delete[] data; }
+  T& operator[](int64_t i) { return data[i]; }
+  void add(const T& x) { resize(size + 1), data[size - 1] = x; }
+  void resize(int64_t count) {
+    if (count > room) {
+      T* const bigger = new T[room = larger(count, 2 * room)]();
+      for (int64_t i = 0; i < size; i++) bigger[i] = data[i];
+      delete[] data;
+      data = bigger;
+    }
+    size = count;
+  }
+};
+
 // bfloat16, which a NaN stays through if it is read from that, or by `load`: no carry gets as far as its sign then
 static inline float round16(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
@@ -54,7 +69,7 @@ template <typename T> static inline void put(T* to, const T* from, int64_t count
     return;
   }
 #endif
-  std::memcpy(to, from, count * sizeof(T));
+  __builtin_memcpy(to, from, count * sizeof(T));
 }
 
 // asks memory for what is needed soon, in whole lines: hardware does so too, but not from page to page, nor while a row's later loops run
