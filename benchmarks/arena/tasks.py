@@ -100,12 +100,12 @@ def _mnist() -> tuple[Batch, Batch]:
 
 @functools.cache
 def _colored() -> tuple[Batch, Batch]:
-    """MNIST with a random color of ink and of paper in each image, (n, 3 * 784)."""
+    """MNIST with a random color of ink and a darker one of paper in each image, (n, 3 * 784)."""
 
     def colored(batch: Batch, seed: int) -> Batch:
         images, labels = batch
         ink, paper = torch.rand(2, len(images), 3, 1, generator=Generator().manual_seed(seed))
-        return (images[:, None] * ink + (1 - images[:, None]) * paper).flatten(1), labels
+        return (images[:, None] * (0.5 + ink / 2) + (1 - images[:, None]) * paper / 2).flatten(1), labels
 
     train, validation = _mnist()
     return colored((train[0][:20_000], train[1][:20_000]), 0), colored(validation, 1)
