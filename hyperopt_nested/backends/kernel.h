@@ -9,7 +9,7 @@ static inline float load(float x) { return ROUNDS && x != x ? NAN : x; }
 static inline double load(double x) { return ROUNDS && x != x ? NAN : x; }
 template <typename T> static inline T load(T x) { return x; }
 
-// for std::vector, whose header takes longer to compile than most kernels
+// in the place of std::vector, which takes a third of the time that a kernel takes to compile
 template <typename T> struct Array {
   T* data = nullptr;
   int64_t size = 0, room = 0;
