@@ -60,6 +60,21 @@ STRENGTHS: dict[str, tuple[float | None, ...]] = {
 }
 """The grid of each method's strength, from the one that moves weights least on; learning rates are searched together with it."""
 
+VARIANTS: dict[str, tuple[float | None, ...]] = {
+    "ftp-log": (1.0, 0.5, 0.0),
+    "ftp-relative": (1.0, 0.5, 0.0),
+    "ftp-row": (1.0, 0.5, 0.0),
+    "ftp-scheduled": (1.0, 0.5, 0.0),
+    "ftp-displaced": (1.0, 0.5, 0.0),
+    "ftp-exact": (1.0, 0.5, 0.0),
+    "moving-ftp": (0.999, 0.99, 0.9),
+    "learned-spd": (3.0, 1.0, 0.3),
+}
+"""The same of variants of FTP and of SPD."""
+
+RIVALS = ("full", "l2-sp", "wise-ft", "spd", "digrap", "ftp")
+"""What variants are compared with, at settings of the study without them."""
+
 SWEEP = {"adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
 """Learning rates over three decades."""
 
@@ -104,7 +119,7 @@ class Study(NamedTuple):
     methods: tuple[str, ...]
 
 
-def _tuned(study: str, task: str, network: str, small: bool = False) -> Study:
+def _tuned(study: str, task: str, network: str, small: bool = False, variants: bool = False) -> Study:
     """Settings of every method are searched on validation images; then each has a test with fresh seeds.
 
     Args:
@@ -112,8 +127,10 @@ def _tuned(study: str, task: str, network: str, small: bool = False) -> Study:
         task: of `tasks.TASKS`.
         network: of `networks.NETWORKS`.
         small: few methods, the three lowest rates, and one seed of tuning: for networks that take long.
+        variants: methods are `VARIANTS`; tests are of `RIVALS`, too, at settings of the study that has the task's name.
     """
-    per_class, methods = tasks.TASKS[task].per_class, FEW if small else tuple(STRENGTHS)
+    per_class, grid = tasks.TASKS[task].per_class, VARIANTS if variants else STRENGTHS
+    methods, rivals = FEW if small else tuple(grid), RIVALS if variants else ()
 
     def run(stage: str, method: str, lr: float, strength: float | None, seed: int, scale: Scale) -> Run:
         steps = tasks.TASKS[task].steps // scale.shorten
@@ -124,14 +141,18 @@ def _tuned(study: str, task: str, network: str, small: bool = False) -> Study:
             run("tune", method, lr, strength, seed, scale)
             for method in methods
             for lr in scale.rates[: 3 if small else None]
-            for strength in STRENGTHS[method][: scale.strengths]
+            for strength in grid[method][: scale.strengths]
             for seed in scale.tuning_seeds[: 1 if small else None]
         ]
 
     def tests(rows: Rows, scale: Scale) -> list[Run]:
-        return [run("test", method, *chosen(rows, study, method), seed, scale) for seed in scale.seeds for method in methods]
+        return [
+            run("test", method, *chosen(rows, task if method in rivals else study, method), seed, scale)
+            for seed in scale.seeds
+            for method in (*rivals, *methods)
+        ]
 
-    return Study(tuning, tests, methods)
+    return Study(tuning, tests, (*rivals, *methods))
 
 
 def _near(study: str, method: str, optimizer: str, lr: float, strength: float | None, seed: int, scale: Scale, **other: Any) -> Run:
@@ -208,6 +229,8 @@ STUDIES: dict[str, Study] = {
     "labels": _untuned(_labels),
     "far": _tuned("far", "far", "cnn"),
     "continual": _untuned(_continual),
+    "near-variants": _tuned("near-variants", "near", "cnn", variants=True),
+    "far-variants": _tuned("far-variants", "far", "cnn", variants=True),
     "vit": _tuned("vit", "near", "vit"),
     "emoji": _tuned("emoji", "emoji", "lite0", small=True),
     "emoji-lite1": _tuned("emoji-lite1", "emoji", "lite1", small=True),
@@ -215,5 +238,5 @@ STUDIES: dict[str, Study] = {
 }
 """By name, in the order in which they are run."""
 
-QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "frontier", "labels", "far", "continual", "emoji")
-"""Studies that differ in more than the network."""
+QUICK_STUDIES = ("near", "corruptions", "rates", "outlines", "frontier", "labels", "far", "continual", "near-variants", "emoji")
+"""Studies that differ in more than the network or the task."""

@@ -8,7 +8,7 @@ from statistics import mean
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.reproduce.plan import LABELS, STRENGTHS, STUDIES, SWEPT
+from benchmarks.reproduce.plan import LABELS, STRENGTHS, STUDIES, SWEPT, VARIANTS
 from benchmarks.reproduce.rows import Row, Rows
 from benchmarks.reproduce.statistics import FAILS, HOLDS, NOISY, NOT_RUN, Estimate, answer, estimate
 from benchmarks.reproduce.tasks import ID, TASKS
@@ -17,6 +17,7 @@ from ftp.finetuning import METHODS
 COLORS = dict(
     zip(STRENGTHS, ("#444444", "#999999", "#56b4e9", "#e69f00", "#009e73", "#0072b2", "#f0e442", "#cc79a7", "#d55e00"), strict=True)
 )
+COLORS |= {method: f"C{index}" for index, method in enumerate(VARIANTS)}
 
 BySeed = dict[str, Row]
 """Rows of one method in tests, by seed."""
@@ -130,7 +131,7 @@ def scatter(found: Mapping[str, BySeed]) -> Figure:
     axes = figure.subplots()
     for method, rows in found.items():
         x, y = over_seeds(rows, inside), over_seeds(rows, outside)
-        axes.errorbar(x.mean, y.mean, y.error, x.error, "o", color=COLORS[method], label=title(method))
+        axes.errorbar(x.mean, y.mean, y.error, x.error, "s" if method in VARIANTS else "o", color=COLORS[method], label=title(method))
     axes.set(xlabel="ID: accuracy in distribution, %", ylabel="OOD: accuracy under shifts, %")
     axes.legend(fontsize="small")
     return figure
@@ -400,6 +401,8 @@ def write(rows: Rows, note: str = "") -> None:
         tuned_section(rows, "near", "Features nearly enough: `near` (primary)", folder),
         rates_section(rows, folder),
         tuned_section(rows, "far", "Features must change: `far`", folder),
+        tuned_section(rows, "near-variants", "Variants of FTP, `near`: `near-variants`", folder),
+        tuned_section(rows, "far-variants", "Variants of FTP, `far`: `far-variants`", folder),
         corruptions_section(rows, folder),
         labels_section(rows),
         continual_section(rows),
