@@ -94,6 +94,25 @@ def test_an_interrupted_study_goes_on_where_it_stopped(monkeypatch: pytest.Monke
     assert (tmp_path / "whole/near.svg").stat().st_size > 1000
 
 
+def test_variants_are_compared_at_settings_of_the_study_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variant in set(plan.VARIANTS) - {"ftp-row"}:
+        monkeypatch.delitem(plan.VARIANTS, variant)
+    monkeypatch.setattr(plan, "RIVALS", ("full", "ftp"))
+    monkeypatch.setitem(plan.STUDIES, "near-variants", plan._tuned("near-variants", "near", "cnn", variants=True))
+    rows = Rows(tmp_path)
+    command.work(rows, ["near", "near-variants"], TINY)
+    assert [(row["stage"], row["method"]) for row in rows.of("near-variants")] == [
+        ("tune", "ftp-row"), ("tune", "ftp-row"), ("test", "full"), ("test", "ftp"), ("test", "ftp-row"),
+    ]  # fmt: skip
+    one, other = ({row["method"]: row for row in rows.of(study, stage="test")} for study in ("near", "near-variants"))
+    for method in ("full", "ftp"):
+        assert {name: value for name, value in one[method].items() if name not in (*VARY, "study")} == {
+            name: value for name, value in other[method].items() if name not in (*VARY, "study")
+        }
+    tables.write(rows)
+    assert "| FTP, row | " in (tmp_path / "index.md").read_text()
+
+
 def test_no_run_begins_after_the_end(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "rows")
     command.work(rows, ["near"], TINY, end=0.0)

@@ -109,6 +109,20 @@ def against(found: Mapping[str, BySeed]) -> str:
     return table(["FTP against", "ID", "OOD", "better OOD at equal ID?"], lines)
 
 
+def variants(found: Mapping[str, BySeed]) -> str:
+    """A line a variant: paired differences from each method that is none."""
+    others = [method for method in found if method not in VARIANTS]
+    lines = []
+    for variant in (method for method in found if method in VARIANTS):
+        cells = []
+        for other in others:
+            id_, ood = (paired(found[variant], found[other], number) for number in (inside, outside))
+            cell = f"{shown(ood, True)} ({shown(id_, True)})"
+            cells.append(f"**{cell}**" if answer(id_, ood) == HOLDS else cell)
+        lines.append([title(variant), *cells])
+    return table(["OOD (ID) of a variant, less that of", *map(title, others)], lines)
+
+
 def seeds_of(found: Mapping[str, BySeed]) -> str:
     count = len(next(iter(found.values())))
     return f"{count} seed{'s' if count > 1 else ''}; means ± standard errors, in percent."
@@ -122,7 +136,11 @@ def tuned_section(rows: Rows, study: str, heading: str, folder: Path) -> str:
     name = f"{study}.svg"
     save(scatter(found), folder / name)
     parts = [f"## {heading}", seeds_of(found), comparison(found), f"![Accuracy in distribution and under shifts by method.]({name})"]
-    return "\n\n".join([*parts, "FTP against each method, paired:", against(found), "Accuracy under each shift:", shifts(found)])
+    if VARIANTS.keys() & found.keys():
+        pairs = ["Paired differences; bold where the variant is better OOD at equal ID:", variants(found)]
+    else:
+        pairs = ["FTP against each method, paired:", against(found)]
+    return "\n\n".join([*parts, *pairs, "Accuracy under each shift:", shifts(found)])
 
 
 def scatter(found: Mapping[str, BySeed]) -> Figure:
