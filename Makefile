@@ -80,6 +80,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps --upgrade --target $(VENV)/no-deps timm
+	$(BIN)/python -m compileall -qq -j 0 $(VENV) || true  # on all cores, where pip takes one; some files are templates, or of other versions
 	touch $@
 
 $(BENCH)/.done: pyproject.toml constraints.txt
