@@ -61,14 +61,9 @@ STRENGTHS: dict[str, tuple[float | None, ...]] = {
 """The grid of each method's strength, from the one that moves weights least on; learning rates are searched together with it."""
 
 VARIANTS: dict[str, tuple[float | None, ...]] = {
-    "ftp-log": (1.0, 0.5, 0.0),
-    "ftp-relative": (1.0, 0.5, 0.0),
-    "ftp-row": (1.0, 0.5, 0.0),
-    "ftp-scheduled": (1.0, 0.5, 0.0),
-    "ftp-displaced": (1.0, 0.5, 0.0),
-    "ftp-exact": (1.0, 0.5, 0.0),
+    **dict.fromkeys(("ftp-log", "ftp-relative", "ftp-row", "ftp-scheduled", "ftp-displaced", "ftp-exact"), STRENGTHS["ftp"]),
     "moving-ftp": (0.999, 0.99, 0.9),
-    "learned-spd": (3.0, 1.0, 0.3),
+    "learned-spd": STRENGTHS["spd"],
 }
 """The same of variants of FTP and of SPD."""
 

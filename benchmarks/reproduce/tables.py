@@ -57,6 +57,11 @@ def paired(rows: BySeed, others: BySeed, number: Number) -> Estimate:
     return estimate([number(rows[seed]) - number(others[seed]) for seed in rows])
 
 
+def differences(rows: BySeed, others: BySeed) -> list[Estimate]:
+    """Paired differences in distribution, and under shifts."""
+    return [paired(rows, others, number) for number in (inside, outside)]
+
+
 def shown(value: Estimate, signed: bool = False) -> str:
     """A mean with its standard error, as "95.2 ± 0.3"."""
     error = "" if value.count < 2 else f" ± {value.error:.1f}"
@@ -77,8 +82,8 @@ def comparison(found: Mapping[str, BySeed]) -> str:
     lines = []
     for method, rows in found.items():
         row = next(iter(rows.values()))
-        differences = [paired(rows, found["full"], number) for number in (inside, outside)]
-        last = ["", "", "reference"] if method == "full" else [*(shown(each, True) for each in differences), answer(*differences)]
+        pair = differences(rows, found["full"])
+        last = ["", "", "reference"] if method == "full" else [*(shown(each, True) for each in pair), answer(*pair)]
         settings = [f"{float(row['lr']):g}", f"{float(row['strength']):g}" if row["strength"] else ""]
         lines.append([title(method), *settings, shown(over_seeds(rows, inside)), shown(over_seeds(rows, outside)), *last])
     return table(["method", "rate", "strength", "ID", "OOD", "ID - full", "OOD - full", "better OOD at equal ID than full?"], lines)
@@ -104,8 +109,8 @@ def against(found: Mapping[str, BySeed]) -> str:
     for method, rows in found.items():
         if method == "ftp":
             continue
-        differences = [paired(found["ftp"], rows, number) for number in (inside, outside)]
-        lines.append([title(method), *(shown(each, True) for each in differences), answer(*differences)])
+        pair = differences(found["ftp"], rows)
+        lines.append([title(method), *(shown(each, True) for each in pair), answer(*pair)])
     return table(["FTP against", "ID", "OOD", "better OOD at equal ID?"], lines)
 
 
@@ -116,7 +121,7 @@ def variants(found: Mapping[str, BySeed]) -> str:
     for variant in (method for method in found if method in VARIANTS):
         cells = []
         for other in others:
-            id_, ood = (paired(found[variant], found[other], number) for number in (inside, outside))
+            id_, ood = differences(found[variant], found[other])
             cell = f"{shown(ood, True)} ({shown(id_, True)})"
             cells.append(f"**{cell}**" if answer(id_, ood) == HOLDS else cell)
         lines.append([title(variant), *cells])
@@ -193,9 +198,9 @@ def rates_section(rows: Rows, folder: Path) -> str:
     for (method, optimizer), curve in curves.items():
         for lr, found in sorted(curve.items()):
             plain = curves["full", optimizer][lr]
-            differences = [shown(paired(found, plain, number), True) if method != "full" else "" for number in (inside, outside)]
+            pair = [shown(each, True) if method != "full" else "" for each in differences(found, plain)]
             results = [shown(over_seeds(found, number)) for number in (inside, outside)]
-            lines.append([named(method, optimizer), f"{lr:g}", *results, *differences])
+            lines.append([named(method, optimizer), f"{lr:g}", *results, *pair])
         best = max(over_seeds(found, inside).mean for found in curve.values())
         usable = {lr: found for lr, found in curve.items() if over_seeds(found, inside).mean >= best - 2}
         accuracies = [over_seeds(found, outside).mean for found in usable.values()]
@@ -287,9 +292,9 @@ def frontier_section(rows: Rows, folder: Path) -> str:
         values = [each.mean for each in x], [each.mean for each in y], [each.error for each in y], [each.error for each in x]
         axes.errorbar(*values, marker="o", color=COLORS[method], label=title(method))
         for (_, lr, strength), found in points.items():
-            differences = [shown(paired(ours, found, number), True) for number in (inside, outside)]
+            pair = [shown(each, True) for each in differences(ours, found)]
             results = [shown(over_seeds(found, number)) for number in (inside, outside)]
-            lines.append([title(method), f"{float(lr):g}", f"{float(strength):g}" if strength else "", *results, *differences])
+            lines.append([title(method), f"{float(lr):g}", f"{float(strength):g}" if strength else "", *results, *pair])
     axes.set(xlabel="ID: intersection over union, %", ylabel="OOD: intersection over union, %")
     axes.legend(fontsize="small")
     save(figure, folder / "frontier.svg")
@@ -353,7 +358,7 @@ def verdicts(rows: Rows) -> list[list[str]]:
 def _better(claim: str, found: Mapping[str, BySeed], other: str) -> list[str]:
     if not {"ftp", other} <= set(found):
         return [claim, "better", "", "", NOT_RUN]
-    id_, ood = (paired(found["ftp"], found[other], number) for number in (inside, outside))
+    id_, ood = differences(found["ftp"], found[other])
     error = f"{ood.error:.1f}, {id_.error:.1f}" if ood.count > 1 else ""
     return [claim, "better", f"OOD {ood.mean:+.1f}, ID {id_.mean:+.1f}", error, answer(id_, ood)]
 
