@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal, get_args
 from warnings import warn
 
@@ -164,7 +165,7 @@ class Programs:
             return self._of_graphs.setdefault((sort, request.of), [Inductor(function) for function in request.functions])
         graphs = self._traced(sort, request)
         rows: Hashable = sort, "rows", request.of, *(each.dtype for each in request.arguments)
-        if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs and _is_one_row(request, graphs):
+        if sort == "foreach" and request.param.ndim == 1 and rows in self._of_graphs and self._is_one_row(request, graphs):
             return self._of_graphs[rows]
         same: Hashable = sort, tuple(graph.description for graph in graphs)  # as of tensors with another number of dimensions
         if same not in self._of_graphs:
@@ -196,14 +197,14 @@ class Programs:
             raise found
         return found
 
-
-def _is_one_row(request: Request, graphs: Sequence[UpdateGraph]) -> bool:
-    """Whether a vector is stepped as a matrix of one row is."""
-    at = request.param, *request.arguments
-    param, *row = (each.reshape(1, -1) if each.shape == at[0].shape else each for each in at)
-    with suppress(UnsupportedError, RuntimeError, ValueError):
-        return [trace(each, row, param).description for each in request.functions] == [graph.description for graph in graphs]
-    return False
+    def _is_one_row(self, request: Request, graphs: Sequence[UpdateGraph]) -> bool:
+        """Whether a vector is stepped as a matrix of one row is."""
+        at = request.param, *request.arguments
+        param, *row = (each.reshape(1, -1) if each.shape == at[0].shape else each for each in at)
+        with suppress(UnsupportedError, RuntimeError, ValueError):
+            traced = self._traced("foreach", replace(request, param=param, arguments=row))
+            return [graph.description for graph in traced] == [graph.description for graph in graphs]
+        return False
 
 
 def _key(request: Request) -> Hashable:

@@ -52,7 +52,7 @@ class Inductor:
                 return []
 
             with torch.no_grad(), torch._inductor.config.patch(combo_kernels=len(rows) > 1):
-                traced = make_fx(in_place)(*(each.detach().clone() for each in given))
+                traced = make_fx(in_place, tracing_mode="fake", _allow_non_fake_inputs=True)(*map(torch.Tensor.detach, given))
                 self._made[of] = torch._inductor.compile(traced, list[Any](given))
         return strides, self._made[of]
 

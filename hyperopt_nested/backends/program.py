@@ -41,7 +41,8 @@ class Request:
     arguments: Sequence[Tensor]  # of all functions, the gradient first; they are not changed
     param: Tensor
     changing: Collection[int]  # indices of arguments that are written to between the programs
-    examples: Callable[..., Iterable[list[Tensor]]]  # makes small arguments, or, with `whole=True`, ones of the same sizes and strides
+    examples: Callable[..., Iterable[list[Tensor]]]
+    """Makes small arguments, or, with `whole=True`, ones of the same sizes and strides; each go on from what is written to the last."""
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:

@@ -192,7 +192,7 @@ class ProgramStep:
             made.rows[name] = [[*row] for _ in plan.functions]
             hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
             changing = [i for i, learned in hypers.items() if learned.key in dict(plan.reached)]
-            trials = functools.partial(examples, row, param, hypers, 1 + len(leaves), plan.functions[-1])
+            trials = functools.partial(examples, row, param, hypers, 1 + len(leaves))
             made.requests[name] = Request(plan.of, rule, plan.functions, row, param, changing, trials)
         for key, by_value in made.contributions.items():
             learn_by, raws = self._nested.learned[key].learn, st["hypers"][key]
@@ -201,7 +201,7 @@ class ProgramStep:
             made.tensors += held
             made.learns[key] = Engine(step), Batch([row])
             if len(raws) == 1:
-                trials = functools.partial(examples, row, row[0], {}, None, step)
+                trials = functools.partial(examples, row, row[0], {}, None)
                 made.requests[f"{_LEARNER}{key}"] = Request((_LEARNER, learn_by), learn_by.by.rule.name, [step], row, row[0], (), trials)
         for name in grads if self._reduce else ():
             state = flatten(st["rule"][name])

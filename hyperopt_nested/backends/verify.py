@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hyperopt_nested.backends.program import Batch, Engine, Function, Program, Request, write_over
+from hyperopt_nested.backends.program import Batch, Engine, Program, Request, write_over
 from hyperopt_nested.engine.learned import LearnedHyper
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -27,27 +27,29 @@ def deviation(programs: Sequence[Program], request: Request, *, whole: bool = Fa
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         others = iter(request.examples(whole=False, less=1))  # which are stepped in the same batch, and have other sizes
         for example in request.examples(whole=whole):
-            beside = [next(others)] if programs[0].backend == "foreach" else []
-            found, wanted = _run(programs, example, request, beside), _run(by_engine, example, request)
+            rows = [*([next(others)] if programs[0].backend == "foreach" else []), example]
+            (*beside, found), (wanted,) = _run(programs, rows, request), _run(by_engine, [example], request)
             wrong = [i for i in range(1, len(wanted)) if _differs(found[i], wanted[i], tolerance)]
             if wrong:
-                moved = [_run(by_engine, _moved(example, seed), request) for seed in range(8)]
+                moved = [_run(by_engine, [_moved(example, seed)], request)[0] for seed in range(8)]
                 noise = {i: torch.stack([_distance(each[i], wanted[i]) for each in moved]).sum(0) for i in wrong}
                 wrong = [i for i in wrong if _differs(found[i], wanted[i], tolerance, noise[i].clamp(min=noise[i].median()))]
             if wrong:
                 value, off = wanted[wrong[0]].double(), found[wrong[0]].double() - wanted[wrong[0]].double()
                 return f"a result of {float(value.abs().amax()):.3g} is off by {float(off.abs().amax()):.3g}"
+            for row, new in zip(rows, (*beside, wanted), strict=True):
+                write_over(row, [None if i in request.changing else value for i, value in enumerate(new)])
     return ""
 
 
-def _run(programs: Sequence[Program], arguments: Row, request: Request, beside: Sequence[Row] = ()) -> list[Tensor]:
-    """What arguments are after programs, between which shared values change; others are `beside` them in the batch."""
-    rows = [[argument.clone() for argument in row] for row in (*beside, arguments)]
+def _run(programs: Sequence[Program], batch: Sequence[Row], request: Request) -> list[list[Tensor]]:
+    """What the arguments in a batch are after programs, between which shared values change."""
+    rows = [[argument.clone() for argument in row] for row in batch]
     for program in programs:
         program(Batch(rows))
         for row, i in itertools.product(rows, request.changing):
             row[i].mul_(1.01)
-    return rows[-1]
+    return rows
 
 
 def _moved(arguments: Row, seed: int) -> list[Tensor]:
@@ -62,9 +64,9 @@ def _moved(arguments: Row, seed: int) -> list[Tensor]:
 
 
 def examples(
-    arguments: Row, param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, update: Function, *, whole: bool, less: int = 0
+    arguments: Row, param: Tensor, hypers: Mapping[int, LearnedHyper], point: int | None, *, whole: bool, less: int = 0
 ) -> Iterator[list[Tensor]]:
-    """Make examples of the arguments of an update: cut from these, with random gradients, on a trajectory of the engine.
+    """Make examples of the arguments of an update: cut from these, with random gradients; each goes on from what is written to the last.
 
     Learned values are moved on some of them, so that conditions that depend on them flip. The last has gradients that are not finite.
     The argument at `point` is the tensor, and those at the indices of `hypers` are unconstrained values. If `whole`, examples have the
@@ -101,8 +103,7 @@ def examples(
         for i, learned in hypers.items() if at > 3 else ():
             factor = 0.25 + torch.rand(now[i].shape, generator=generator, dtype=torch.float64).to(now[i].device)
             now[i] = learned.hyper.confine((now[i] * factor).to(now[i].dtype), learned.via)
-        yield [argument.clone() for argument in now]
-        write_over(now, update(*now))
+        yield now
 
 
 def _differs(found: Tensor, wanted: Tensor, tolerance: float, noise: Tensor | float = 0.0) -> bool:

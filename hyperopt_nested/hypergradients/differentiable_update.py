@@ -13,7 +13,7 @@ from hyperopt_nested.backends import compiler
 from hyperopt_nested.backends.cpp import code
 from hyperopt_nested.backends.fused import PLAIN, Kernel, check_layout, sizes
 from hyperopt_nested.backends.graph import Kind, UnsupportedError, UpdateGraph, Value, Values, kind_of
-from hyperopt_nested.backends.program import Batch, Engine, Request
+from hyperopt_nested.backends.program import Batch, Engine, Request, write_over
 from hyperopt_nested.backends.trace import trace
 from hyperopt_nested.backends.verify import deviation, examples
 from hyperopt_nested.engine.binding import Tensors
@@ -143,11 +143,10 @@ class DifferentiableUpdate:
         hypers = {len(results) + i: each for i, each in enumerate(self._nested.bindings[name].learned.values(), start=1)}
 
         def trials(arguments: Sequence[Tensor], *, whole: bool = False, less: int = 0) -> Iterator[list[Tensor]]:
-            made = examples(arguments, row[1].detach(), hypers, 1, advance, whole=whole, less=less)
-            return (each for each in made if all(bool(torch.isfinite(tensor).all()) for tensor in each))
-
-        def advance(*given: Tensor) -> list[Tensor | None]:
-            return [None, *update(given[:count]), *(None for _ in given[len(results) + 1 :])]
+            for each in examples(arguments, row[1].detach(), hypers, 1, whole=whole, less=less):
+                if all(bool(torch.isfinite(tensor).all()) for tensor in each):
+                    yield each
+                write_over(each, [None, *update(each[:count]), *(None for _ in each[len(results) + 1 :])])
 
         small = next(trials([each.detach() for each in row]))
         with torch.enable_grad():
