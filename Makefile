@@ -11,6 +11,9 @@ JOBS ?= 2
 OTHERS := gradient-descent-the-ultimate-optimizer==1.0 higher==0.2.1 torchopt==0.7.3
 PUBLISHED := $(if $(PUBLISHED_FTP),--published "$(PUBLISHED_FTP)")
 
+# What is imported is compiled once, instead of all that pip installs.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-thorough lint format docs rules conventions stubs figures urls bench reproduce arena clean
 
 demo: $(VENV)/.done
@@ -80,7 +83,6 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps --upgrade --target $(VENV)/no-deps timm
-	$(BIN)/python -m compileall -qq -j 0 $(VENV) || true  # on all cores, where pip takes one; some files are templates, or of other versions
 	touch $@
 
 $(BENCH)/.done: pyproject.toml constraints.txt

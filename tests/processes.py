@@ -199,14 +199,19 @@ def cell(name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]
     return add
 
 
-def matrix(strategy: str, kind: str, backend: str, dtype: torch.dtype = torch.float64) -> None:
+@functools.cache
+def by_one_process(kind: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     one = model(dtype)
     alone = OPTIMIZERS[kind](one.named_parameters(), "reference")
     train(one, alone, range(4), dtype)
+    return one, alone
+
+
+def matrix(strategy: str, kind: str, backend: str, dtype: torch.dtype = torch.float64) -> None:
     network = STRATEGIES[strategy](model(dtype))
     optimizer = OPTIMIZERS[kind](network.named_parameters(), backend)
     train(network, optimizer, range(4), dtype)
-    compared(network, optimizer, one, alone, 1e-12 if dtype == torch.float64 else 1e-5)
+    compared(network, optimizer, *by_one_process(kind, dtype), 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 for _which in combinations():

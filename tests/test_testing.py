@@ -17,7 +17,7 @@ from hyperopt_nested.testing import check, programs
 from hyperopt_nested.testing.hypergradients import PERS
 from hyperopt_nested.testing.subject import subject
 
-EXAMPLES = 15  # half of what check_rule has by default
+EXAMPLES = 10  # a third of what check_rule has by default
 
 
 def test_a_right_rule_passes_and_the_report_says_what_was_verified() -> None:
