@@ -200,10 +200,11 @@ def cell(name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]
 
 
 @functools.cache
-def by_one_process(kind: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def by_one_process(kind: str, steps: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
+    """What others are compared with: not to be trained on."""
     one = model(dtype)
     alone = OPTIMIZERS[kind](one.named_parameters(), "reference")
-    train(one, alone, range(4), dtype)
+    train(one, alone, range(steps), dtype)
     return one, alone
 
 
@@ -211,7 +212,7 @@ def matrix(strategy: str, kind: str, backend: str, dtype: torch.dtype = torch.fl
     network = STRATEGIES[strategy](model(dtype))
     optimizer = OPTIMIZERS[kind](network.named_parameters(), backend)
     train(network, optimizer, range(4), dtype)
-    compared(network, optimizer, *by_one_process(kind, dtype), 1e-12 if dtype == torch.float64 else 1e-5)
+    compared(network, optimizer, *by_one_process(kind, 4, dtype), 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 for _which in combinations():
@@ -361,9 +362,6 @@ def checkpoint(folder: Path, network: nn.Module, optimizer: Any, *, load: bool, 
 
 def checkpointed(folder: Path, kind: str) -> None:
     """2 processes go on from what 2, and from what 1 has saved; what they save, 1 goes on from, in `test_distributed`."""
-    one = model()
-    alone = OPTIMIZERS[kind](one.named_parameters(), "reference")
-    train(one, alone, range(3))
     for source in (f"two {kind}", f"one {kind}"):
         if source.startswith("two"):
             network = fully_sharded(model())
@@ -374,10 +372,7 @@ def checkpointed(folder: Path, kind: str) -> None:
         optimizer = OPTIMIZERS[kind](network.named_parameters(), "foreach")
         checkpoint(folder / source, network, optimizer, load=True)
         train(network, optimizer, range(3, 5))
-        again = model()
-        expected = OPTIMIZERS[kind](again.named_parameters(), "reference")
-        train(again, expected, range(5))
-        compared(network, optimizer, again, expected)
+        compared(network, optimizer, *by_one_process(kind, 5))
 
 
 for _kind in OPTIMIZERS:

@@ -43,10 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             time.sleep(0.5)
         return made
     for kind in processes.OPTIMIZERS:
-        network = processes.model()
-        optimizer = processes.OPTIMIZERS[kind](network.named_parameters(), "reference")
-        processes.train(network, optimizer, range(3))
-        processes.checkpoint(made / f"one {kind}", network, optimizer, load=False, no_dist=True)
+        processes.checkpoint(made / f"one {kind}", *processes.by_one_process(kind, 3), load=False, no_dist=True)
     with (made / "output").open("w") as output:
         port = random.Random().randint(20000, 50000)
         command = [sys.executable, processes.__file__, str(made), str(port)]
@@ -79,9 +76,7 @@ def test_one_process_goes_on_from_what_two_have_saved(kind: str, folder: Path) -
     optimizer = processes.OPTIMIZERS[kind](network.named_parameters(), "foreach")
     processes.checkpoint(folder / f"two {kind}", network, optimizer, load=True, no_dist=True)
     processes.train(network, optimizer, range(3, 5))
-    one = processes.model()
-    alone = processes.OPTIMIZERS[kind](one.named_parameters(), "reference")
-    processes.train(one, alone, range(5))
+    one, alone = processes.by_one_process(kind, 5)
     for own, other in zip(network.parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
     values, expected = optimizer.learned(), alone.learned()

@@ -9,10 +9,8 @@ from hyperopt_nested.testing.strategies import SHAPES
 from hyperopt_nested.testing.subject import subject
 
 EXAMPLES = 2 * settings.default.max_examples // 5  # 6 with the quick profile
-SMALLER = {
-    "coin_betting": hn.coin_betting(num_betas=2),
-    "erfi_tuner": hn.erfi_tuner(num_betas=2),
-}  # of their six discounts, which are alike
+# With two of their six discounts, which are alike.
+SMALLER = {"coin_betting": hn.coin_betting(num_betas=2), "erfi_tuner": hn.erfi_tuner(num_betas=2)}
 
 
 @hn.testing.every_rule("hyperopt_nested", "ftp")

@@ -52,6 +52,7 @@ class Inductor:
                 return []
 
             with torch.no_grad(), torch._inductor.config.patch(combo_kernels=len(rows) > 1):
+                # on fake tensors, which is faster; constants of rules are real ones
                 traced = make_fx(in_place, tracing_mode="fake", _allow_non_fake_inputs=True)(*map(torch.Tensor.detach, given))
                 self._made[of] = torch._inductor.compile(traced, list[Any](given))
         return strides, self._made[of]
