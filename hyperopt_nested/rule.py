@@ -136,6 +136,7 @@ class Learn:
     bounds: tuple[Bound, Bound] = (-math.inf, math.inf)
     via: Bijection | Literal["projection"] | None = None
     scheduled_by: str | None = None
+    delayed: bool | None = None
     origin: "Learn | None" = None
     _variants: dict[Hashable, "Learn"] = field(default_factory=dict, init=False)
 
@@ -175,10 +176,10 @@ class Learn:
             return self.starting(hyper.default).completed(hyper)
         if cast(Optimizer | None, self.by) is not None:
             return self
-        how = recipe(hyper, self.value, self.via)
+        how, delayed = recipe(hyper, self.value, self.via), self.delayed is not False
         bounds = self.bounds if self.bounds != (-math.inf, math.inf) else how.bounds
         by: Optimizer = registry.get("coherent_adam")(lr=how.rate, eps=EPS)
-        return self._variant(hyper, by=by, via=how.via, bounds=bounds)
+        return self._variant(hyper, by=by, via=how.via, bounds=bounds, delayed=delayed)
 
     def learned_by(self, made_of: Hashable, make: "Callable[[Optimizer], Optimizer]") -> "Learn":
         """The same with another learner, made of this one's; `made_of` is equal where that does the same."""
@@ -283,6 +284,7 @@ def learn(
     bounds: tuple[Bound | None, Bound | None] = (None, None),
     via: str | Bijection | None = None,
     scheduled_by: str | None = None,
+    delayed: bool | None = None,
 ) -> Learn:
     """Mark a hyper-parameter as learned, in the place of its value.
 
@@ -306,6 +308,9 @@ def learn(
             default what the rule declares or, without `by`, the recipe.
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
+        delayed: whether a step moves the tensors first, with the value as it was, and what the new gradient says of it counts from
+            the next step on. Then a step passes over memory once, not twice. By default as in the recipe, which is delayed, or, with
+            `by`, not.
 
     Returns:
         A mark that stands in the place of the value.
@@ -331,10 +336,12 @@ def learn(
     if grad is not None and not callable(grad):
         raise TypeError(f"grad={grad!r} ({type(grad).__name__}) must be a function from a hypergradient to one of the same shape, or None")
     coordinates: Any = via if via == "projection" else bijection("learn", via)
+    if delayed is not None:
+        check_flag("learn: delayed", delayed)
     if scheduled_by is not None and (per == "model" or (by is not None and "lr" not in by.settings)):
         why = "all tensors share the value, and may have several schedules" if per == "model" else f"{by!r} has no lr to multiply"
         raise ValueError(f"scheduled_by={scheduled_by!r} cannot be used: {why}")
-    return Learn(cast(float, value), cast(Optimizer, by), per, grad, checked_bounds(value, bounds), coordinates, scheduled_by)
+    return Learn(cast(float, value), cast(Optimizer, by), per, grad, checked_bounds(value, bounds), coordinates, scheduled_by, delayed)
 
 
 class FunctionRule(Definition, Rule):

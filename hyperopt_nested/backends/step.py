@@ -63,8 +63,9 @@ class ProgramStep:
     """The step of an engine, with state that is changed in place.
 
     A program pulls each tensor's gradient back onto the learned values that it shares with others; these then step; and another program
-    steps the values that only it has, and the tensor itself. Both are traced from `Nested`, so they do for every rule what it does. With
-    exact curvature, or rules that need a total over all tensors, there are no such programs.
+    steps the values that only it has, and the tensor itself. Where all shared values are delayed, which step after the tensors, one program
+    does both. They are traced from `Nested`, so they do for every rule what it does. With exact curvature, or rules that need a total over
+    all tensors, there are no such programs.
 
     Args:
         nested: the engine.
@@ -75,6 +76,7 @@ class ProgramStep:
     def __init__(self, nested: Nested, programs: Programs, reduce: Reduce | None = None) -> None:
         self._nested, self._programs, self._reduce = nested, programs, reduce
         self._own = [key for key, learned in nested.learned.items() if learned.is_own and reduce is None]
+        self._at_once = all(learned.learn.delayed for key, learned in nested.learned.items() if key not in self._own)
         self._plans: dict[tuple[str, bool], _Plan] = {}
         self._last: PreparedStep | None = None
 
@@ -132,16 +134,17 @@ class ProgramStep:
                 row[0] = grad
         for program, batch in prepared.pulls.items():
             program(batch)
-        self._combine(prepared.parts, "sum")
-        for key, by_value in prepared.contributions.items():
-            raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
-            batch.rows[0][: len(by_value)] = [_total(parts, raws[value].device) for value, parts in by_value.items()]
-            program(batch)
+        if not self._at_once:
+            self._combine(prepared.parts, "sum")
+        self._learn(prepared, delayed=False)
         for program, batch in prepared.summing.items():
             program(batch)
         self._combine(prepared.sums, "sum")
         for program, batch in prepared.updates.items():
             program(batch)
+        if self._at_once:
+            self._combine(prepared.parts, "sum")
+        self._learn(prepared, delayed=True)
         self._combine(prepared.maxima, "max")
         for counted, total in prepared.counts:
             total.add_(counted.sum().to(total.device))
@@ -155,6 +158,14 @@ class ProgramStep:
             for row in prepared.rows[name]:
                 row[0] = _NO_GRAD  # not to keep the memory of gradients that are set to None
         torch.autograd.graph.increment_version(prepared.params)  # kernels write without telling autograd
+
+    def _learn(self, prepared: PreparedStep, *, delayed: bool) -> None:
+        """Step shared values, those that are delayed or the others."""
+        for key, by_value in prepared.contributions.items():
+            if bool(self._nested.learned[key].learn.delayed) == delayed:
+                raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
+                batch.rows[0][: len(by_value)] = [_total(parts, raws[value].device) for value, parts in by_value.items()]
+                program(batch)
 
     def _combine(self, parts: dict[Key, Tensor], operation: Literal["sum", "max"]) -> None:
         """Write to numbers, which were computed for parts of tensors, what they are for the whole tensors."""
@@ -191,7 +202,7 @@ class ProgramStep:
             made.tensors += [params[name], *row[1:]]
             made.rows[name] = [[*row] for _ in plan.functions]
             hypers = {i: self._nested.learned[path[1]] for i, path in enumerate(plan.paths, start=1) if path[0] == "hypers"}
-            changing = [i for i, learned in hypers.items() if learned.key in dict(plan.reached)]
+            changing = [i for i, each in hypers.items() if each.key in dict(plan.reached) and not each.learn.delayed]
             trials = functools.partial(examples, row, param, hypers, 1 + len(leaves))
             made.requests[name] = Request(plan.of, rule, plan.functions, row, param, changing, trials)
         for key, by_value in made.contributions.items():
@@ -219,11 +230,14 @@ class ProgramStep:
         size, optimizer = len(paths) + 1, self._nested.bindings[name].optimizer
         in_parts = name in self._nested.bindings.in_parts
 
-        def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
+        def pulled(grad: Tensor, rest: Sequence[Tensor]) -> list[Tensor]:
             *leaves, param = rest[:size]
             found = self._nested.hypergradients({name: param}, self._nested.descended({name: grad}), filled(structure, leaves))
-            of_values = [found[key][value] for key, value in reached]
-            return [*(None for _ in range(1 + size + len(optimizer.settings))), *of_values, *([None] if in_parts else [])]
+            return [found[key][value] for key, value in reached]
+
+        def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            before = 1 + size + len(optimizer.settings)
+            return [*(None for _ in range(before)), *pulled(grad, rest), *([None] if in_parts else [])]
 
         def stepped(grad: Tensor, rest: Sequence[Tensor], reduce: Reduce | None) -> tuple[Tensors, State, State]:
             *leaves, param = rest[:size]
@@ -248,11 +262,13 @@ class ProgramStep:
             new, after, st = stepped(grad, rest, known if in_parts else None)
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
             found = flatten(self._part(learned, name, after))
-            return [None, *(found[path] for path in paths), new[name], *(None for _ in rest[size:])]
+            contributions = pulled(grad, rest) if self._at_once else [None for _ in reached]
+            settings, sums = [None for _ in optimizer.settings], [None] if in_parts else []
+            return [None, *(found[path] for path in paths), new[name], *settings, *contributions, *sums]
 
         keys = (tuple("" if key == name else key for key in path) for path in paths)
         of = optimizer.signature, learn, self._nested.shards.get(name, 0), in_parts, *keys
-        functions = [*([pull] if reached else []), *([sums] if in_parts else []), update]
+        functions = [*([pull] if reached and not self._at_once else []), *([sums] if in_parts else []), update]
         plan = self._plans[name, learn] = _Plan(paths, functions, reached, of)
         return plan
 

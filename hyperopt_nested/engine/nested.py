@@ -165,7 +165,7 @@ class Nested:
         hessian: Hessian | None = None,
         reduce: Reduce | None = None,
     ) -> tuple[dict[str, Tensor], State]:
-        """One step: first of the learned hypers, with hypergradients; then of the tensors, with the new hypers.
+        """One step: first of the learned hypers, with hypergradients; then of the tensors, with the new hypers (`delayed` ones: the old).
 
         Args:
             params: the tensors, by name.
@@ -198,12 +198,12 @@ class Nested:
             return {**params}, {**st}
         grads = self.descended(grads)
         learned = self._learn(params, grads, st, learn, values, reduce)
-        hypers = learned["hypers"]
+        hypers = {key: (st if each.learn.delayed else learned)["hypers"][key] for key, each in self.learned.items()}
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
         new, rule, memory = self._memory.step(params, grads, st, hypers, values, product, reduce)
         new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"], self.shards)
         rule = {**st["rule"], **(rule if reduce is None else self.maximized(rule, reduce))}
-        hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in hypers.items()}
+        hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in learned["hypers"].items()}
         changed = {"rule": rule, "hypers": hypers, "memory": {**st["memory"], **memory}, "rounding": {**st["rounding"], **rounding}}
         return {**params, **new}, {**st, **learned, **changed}
 
