@@ -249,7 +249,7 @@ class _SweepCode:
         yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
         for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
             ahead = "2 * columns" if sweep.by_row else f"2048 / sizeof(*p{i})"
-            yield f"      fetch(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
+            yield f"      fetch<{unit} * CHUNK>(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
         elements = "for (int64_t j = begin; j < end; j++) {\n"
         if loop.sure:
             kind = "double" if "double" in map(_type, loop.sure.values()) else "float"

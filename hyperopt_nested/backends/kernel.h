@@ -73,8 +73,14 @@ template <typename T> static inline void put(T* to, const T* from, int64_t count
 }
 
 // asks memory for what is needed soon, in whole lines: hardware does so too, but not from page to page, nor while a row's later loops run
-template <typename T> static inline void fetch(const T* at, int64_t count) {
-  for (constexpr int64_t line = 64 / sizeof(T); count >= line; at += line, count -= line) __builtin_prefetch(at, 0, 1);
+template <int64_t WHOLE, typename T> static inline void fetch(const T* at, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  if (count == WHOLE) {
+    #pragma GCC unroll 64
+    for (int64_t i = 0; i < WHOLE; i += line) __builtin_prefetch(at + i, 0, 1);
+  } else {
+    for (; count >= line; at += line, count -= line) __builtin_prefetch(at, 0, 1);
+  }
 }
 
 constexpr int64_t CHUNK = 128;  // steps of a loop, for which it fetches at once
