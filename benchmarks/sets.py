@@ -103,7 +103,7 @@ ADAMW_FUSED, SGD_FUSED, ADAMW_FOREACH = "torch AdamW, fused", "torch SGD, fused"
 NOTHING, RATE, DEFAULT = "AdamW, nothing learned", "AdamW, lr learned", "AdamW, lr learned by default"
 BOTH, BOTH_BY_TENSOR = "AdamW, lr and decay learned", "AdamW, lr and decay learned per tensor"
 PUBLISHED, ALIKE, ROUNDED = "published", "moments in bfloat16", "stochastic rounding"
-PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written
+PLAIN = {"own": 3}  # gradient and parameter are read, the parameter is written; by delayed values too
 LEARNED = {"own": 4}  # hypergradients need the parameter too; moments are renewed in that pass, and read again in the other
 PROJECTED = {"own": 7}  # gradient and displacement are read; then gradient, parameter and anchor; parameter and displacement are written
 
@@ -129,7 +129,7 @@ def adam_like(backends: Sequence[str], published: ModuleType | None = None, dtyp
             found[f"{NOTHING}, {ALIKE}, {backend}"] = Candidate(nested(backend, **alike), **PLAIN, moments=4)
             found[f"{NOTHING}, {ALIKE}, {ROUNDED}, {backend}"] = Candidate(nested(backend, **alike, **rounded), **PLAIN, moments=4)
         found[f"{RATE}, {backend}"] = Candidate(nested(backend, model[0]), **LEARNED, moments=6, state=torch.float32)
-        found[f"{DEFAULT}, {backend}"] = Candidate(nested(backend, hn.learn(LR)), **LEARNED, moments=6, state=torch.float32)
+        found[f"{DEFAULT}, {backend}"] = Candidate(nested(backend, hn.learn(LR)), **PLAIN, moments=4, state=torch.float32)
         found[f"{BOTH}, {backend}"] = Candidate(nested(backend, *model), **LEARNED, moments=6, state=torch.float32)
         found[f"{BOTH_BY_TENSOR}, {backend}"] = Candidate(nested(backend, *tensor), **LEARNED, moments=6, state=torch.float32)
         found |= _projected(partial(AdamP, lr=LR, weight_decay=DECAY), backend, dtype, moments=4, state=torch.float32)

@@ -353,7 +353,7 @@ def test_short_calls_work(made: hn.Optimizer) -> None:
             "hn.project",
             ["optimizer", "radius", "onto", "saturation", "relative", "anchor_decay", "anchor", "anchor_dtype", "anchor_device"],
         ),
-        ("hn.learn", ["value", "by", "per", "grad", "bounds", "via", "scheduled_by"]),
+        ("hn.learn", ["value", "by", "per", "grad", "bounds", "via", "scheduled_by", "delayed"]),
         ("hn.sgd_hd", ["lr", "hyper_lr", "settings"]),
         ("hn.optim.AdamW", ["params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"]),
         ("hn.optim.SGD", ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]),

@@ -76,13 +76,29 @@ def test_optimized_programs_do_what_the_engine_does(name: str, backend: str, mem
         (tower("model"), {"horizon": hn.Discounted(0.9)}),
         (hn.lamb(lr=learned(0.01, "row"), weight_decay=learned(0.1, "element")), {}),
         (hn.project(hn.sgd(lr=0.1), radius=hn.learn(0.1, by=hn.sgd(), bounds=(0.01, ftp.largest_norm))), {}),
+        (hn.adamw(lr=hn.learn(), weight_decay=hn.learn(per="tensor")), {}),
+        (hn.adamw(lr=hn.learn(), weight_decay=hn.learn(per="tensor")), {"horizon": hn.OneStep("reverse")}),
+        (hn.adamw(lr=hn.learn(), weight_decay=hn.learn(per="row"), beta1=learned(0.9)), {"horizon": hn.Discounted(0.9)}),
+        (hn.project(hn.sgd(lr=hn.learn(0.1, delayed=False)), radius=hn.learn(0.1, bounds=(0.01, ftp.largest_norm))), {}),
     ],
-    ids=["shared", "own", "shared, reverse", "own, reverse", "discount", "reverse", "bounds that read states"],
+    ids=[
+        *("shared", "own", "shared, reverse", "own, reverse", "discount", "reverse", "bounds that read states"),
+        *("delayed", "delayed, reverse", "delayed or not, discount", "delayed or not, bounds that read states"),
+    ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("quick_programs")
 def test_towers_and_memories(optimizer: hn.Optimizer, how: Any, backend: str) -> None:
     assert_same(Problem(optimizer, backend, **how).run(5), Problem(optimizer, "reference", **how).run(5))
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("quick_programs")
+def test_a_step_with_delayed_values_is_one_program(backend: str, delayed: bool) -> None:
+    prepared = Problem(hn.adamw(lr=hn.learn(delayed=delayed)), backend).run(2).opt._program_step._last
+    assert {name: len(rows) for name, rows in prepared.rows.items()} == dict.fromkeys("ab", 1 if delayed else 2)
+    assert (len(prepared.pulls), len(prepared.updates)) == (0 if delayed else 1, 1)
 
 
 SHAPES = [(4, 3), (4, 3), (7, 3), (3, 2, 2, 2), (5,), (5,), (40,), (), (1, 6), (6, 1), (0, 3), (300, 50)]

@@ -15,9 +15,11 @@ from hyperopt_nested import registry
 from hyperopt_nested.optim.level import shape
 from hyperopt_nested.recipes import EPS, FACTOR, RATE, recipe
 from hyperopt_nested.testing.subject import losses, subject
+from hyperopt_nested.trees import flatten
 
 INF = math.inf
 NONE = -INF, INF
+LEARNED = "hypers", "learners", "nonfinite", "pinned"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,7 @@ def test_what_is_given_is_kept() -> None:
     assert (optimizer.via("lr"), optimizer.learned["lr"].by.declared["lr"]) == (None, pytest.approx(RATE * 1e-3))
     assert (str(optimizer.via("beta1")), optimizer.learned["beta1"].bounds) == ("logit", (0, INF))
     assert (optimizer.via("eps"), optimizer.learned["eps"].bounds, optimizer.declared["eps"]) == (None, NONE, 1e-8)
+    assert [hn.adamw(lr=hn.learn(1e-3, delayed=each)).learned["lr"].delayed for each in (None, False)] == [True, False]
     explicit = hn.learn(1e-3, hn.sgd(lr=1e-5), per="tensor")
     assert hn.adamw(lr=explicit).learned["lr"] is explicit
     assert hn.adamw(lr=hn.learn(1e-3, hn.sgd())).via("lr") is None
@@ -56,6 +59,8 @@ def test_what_is_given_is_kept() -> None:
         hn.adamw(lr=hn.learn(bounds=(1, None)))
     with pytest.raises(ValueError, match=r"adamw: lr=-1 is outside its domain"):
         hn.adamw(lr=hn.learn(-1))
+    with pytest.raises(TypeError, match=r"learn: delayed=1 \(int\) must be True or False"):
+        hn.learn(delayed=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"learn: value=sgd\(.*must be a number"):
         hn.learn(hn.sgd())  # type: ignore[arg-type]
 
@@ -156,6 +161,35 @@ def test_every_hyper_of_every_rule(name: str, per: Any) -> None:
                 stays = (value == start[key]) & (pulled[key] > 0)
                 at_end = torch.tensor([each in (domain.lower, domain.upper) for each in value.flatten().tolist()]).view_as(value)
                 assert not (stays & ~at_end).any(), (hyper, learn, value, pulled)
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
+@hn.testing.every_rule("hyperopt_nested", "ftp")
+def test_a_delayed_step_moves_the_tensors_first(name: str, bad: bool) -> None:
+    """By the values as they were; then the learners step with the hypergradients that they had before."""
+    template = subject(name).template
+    template = template.replace(**template.declared)
+    for hyper, domain in template.rule.hypers.items():
+        if hyper in template.rule.nondifferentiable or domain.is_loss:
+            continue
+        params, loss = problem()
+        nested = hn.Nested(template.replace(**{hyper: hn.learn(template.declared[hyper] or 0.1, hn.adam(lr=0.01), delayed=True)}))
+        try:
+            st = nested.init(params)
+        except ValueError as error:
+            if "does not use it" in str(error) or "enters the sum over all tensors" in str(error):
+                continue
+            raise
+        for step in range(4):
+            grads, values = torch.func.grad(loss)(params), losses(template, params)
+            if bad and step == 2:
+                grads["a"][0] = math.nan
+            wanted, moved = nested.step(params, grads, st, values, learn=False)
+            learned = nested.hyper_step(params, grads, st, values)
+            params, st = nested.step(params, grads, st, values)
+            wanted = {"params": wanted, **{part: (learned if part in LEARNED else moved)[part] for part in st}}
+            for path, leaf in flatten({"params": params, **st}).items():
+                torch.testing.assert_close(leaf, flatten(wanted)[path], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", sorted({*hn.optim.__all__} - {"DropIn", "HyperOptimizer"}))
@@ -302,7 +336,7 @@ def test_a_level_is_a_learned_hyper_under_a_schedule() -> None:
     by = hn.window(hn.coherent_adam(lr=0.15, eps=EPS), steps=8)
 
     def plain(params: Any) -> hn.HyperOptimizer:
-        return hn.optim.AdamW(params, lr=hn.learn(1e-3, by=by, via="log", bounds=(1e-7, 10)), backend="reference")
+        return hn.optim.AdamW(params, lr=hn.learn(1e-3, by=by, via="log", bounds=(1e-7, 10), delayed=True), backend="reference")
 
     def scheduler(opt: Any) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(opt, lambda t: shape(t, 40))

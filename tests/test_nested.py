@@ -27,6 +27,7 @@ def tower() -> hn.Optimizer:
 
 
 OPTIMIZERS = {
+    "delayed": lambda: hn.adamw(lr=hn.learn(1e-2), weight_decay=hn.learn(0.1, by=hn.sgd(lr=hn.learn(1e-2)), per="row")),
     "tower": tower,
     "ftp": lambda: ftp_rule(hn.sgd(lr=0.1, momentum=0.9)),
     "reverse": lambda: hn.project(hn.sgd(lr=hn.learn(0.1, by=hn.sgd(lr=1e-3), per="element")), onto=hn.mars, radius=0.2),

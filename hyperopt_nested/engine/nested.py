@@ -198,9 +198,9 @@ class Nested:
             return {**params}, {**st}
         grads = self.descended(grads)
         learned = self._learn(params, grads, st, learn, values, reduce)
-        hypers = {key: (st if each.learn.delayed else learned)["hypers"][key] for key, each in self.learned.items()}
+        used = {key: raws if self.learned[key].learn.delayed else learned["hypers"][key] for key, raws in st["hypers"].items()}
         product = (lambda tangents: self.descended(_chosen(grads, hessian(tangents)))) if hessian else None
-        new, rule, memory = self._memory.step(params, grads, st, hypers, values, product, reduce)
+        new, rule, memory = self._memory.step(params, grads, st, used, values, product, reduce)
         new, rule, rounding = _in_dtypes_of(params, st["rule"], new, rule, st["rounding"], self.shards)
         rule = {**st["rule"], **(rule if reduce is None else self.maximized(rule, reduce))}
         hypers = {key: self.bounded(key, raws, rule, grads) for key, raws in learned["hypers"].items()}
