@@ -45,7 +45,8 @@ NO_COMPILER = "no-such-compiler"
 
 
 def optimizers(backend: Any, **how: Any) -> dict[str, Make]:
-    optimizer = hn.adamw(lr=hn.learn(LR, by=hn.sgd(lr=1e-6)))
+    by = hn.coherent_adam(lr=1e-9)  # as by default, but for the rate: values stay where they are
+    optimizer = hn.adamw(lr=hn.learn(LR, by, via="log", delayed=True))
     return {
         RATE: lambda params: hn.HyperOptimizer(params, optimizer, backend=backend, **how),
         FTP: partial(AdamP, lr=LR, backend=backend),
