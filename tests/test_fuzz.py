@@ -75,7 +75,7 @@ class Case:
             for hyper in draw.sample(list(found.settings), min(draw.choice([0, 1, 1, 2, 3]), len(found.settings))):
                 value = found.declared[hyper] or 0.1
                 per: Any = draw.choice(["model", "tensor", "row", "element"])
-                rate: Any = hn.learn(1e-4, by=hn.sgd(lr=1e-8)) if draw.random() < 0.2 else 1e-4
+                rate: Any = hn.learn(1e-4, by=hn.sgd(lr=1e-8), delayed=draw.random() < 0.5) if draw.random() < 0.2 else 1e-4
                 trial = found.replace(**{hyper: hn.learn(value, by=hn.sgd(lr=rate), per=per, delayed=draw.random() < 0.5)})
                 try:
                     self._try(trial)
