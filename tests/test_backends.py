@@ -204,7 +204,7 @@ def test_a_chunk_with_what_is_not_finite_is_done_again(where: str, at: int, bad:
         ]
         ends[backend] += [torch.tensor(sum(map(float, opt.nonfinite_counts().values())))]
     for found, expected in zip(*ends.values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=10 * EXACT, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, expected, rtol=100 * EXACT, atol=0, equal_nan=True)  # entries grow to thousands in a step
 
 
 class Calls(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -147,9 +147,10 @@ class _Loop:
     here: Sequence[Value]  # elements that are computed
     sums: Sequence[Value]  # what is summed up: for a row, or for the tensor
     stores: Mapping[int, str]  # by argument that is written: the array to write to
+    kept: Sequence[Value]  # elements that are kept for later loops
     loads: Mapping[Value, int | None]  # what is read: from an argument, or what an earlier loop has kept
-    sure: Mapping[Value, Value]  # see `_sure`
-    saved: Sequence[int]  # arguments whose old elements it takes to do a chunk again
+    roots: Sequence[Value]  # elements that all this is made of
+    sure: Mapping[Value, Value] = field(default_factory=dict)  # see `_sure`; such a loop writes nothing that it reads
 
 
 class _SweepCode:
@@ -224,21 +225,16 @@ class _SweepCode:
 
     def _loop(self, k: int) -> Iterator[str]:
         """One loop over a row: what is computed in it, summed up, kept for later loops and written. It fetches what comes after the row."""
-        sweep, loop = self._sweep, self._planned(k)
+        loop = self._planned(k)
         if not (loop.here or loop.sums or loop.stores):
             return
-        clauses, after, accumulators = list[str](), list[str](), list[str]()
+        after = list[str]()
         for total in loop.sums:
             found, part = f"s_{self._name[total]}", f"part.{self._name[total]}"
             yield f"    {_type(total.operands[0])} {found} = {_start(total)};\n"
-            accumulators.append(found)
             if total.op == "amax":
                 yield f"    int nan_{found} = 0;\n"
-                accumulators.append(f"nan_{found}")
-                clauses += [f"reduction(max: {found})", f"reduction(|: nan_{found})"]
                 found = f"(nan_{found} ? NAN : {found})"
-            else:
-                clauses.append(f"reduction(+: {found})")
             if is_row_total(total):
                 after.append(f"    const {_type(total)} {self._name[total]} = {found}{' / columns' if total.op == 'mean' else ''};\n")
             else:
@@ -247,34 +243,54 @@ class _SweepCode:
         count, unit = ("columns / 2", 2) if self._paired else ("columns", 1)
         yield f"    for (int64_t begin = 0; begin < {count}; begin += CHUNK) {{\n"
         yield f"      const int64_t end = smaller(begin + CHUNK, {count});\n"
-        for i in sorted({i for value, i in sweep.sources.items() if value.kind == Kind.ELEMENT}):
-            ahead = "2 * columns" if sweep.by_row else f"2048 / sizeof(*p{i})"
+        for i in sorted({i for value, i in self._sweep.sources.items() if value.kind == Kind.ELEMENT}):
+            ahead = "2 * columns" if self._sweep.by_row else f"2048 / sizeof(*p{i})"
             yield f"      fetch<{unit} * CHUNK>(p{i} + {ahead} + {unit} * begin, {unit} * (end - begin));\n"
-        elements = "for (int64_t j = begin; j < end; j++) {\n"
+        if self._paired:
+            yield from self._pairs(loop)
+        else:
+            for each in self._parts(loop):
+                yield from self._chunk(each)
+            yield "    }\n"
+        yield from after
+
+    def _accumulators(self, loop: "_Loop") -> dict[str, str]:
+        """What a loop sums up in, and by which operation; of a maximum, also whether anything was NaN."""
+        found: dict[str, str] = {}
+        for total in loop.sums:
+            name = f"s_{self._name[total]}"
+            found |= {name: "max", f"nan_{name}": "|"} if total.op == "amax" else {name: "+"}
+        return found
+
+    def _chunk(self, loop: "_Loop") -> Iterator[str]:
+        """What is done to some elements of a row."""
+        accumulators, elements = self._accumulators(loop), "      for (int64_t j = begin; j < end; j++) {\n"
+        clauses = [f"reduction({sign}: {name})" for name, sign in accumulators.items()]
         if loop.sure:
             kind = "double" if "double" in map(_type, loop.sure.values()) else "float"
             yield f"      {kind} check = 0;\n"
-            yield from (f"      alignas(64) {self._code.types[i]} old{i}[CHUNK];\n" for i in loop.saved)
             yield from (f"      const auto before_{each} = {each};\n" for each in accumulators)
-            yield f"      #pragma omp simd {' '.join([*clauses, 'reduction(+: check)'])}\n      {elements}"
+            yield f"      #pragma omp simd {' '.join([*clauses, 'reduction(+: check)'])}\n{elements}"
             yield from self._body(loop, checked=True)
-            yield "      }\n      if (std::abs(check) < INFINITY) continue;\n"
+            yield "      }\n      if (!(std::abs(check) < INFINITY)) {\n"
             yield from (f"      {each} = before_{each};\n" for each in accumulators)
-        yield f"      #pragma omp simd {' '.join(clauses)}\n      {elements}"
-        if self._paired:
-            pairs = sorted({i for i in loop.loads.values() if i is not None})
-            yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
-            yield from (f"      float first{i}, second{i};\n" for i in loop.stores)
-            for half in ("first", "second"):
-                yield from ["      {\n", *self._body(loop, half), "      }\n"]
-            yield from (f"      ((Pair*){to})[j] = pair(first{i}, second{i});\n" for i, to in loop.stores.items())
-            yield "      }\n    }\n    if (columns % 2) {\n      const int64_t j = columns - 1;\n"
-            yield from self._body(loop)
-            yield "    }\n"
-        else:
-            yield from self._body(loop)
-            yield "      }\n    }\n"
-        yield from after
+        yield f"      #pragma omp simd {' '.join(clauses)}\n{elements}"
+        yield from self._body(loop)
+        yield "      }\n" * (1 + bool(loop.sure))
+
+    def _pairs(self, loop: "_Loop") -> Iterator[str]:
+        """What is done to some elements of a row, two neighbours at a time, and to the last of an odd number of columns."""
+        clauses = [f"reduction({sign}: {name})" for name, sign in self._accumulators(loop).items()]
+        yield f"      #pragma omp simd {' '.join(clauses)}\n      for (int64_t j = begin; j < end; j++) {{\n"
+        pairs = sorted({i for i in loop.loads.values() if i is not None})
+        yield from (f"      const Pair pair{i} = ((const Pair*)p{i})[j];\n" for i in pairs)
+        yield from (f"      float first{i}, second{i};\n" for i in loop.stores)
+        for half in ("first", "second"):
+            yield from ["      {\n", *self._body(loop, half), "      }\n"]
+        yield from (f"      ((Pair*){to})[j] = pair(first{i}, second{i});\n" for i, to in loop.stores.items())
+        yield "      }\n    }\n    if (columns % 2) {\n      const int64_t j = columns - 1;\n"
+        yield from self._body(loop)
+        yield "    }\n"
 
     def _planned(self, k: int) -> "_Loop":
         """What a loop does."""
@@ -283,14 +299,27 @@ class _SweepCode:
         sums = [value for value in level if is_row_total(value) and level[value] == k + 1]
         sums += [value for value in sweep.totals if value.operands[0].kind == Kind.ELEMENT and level[value.operands[0]] == k]
         stores = {i: f"out{i}" if i in self._only_written else f"p{i}" for i, at in self._writes.items() if at == k}
-        stored = [sweep.writes[i] for i in stores]
+        return self._part(here, sums, stores, [value for value in here if value in self._kept])
+
+    def _parts(self, loop: "_Loop") -> list["_Loop"]:
+        """A loop, which may be shorter if something is finite; or two, of sums and of what is written, if it writes what it reads."""
+        if loop.stores.keys().isdisjoint(loop.loads.values()):
+            return [replace(loop, sure=_sure(loop.roots, loop.here))]
+        sums = self._part(loop.here, loop.sums, {}, [])
+        rest = self._part(loop.here, [], loop.stores, loop.kept)
+        sure, again = _sure(sums.roots, sums.here), len(sums.here) + len(rest.here) - len(loop.here)
+        return [replace(sums, sure=sure), rest] if sure and again <= len(loop.stores) else [loop]
+
+    def _part(self, inside: Collection[Value], sums: Sequence[Value], stores: Mapping[int, str], kept: Sequence[Value]) -> "_Loop":
+        """A loop for some of these ends, with what it takes of `inside`."""
+        sweep, stored = self._sweep, [self._sweep.writes[i] for i in stores]
+        roots = [*(total.operands[0] for total in sums), *kept, *stored]
+        needed = {*reachable(roots, lambda value: value.operands if value in inside else ())}
+        here = [value for value in inside if value in needed]
         wanted = {*[each for value in [*here, *sums] for each in value.operands], *stored} - {*here}
         wanted = {value for value in wanted if value.kind == Kind.ELEMENT and value.op != "constant"}
         loads = {v: sweep.sources.get(v.operands[0] if self._is_read(v) else v) for v in sweep.values if v in wanted}
-        roots = [*(total.operands[0] for total in sums), *(value for value in here if value in self._kept), *stored]
-        saved = [i for i in stores if i in loads.values()]
-        sure = {} if self._paired else _sure(roots, here, saved)
-        return _Loop(here, sums, stores, loads, sure, saved if sure else [])
+        return _Loop(here, sums, stores, kept, loads, roots)
 
     def _body(self, loop: "_Loop", half: str = "", *, checked: bool = False) -> Iterator[str]:
         """What is done to an element, or to the first or second of two neighbours.
@@ -304,11 +333,8 @@ class _SweepCode:
         if any(value.op == "index" for value in loop.here):
             yield f"      const int32_t index = start + int32_t({ {'': 'j', 'first': '2 * j', 'second': '2 * j + 1'}[half] });\n"
         for value, i in loop.loads.items():
-            again = i in loop.saved and not checked
-            source = f"load_{half}(pair{i})" if half else f"load(old{i}[j - begin])" if again else f"load(p{i}[j])"
+            source = f"load_{half}(pair{i})" if half else f"load(p{i}[j])"
             yield f"      const {_type(value)} {name[value]} = {f'kept_{name[value]}[{kept_at}]' if i is None else source};\n"
-        if checked:
-            yield from (f"      old{i}[j - begin] = p{i}[j];\n" for i in loop.saved)
         for value in loop.here:
             yield f"      {self._declared(value, loop.sure if checked else ())}"
             if value in self._kept:
@@ -350,7 +376,7 @@ class _SweepCode:
         return cast and value not in sources and value.operands[0] in sources
 
 
-def _sure(roots: Iterable[Value], here: Collection[Value], saved: Sequence[int]) -> dict[Value, Value]:
+def _sure(roots: Iterable[Value], here: Collection[Value]) -> dict[Value, Value]:
     """Conditions that something is finite, by which a loop chooses, and what that is; none where the loop is hardly shorter without.
 
     Such a loop takes them to hold, computes less, and sums up what has to be finite. Where the sum of a chunk is not, it does the chunk
@@ -359,7 +385,6 @@ def _sure(roots: Iterable[Value], here: Collection[Value], saved: Sequence[int])
     Args:
         roots: what the loop is for.
         here: what it computes.
-        saved: arguments that it would have to save.
     """
     found, inside = dict[Value, Value](), {*here}
 
@@ -371,7 +396,7 @@ def _sure(roots: Iterable[Value], here: Collection[Value], saved: Sequence[int])
         return value.operands if value in inside else ()
 
     left = inside.intersection(reachable(roots, operands))
-    return found if len(inside) - len(left) > len(found) + len(saved) else {}
+    return found if len(inside) - len(left) > len(found) else {}
 
 
 def _finite(condition: Value) -> Value | None:
