@@ -143,7 +143,9 @@ class Learn:
     def __repr__(self) -> str:
         given = [repr(self.value)] if self.has_value else []
         given += [] if self.by_default else [f"by={self.by!r}"]
-        return f"learn({', '.join([*given, *([] if self.per == 'model' else [f'per={self.per!r}'])])})"
+        given += [] if self.per == "model" else [f"per={self.per!r}"]
+        declared = (self.origin or self).delayed
+        return f"learn({', '.join([*given, *([] if declared is None else [f'delayed={declared}'])])})"
 
     @property
     def key(self) -> int:
@@ -309,8 +311,8 @@ def learn(
         scheduled_by: a hyper of the same optimizer, such as "lr": the learner's rate, its `lr`, is multiplied by what a schedule has made
             of the declared value of that hyper, over this. Not with `per="model"`, since tensors may have several schedules.
         delayed: whether a step moves the tensors first, with the value as it was, and what the new gradient says of it counts from
-            the next step on. Then a step passes over memory once, not twice. By default as in the recipe, which is delayed, or, with
-            `by`, not.
+            the next step on. A step whose shared values are all delayed passes over memory once, not twice. None: with `by`, not
+            delayed; without, delayed, as the recipe is.
 
     Returns:
         A mark that stands in the place of the value.

@@ -67,6 +67,7 @@ def test_what_is_given_is_kept() -> None:
 
 def test_it_is_shown_as_it_was_written() -> None:
     assert repr([hn.learn(), hn.learn(0.1), hn.learn(per="row")]) == "[learn(), learn(0.1), learn(per='row')]"
+    assert repr(hn.sgd(hn.learn(0.1, delayed=False)).learned) == "{'lr': learn(0.1, delayed=False)}"
     shown = "sgd(lr=learn(0.001), momentum=learn(0.5, per='tensor'), dampening=0.0, weight_decay=0.0)"
     assert repr(hn.sgd(hn.learn(), momentum=hn.learn(0.5, per="tensor"))) == shown
 
@@ -163,10 +164,9 @@ def test_every_hyper_of_every_rule(name: str, per: Any) -> None:
                 assert not (stays & ~at_end).any(), (hyper, learn, value, pulled)
 
 
-@pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
 @hn.testing.every_rule("hyperopt_nested", "ftp")
-def test_a_delayed_step_moves_the_tensors_first(name: str, bad: bool) -> None:
-    """By the values as they were; then the learners step with the hypergradients that they had before."""
+def test_a_delayed_step_moves_the_tensors_first(name: str) -> None:
+    """By the values as they were; then the learners step with the hypergradients that they had before, if these are finite."""
     template = subject(name).template
     template = template.replace(**template.declared)
     for hyper, domain in template.rule.hypers.items():
@@ -180,9 +180,9 @@ def test_a_delayed_step_moves_the_tensors_first(name: str, bad: bool) -> None:
             if "does not use it" in str(error) or "enters the sum over all tensors" in str(error):
                 continue
             raise
-        for step in range(4):
+        for step in range(3):
             grads, values = torch.func.grad(loss)(params), losses(template, params)
-            if bad and step == 2:
+            if step == 2:
                 grads["a"][0] = math.nan
             wanted, moved = nested.step(params, grads, st, values, learn=False)
             learned = nested.hyper_step(params, grads, st, values)
