@@ -29,9 +29,7 @@ class _Plan:
     """What to do for one tensor."""
 
     paths: list[Path]  # of the leaves of the engine's state that programs take and write
-    functions: Sequence[
-        Function
-    ]  # pull the gradient back onto shared values, if there are any; step the tensor's own values and the tensor
+    functions: Sequence[Function]  # pull the gradient back onto shared values; step the tensor's own values and the tensor; or both at once
     reached: list[tuple[str, str]]  # the shared values: learned hyper, and key of the value
     of: tuple[Any, ...]  # equal for tensors whose programs are the same
 
@@ -76,6 +74,7 @@ class ProgramStep:
     def __init__(self, nested: Nested, programs: Programs, reduce: Reduce | None = None) -> None:
         self._nested, self._programs, self._reduce = nested, programs, reduce
         self._own = [key for key, learned in nested.learned.items() if learned.is_own and reduce is None]
+        # whether gradients are pulled back, and tensors stepped, by one program: no update waits for a shared value
         self._at_once = all(learned.learn.delayed for key, learned in nested.learned.items() if key not in self._own)
         self._plans: dict[tuple[str, bool], _Plan] = {}
         self._last: PreparedStep | None = None
@@ -262,7 +261,7 @@ class ProgramStep:
             new, after, st = stepped(grad, rest, known if in_parts else None)
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
             found = flatten(self._part(learned, name, after))
-            contributions = pulled(grad, rest) if self._at_once else [None for _ in reached]
+            contributions = pulled(grad, rest) if reached and self._at_once else [None for _ in reached]
             settings, sums = [None for _ in optimizer.settings], [None] if in_parts else []
             return [None, *(found[path] for path in paths), new[name], *settings, *contributions, *sums]
 
