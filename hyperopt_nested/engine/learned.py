@@ -88,7 +88,7 @@ class LearnedHyper:
         single = self.learn.per in ("model", "tensor")
         shape = row_shape(param) if self.learn.per == "row" else () if single else tuple(param.shape)
         dtype = number_dtype(param.device) if single else state_dtype(param)
-        full = torch.as_tensor(value, dtype=dtype, device=param.device).expand(shape).clone()
+        full = torch.as_tensor(value, dtype=dtype, device=param.device).expand(shape).clone(memory_format=torch.contiguous_format)
         return self.hyper.to_unconstrained(full, self.via)
 
     def value(self, raw: Tensor, scheduled: float | Tensor | None = None) -> Tensor:
