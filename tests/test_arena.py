@@ -60,6 +60,23 @@ def test_every_arm_runs(arm: str) -> None:
     assert 0 < float(str(numbers["loss_1"])) < 2 * float(str(numbers["loss_0"]))
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_runs_with_one_learned_rate(base: str) -> None:
+    """On matrices and vectors, as by a function that chooses the optimizer of a tensor."""
+    (numbers,) = perform((Cell("gpt", base, "learn", 1e-3, 0),), 3)
+    task, rate = TASKS["gpt"], hn.learn(1e-3)
+    params = {name: torch.nn.Parameter(value) for name, value in task.init(0).items()}
+    sets = [[(name, p) for name, p in params.items() if (p.ndim == 2) == matrices] for matrices in (True, False)]
+    opt = hn.HyperOptimizer([{"params": each} for each in sets], lambda _, p: BASES[base].rule_of(p.shape)(rate), backend="reference")
+    (train,), _ = task.data()
+    for index in task.batches(0, 3):
+        opt.zero_grad()
+        task.loss(dict(params), (train[index],)).backward()
+        opt.step()
+    assert float(str(numbers["rate_at_end"])) == pytest.approx(opt.learned()["lr"], rel=1e-3)
+    assert opt.learned().keys() == {"lr"}
+
+
 def test_a_stopped_arena_goes_on_and_its_tables_follow_from_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = list(groups(["quadratic"], ["adamw"], ["constant", "learn"], 2))
     assert len(planned) == 1 + len(STARTS)

@@ -13,6 +13,9 @@ from hyperopt_nested.engine.checks import Horizon
 from hyperopt_nested.optim import level
 
 Rule = Callable[..., hn.Optimizer]
+Rate = float | hn.Learn
+Make = Callable[[Rule, Rate, int], hn.Optimizer]
+"""From the base's rule, a rate, and the number of steps."""
 Shape = Callable[[int, int], float]
 
 
@@ -21,12 +24,18 @@ class Base:
     """An optimizer whose rate is chosen.
 
     Attributes:
-        make: the rule.
+        rule: of the tensors.
         grid: of rates, for whatever is tuned.
+        others: the rule of tensors that are no matrices, where that is another one; both have one rate.
     """
 
-    make: Rule
+    rule: Rule
     grid: Sequence[float]
+    others: Rule | None = None
+
+    def rule_of(self, shape: Sequence[int]) -> Rule:
+        """The rule of a tensor of this shape."""
+        return self.rule if self.others is None or len(shape) == 2 else self.others
 
 
 def _grid(low: int) -> tuple[float, ...]:
@@ -38,7 +47,7 @@ BASES = {
     "adamw": Base(hn.adamw, _grid(-4)),
     "sgd": Base(partial(hn.sgd, momentum=0.9), _grid(-3)),
     "lion": Base(hn.lion, _grid(-5)),
-    "muon": Base(partial(hn.muon, weight_decay=0.01), _grid(-3)),
+    "muon": Base(partial(hn.muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), _grid(-4), hn.adamw),
 }
 
 STARTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -80,16 +89,18 @@ class Arm:
     """One way to choose a rate.
 
     Attributes:
-        make: the optimizer, from the base, a rate and the number of steps.
+        make: the optimizer, around or in the place of the base's rule.
         rates: "grid": all rates of the base's grid, and the best one counts; "starts": all starts, and each counts; or numbers.
+        lr: what is put in the place of a rate: itself, or what learns it.
         shape: factor of the rate in each step.
         bases: it is run with.
         horizon: of hypergradients.
         learn_until: how many of all steps anything is learned in; None is all.
     """
 
-    make: Callable[[Base, float, int], hn.Optimizer]
+    make: Make
     rates: Literal["grid", "starts"] | Sequence[float]
+    lr: Callable[[float], Rate] = float
     shape: Shape = constant
     bases: Sequence[str] = ("adamw",)
     horizon: Horizon = field(default_factory=hn.OneStep)
@@ -102,28 +113,20 @@ class Arm:
         return STARTS if self.rates == "starts" else self.rates
 
 
-def _fixed(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
-    return base.make(rate)
+def _plain(rule: Rule, lr: Rate, total: int) -> hn.Optimizer:  # noqa: ARG001  all are called alike
+    return rule(lr)
 
 
-def _learned(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
-    return base.make(hn.learn(rate))
+def _level(rule: Rule, lr: Rate, total: int) -> hn.Optimizer:
+    return level.with_level(rule(lr), total)
 
 
-def _level(base: Base, rate: float, total: int) -> hn.Optimizer:
-    return level.with_level(base.make(hn.learn(rate)), total)
+def _alone(rule: Rule, **settings: Any) -> Make:
+    return lambda base, lr, total: rule(lr, **settings)  # noqa: ARG005
 
 
-def _alone(rule: Rule, **settings: Any) -> Callable[[Base, float, int], hn.Optimizer]:
-    return lambda base, rate, total: rule(rate, **settings)  # noqa: ARG005
-
-
-def _mechanic(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
-    return hn.rescale(base.make(rate), hn.learn(1e-8, by=hn.coin_betting()))
-
-
-def _by(learner: hn.Optimizer, via: Any = None) -> Callable[[Base, float, int], hn.Optimizer]:
-    return lambda base, rate, total: base.make(hn.learn(rate, by=learner, via=via))  # noqa: ARG005
+def _mechanic(rule: Rule, lr: Rate, total: int) -> hn.Optimizer:  # noqa: ARG001
+    return hn.rescale(rule(lr), hn.learn(1e-8, by=hn.coin_betting()))
 
 
 TANH = hn.Bijection(
@@ -135,29 +138,33 @@ TANH = hn.Bijection(
 )
 
 
-def _gdtuo(base: Base, rate: float, total: int) -> hn.Optimizer:  # noqa: ARG001
+def _gdtuo(rule: Rule, lr: Rate, total: int) -> hn.Optimizer:  # noqa: ARG001
     """The ultimate optimizer's example: its Adam, whose rate and betas SGD learns."""
     by = hn.sgd(lr=1e-5)
-    return hn.adam(hn.learn(rate, by=by), beta1=hn.learn(0.9, by=by, via=TANH), beta2=hn.learn(0.999, by=by, via=TANH))
+    return hn.adam(lr, beta1=hn.learn(0.9, by=by, via=TANH), beta2=hn.learn(0.999, by=by, via=TANH))
+
+
+def _by(learner: hn.Optimizer, via: Any = None) -> Callable[[float], hn.Learn]:
+    return partial(hn.learn, by=learner, via=via)
 
 
 ALL = tuple(BASES)
 ARMS: Mapping[str, Arm] = {
-    "constant": Arm(_fixed, "grid", constant, ALL),
-    "linear": Arm(_fixed, "grid", linear, ALL),
-    "cosine": Arm(_fixed, "grid", cosine),
-    "learn": Arm(_learned, "starts", constant, ALL),
-    "learn, total_steps": Arm(_level, "starts", level.shape, ALL, learn_until=level.window_of),
+    "constant": Arm(_plain, "grid", bases=ALL),
+    "linear": Arm(_plain, "grid", shape=linear, bases=ALL),
+    "cosine": Arm(_plain, "grid", shape=cosine),
+    "learn": Arm(_plain, "starts", hn.learn, bases=ALL),
+    "learn, total_steps": Arm(_level, "starts", hn.learn, level.shape, ALL, learn_until=level.window_of),
     "schedule-free": Arm(_alone(hn.schedule_free_adamw, weight_decay=0.01), (*_grid(-4), 0.0025)),
     "Prodigy": Arm(_alone(hn.prodigy, weight_decay=0.01), (1.0,)),
-    "Prodigy, cosine": Arm(_alone(hn.prodigy, weight_decay=0.01, safeguard_warmup=True), (1.0,), cosine),
+    "Prodigy, cosine": Arm(_alone(hn.prodigy, weight_decay=0.01, safeguard_warmup=True), (1.0,), shape=cosine),
     "D-Adaptation": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,)),
-    "D-Adaptation, linear": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,), linear),
+    "D-Adaptation, linear": Arm(_alone(hn.dadapt_adam, weight_decay=0.01, decouple=True), (1.0,), shape=linear),
     "DoG": Arm(_alone(hn.dog), (1.0,)),
     "LDoG": Arm(_alone(hn.ldog), (1.0,)),
     "Mechanic": Arm(_mechanic, (1.0,)),
-    "Mechanic, linear": Arm(_mechanic, (1.0,), linear),
-    "hypergradient descent": Arm(_by(hn.sgd(lr=1e-7)), "starts"),
-    "MetaOptimize": Arm(_by(hn.lion(lr=1e-3), "log"), "starts", horizon=hn.Discounted(1.0)),
-    "gdtuo": Arm(_gdtuo, "starts"),
+    "Mechanic, linear": Arm(_mechanic, (1.0,), shape=linear),
+    "hypergradient descent": Arm(_plain, "starts", _by(hn.sgd(lr=1e-7))),
+    "MetaOptimize": Arm(_plain, "starts", _by(hn.lion(lr=1e-3), "log"), horizon=hn.Discounted(1.0)),
+    "gdtuo": Arm(_gdtuo, "starts", _by(hn.sgd(lr=1e-5))),
 }
