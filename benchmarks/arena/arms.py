@@ -144,10 +144,6 @@ def _gdtuo(rule: Rule, lr: Rate, total: int) -> hn.Optimizer:  # noqa: ARG001
     return hn.adam(lr, beta1=hn.learn(0.9, by=by, via=TANH), beta2=hn.learn(0.999, by=by, via=TANH))
 
 
-def _by(learner: hn.Optimizer, via: Any = None) -> Callable[[float], hn.Learn]:
-    return partial(hn.learn, by=learner, via=via)
-
-
 ALL = tuple(BASES)
 ARMS: Mapping[str, Arm] = {
     "constant": Arm(_plain, "grid", bases=ALL),
@@ -164,7 +160,7 @@ ARMS: Mapping[str, Arm] = {
     "LDoG": Arm(_alone(hn.ldog), (1.0,)),
     "Mechanic": Arm(_mechanic, (1.0,)),
     "Mechanic, linear": Arm(_mechanic, (1.0,), shape=linear),
-    "hypergradient descent": Arm(_plain, "starts", _by(hn.sgd(lr=1e-7))),
-    "MetaOptimize": Arm(_plain, "starts", _by(hn.lion(lr=1e-3), "log"), horizon=hn.Discounted(1.0)),
-    "gdtuo": Arm(_gdtuo, "starts", _by(hn.sgd(lr=1e-5))),
+    "hypergradient descent": Arm(_plain, "starts", partial(hn.learn, by=hn.sgd(lr=1e-7))),
+    "MetaOptimize": Arm(_plain, "starts", partial(hn.learn, by=hn.lion(lr=1e-3), via="log"), horizon=hn.Discounted(1.0)),
+    "gdtuo": Arm(_gdtuo, "starts", partial(hn.learn, by=hn.sgd(lr=1e-5))),
 }

@@ -76,7 +76,7 @@ def perform(group: Group, steps: int | None = None, device: str = "cpu") -> list
     base, lr = BASES[first.base], arm.lr(first.rate)
     made = {rule: arm.make(rule, lr, task.steps) for rule in {*map(base.rule_of, task.shapes.values())}}
     nested = hn.Nested({name: made[base.rule_of(shape)] for name, shape in task.shapes.items()}, horizon=arm.horizon)
-    rates = torch.tensor([first.rate if arm.rates == "starts" else cell.rate for cell in group], device=device)
+    rates = torch.tensor([cell.rate for cell in group], device=device)
     seeds = [cell.seed for cell in group]
     states = [task.init(seed) for seed in seeds]
     params = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}

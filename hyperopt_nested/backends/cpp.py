@@ -337,7 +337,7 @@ class _SweepCode:
             yield f"      const {_type(value)} {name[value]} = {f'kept_{name[value]}[{kept_at}]' if i is None else source};\n"
         for value in loop.here:
             yield f"      {self._declared(value, loop.sure if checked else ())}"
-            if value in self._kept:
+            if value in loop.kept:
                 yield f"      kept_{name[value]}[{kept_at}] = {name[value]};\n"
         if checked:
             yield from (f"      check += {self._read(size)};\n" for size in loop.sure.values())

@@ -133,16 +133,12 @@ class ProgramStep:
                 row[0] = grad
         for program, batch in prepared.pulls.items():
             program(batch)
-        if not self._at_once:
-            self._combine(prepared.parts, "sum")
         self._learn(prepared, delayed=False)
         for program, batch in prepared.summing.items():
             program(batch)
         self._combine(prepared.sums, "sum")
         for program, batch in prepared.updates.items():
             program(batch)
-        if self._at_once:
-            self._combine(prepared.parts, "sum")
         self._learn(prepared, delayed=True)
         self._combine(prepared.maxima, "max")
         for counted, total in prepared.counts:
@@ -159,7 +155,9 @@ class ProgramStep:
         torch.autograd.graph.increment_version(prepared.params)  # kernels write without telling autograd
 
     def _learn(self, prepared: PreparedStep, *, delayed: bool) -> None:
-        """Step shared values, those that are delayed or the others."""
+        """Step shared values, those that are delayed or the others; contributions are complete after pulls, or, at once, after updates."""
+        if delayed == self._at_once:
+            self._combine(prepared.parts, "sum")
         for key, by_value in prepared.contributions.items():
             if bool(self._nested.learned[key].learn.delayed) == delayed:
                 raws, (program, batch) = prepared.st["hypers"][key], prepared.learns[key]
@@ -234,9 +232,11 @@ class ProgramStep:
             found = self._nested.hypergradients({name: param}, self._nested.descended({name: grad}), filled(structure, leaves))
             return [found[key][value] for key, value in reached]
 
+        def ending(contributions: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [*(None for _ in optimizer.settings), *contributions, *([None] if in_parts else [])]
+
         def pull(grad: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            before = 1 + size + len(optimizer.settings)
-            return [*(None for _ in range(before)), *pulled(grad, rest), *([None] if in_parts else [])]
+            return [*(None for _ in range(1 + size)), *ending(pulled(grad, rest))]
 
         def stepped(grad: Tensor, rest: Sequence[Tensor], reduce: Reduce | None) -> tuple[Tensors, State, State]:
             *leaves, param = rest[:size]
@@ -262,8 +262,7 @@ class ProgramStep:
             after["hypers"] = {key: raws if key in self._own else st["hypers"][key] for key, raws in after["hypers"].items()}
             found = flatten(self._part(learned, name, after))
             contributions = pulled(grad, rest) if reached and self._at_once else [None for _ in reached]
-            settings, sums = [None for _ in optimizer.settings], [None] if in_parts else []
-            return [None, *(found[path] for path in paths), new[name], *settings, *contributions, *sums]
+            return [None, *(found[path] for path in paths), new[name], *ending(contributions)]
 
         keys = (tuple("" if key == name else key for key in path) for path in paths)
         of = optimizer.signature, learn, self._nested.shards.get(name, 0), in_parts, *keys
